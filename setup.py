@@ -1,0 +1,41 @@
+"""Packaging of fmkernels. Tool settings are in pyproject.toml, exact versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="fmkernels",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "fmkernels/__init__.py").read_text())[1],
+    description="Fused GPU kernels for semi-supervised 3D medical detection with FocalMix",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["fmkernels", "fmkernels.*"]),
+    package_data={"fmkernels": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11,<2.14", "numpy>=1.26"],
+    extras_require={
+        "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8.2",
+            "pytest-benchmark>=5.1",
+            "pytest-cov>=5",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17,<0.18",
+            'triton>=3.6,<3.9; platform_system == "Linux"',
+        ],
+    },
+    entry_points={"console_scripts": ["fmkernels=fmkernels.focalmix.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)

@@ -1,0 +1,52 @@
+"""Every op is tested on two paths: "cpu", and "kernel".
+
+Kernels run on a GPU where FMKERNELS_TEST_DEVICE=cuda says so; else on CPU tensors in the checked interpreter, which
+takes the place of the CPU path below torch's dispatcher, so that autograd and validation are tested with the kernels.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.support import enable_interpreter, on_gpu
+
+enable_interpreter()
+torch.set_num_threads(1)
+
+import fmkernels.cpu  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where an op runs in this test."""
+
+    name: str
+    device: torch.device
+
+
+def _interpreted(launch):
+    from tests.support.interpreter import checked
+
+    def call(*args, **kwargs):
+        with checked():
+            return launch(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(params=["cpu", pytest.param("kernel", marks=pytest.mark.kernel)])
+def path(request, monkeypatch) -> Path:
+    if request.param == "cpu":
+        return Path("cpu", torch.device("cpu"))
+    if on_gpu():
+        return Path("kernel", torch.device("cuda"))
+    for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
+        cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
+        kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
+        for name in vars(cpu):
+            if name.startswith("launch_"):
+                monkeypatch.setattr(cpu, name, _interpreted(getattr(kernels, name)))
+    return Path("kernel", torch.device("cpu"))

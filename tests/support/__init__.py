@@ -1,0 +1,23 @@
+"""Checking Triton kernels without a GPU.
+
+`interpreter` runs kernels on CPU tensors and raises KernelFault on what a GPU would do wrong in silence; `plan` runs
+functions that launch kernels in a process of its own, where `driver` counts launches and `aot` compiles the recorded
+variants for real targets.
+"""
+
+import os
+import sys
+
+
+def on_gpu() -> bool:
+    """Whether the tests run the compiled kernels on a CUDA device (FMKERNELS_TEST_DEVICE=cuda)."""
+    return os.environ.get("FMKERNELS_TEST_DEVICE") == "cuda"
+
+
+def enable_interpreter() -> None:
+    """Make `triton.jit` interpret kernels in this process. Call it before anything imports triton; no-op on a GPU."""
+    if on_gpu():
+        return
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("enable_interpreter() must be called before triton is imported")
+    os.environ["TRITON_INTERPRET"] = "1"

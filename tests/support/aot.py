@@ -1,0 +1,220 @@
+"""What the compilers make of a kernel: registers, spills, width of memory accesses, instructions on the main path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+
+from .driver import Variant
+
+WIDTH = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32, "dwordx2": 64,
+         "dwordx3": 96, "dwordx4": 128}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instruction:
+    op: str
+    predicated: bool
+    target: str | None  # label a branch may go to
+    falls_through: bool
+    access: tuple[str, int] | None  # ("load" or "store", bits a thread moves) of global memory
+
+
+@dataclass(frozen=True)
+class MainPath:
+    """Of all ways from entry to exit, the one with the widest global accesses, unconditional ones counting double.
+
+    That is the unmasked path of a kernel that also has a masked tail. Where ways tie, the longest counts; a loop counts
+    once, a call as one instruction.
+    """
+
+    instructions: int
+    loads: dict[int, int]  # bits of an access -> number
+    stores: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant on one target. Registers are those of a thread (vector registers on AMD)."""
+
+    registers: int
+    scalar_registers: int | None
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    conversions: int  # ttg.convert_layout left in the final Triton IR
+    threads: int
+    instructions: int  # of all paths
+    loads: dict[int, int]  # of all paths: bits a thread moves -> number of instructions
+    stores: dict[int, int]
+    main: MainPath | None  # None on AMD: an exec mask and not the control flow tells the paths apart there
+
+    def narrow(self, bits: int = 128) -> int:
+        """Loads and stores that move fewer bits per thread: of the main path, or of all paths where it is not known."""
+        path = self.main or self
+        return sum(n for widths in (path.loads, path.stores) for width, n in widths.items() if width < bits)
+
+    @classmethod
+    def from_json(cls, data: dict) -> Compiled:
+        def widths(d: dict) -> dict[int, int]:
+            return {int(k): v for k, v in d.items()}
+
+        def parsed(d: dict) -> dict:
+            return {**d, "loads": widths(d["loads"]), "stores": widths(d["stores"])}
+
+        return cls(**{**parsed(data), "main": data["main"] and MainPath(**parsed(data["main"]))})
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Compile a recorded variant for its target and read the machine code. Both are kept in Triton's cache."""
+    kernel = triton.compile(variant.source, target=variant.target, options=variant.options)
+    digest = hashlib.sha256(Path(__file__).read_bytes() + kernel.hash.encode()).hexdigest()
+    kept = Path(triton.knobs.cache.dir) / "main-paths" / f"{digest}.json"
+    if not kept.exists():
+        result = _nvidia(kernel) if variant.target.backend == "cuda" else _amd(kernel)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(asdict(result), file)
+        Path(file.name).replace(kept)
+    return Compiled.from_json(json.loads(kept.read_text()))
+
+
+def _nvidia(kernel) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    code = parse(sass, _sass)
+    spills = Counter(i.op for i in code if isinstance(i, Instruction) and i.op.startswith(("LDL", "STL")))
+    return _result(
+        kernel,
+        code,
+        registers=registers,
+        scalar_registers=None,
+        spill_bytes=sum(_sass_bits(op) // 8 * n for op, n in spills.items()),
+        stack_bytes=stack,
+    )
+
+
+def _amd(kernel) -> Compiled:
+    text = kernel.asm["amdgcn"]
+
+    def count(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return _result(
+        kernel,
+        parse(text.split(".Lfunc_end0")[0], _gcn),
+        registers=count("vgpr_count"),
+        scalar_registers=count("sgpr_count"),
+        spill_bytes=4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        stack_bytes=count("private_segment_fixed_size"),
+    )
+
+
+def _tool(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _result(kernel, code: list[Instruction | str], **figures) -> Compiled:
+    instructions = [i for i in code if isinstance(i, Instruction)]
+    loads, stores = _widths(instructions)
+    return Compiled(
+        **figures,
+        shared_bytes=kernel.metadata.shared,
+        conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        threads=kernel.metadata.num_warps * kernel.metadata.target.warp_size,
+        instructions=len(instructions),
+        loads=loads,
+        stores=stores,
+        main=main_path(code) if kernel.metadata.target.backend == "cuda" else None,
+    )
+
+
+def _widths(instructions: list[Instruction]) -> tuple[dict[int, int], dict[int, int]]:
+    accesses = Counter(i.access for i in instructions if i.access)
+    return tuple({bits: n for (kind, bits), n in sorted(accesses.items()) if kind == k} for k in ("load", "store"))
+
+
+# --- assembly --------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, instruction: Callable[[str], Instruction | None]) -> list[Instruction | str]:
+    """Labels (as strings) and instructions, in order."""
+    code: list[Instruction | str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.?[\w$]+):", line):
+            code.append(label[1])
+        elif found := instruction(line):
+            code.append(found)
+    return code
+
+
+def _sass(line: str) -> Instruction | None:
+    found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)", line)
+    if not found or found[2] == "NOP":
+        return None
+    predicate, op, rest = found.groups()
+    stem = op.split(".")[0]
+    branch = re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None  # BRA.U has its predicate inside
+    kind = {"LDG": "load", "STG": "store"}.get(stem)
+    ends = stem in ("BRA", "BRX", "EXIT", "RET") and not predicate and not (branch and branch[1])
+    return Instruction(op, bool(predicate), branch and branch[2], not ends, kind and (kind, _sass_bits(op)))
+
+
+def _sass_bits(op: str) -> int:
+    found = re.search(r"\.(?:[US])?(8|16|64|128|256)\b", op)
+    return int(found[1]) if found else 32
+
+
+def _gcn(line: str) -> Instruction | None:
+    found = re.match(r"\t((?:s|v|global|buffer|flat|ds|scratch)_\w+)", line)
+    if not found:
+        return None
+    memory = re.match(r"(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", found[1])
+    return Instruction(found[1], False, None, True, memory and (memory[1], WIDTH[memory[2]]))
+
+
+def main_path(code: list[Instruction | str]) -> MainPath:
+    """Split the code into basic blocks and find the path that MainPath describes."""
+    blocks: list[list[Instruction]] = [[]]
+    names: dict[str, int] = {}
+    for item in code:
+        if blocks[-1] and (isinstance(item, str) or blocks[-1][-1].target or not blocks[-1][-1].falls_through):
+            blocks.append([])
+        if isinstance(item, str):
+            names[item] = len(blocks) - 1
+        else:
+            blocks[-1].append(item)
+
+    def successors(block: int) -> list[int]:
+        last = blocks[block][-1] if blocks[block] else None
+        following = [block + 1] if (last is None or last.falls_through) and block + 1 < len(blocks) else []
+        return following + ([names[last.target]] if last and last.target in names else [])
+
+    best: dict[int, tuple[int, int, list[int]]] = {}
+
+    def visit(block: int, above: frozenset[int]) -> tuple[int, int, list[int]]:
+        if block not in best:
+            ways = [visit(s, above | {block}) for s in successors(block) if s not in above | {block}]
+            weight, length, rest = max(ways, default=(0, 0, []))
+            weight += sum(i.access[1] ** 2 * (2 - i.predicated) for i in blocks[block] if i.access)
+            best[block] = weight, length + len(blocks[block]), [block, *rest]
+        return best[block]
+
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(blocks) + 1000))
+    path = [i for block in visit(0, frozenset())[2] for i in blocks[block]]
+    return MainPath(len(path), *_widths([i for i in path if i.access]))

@@ -1,0 +1,458 @@
+"""Soft-target focal loss on the GPU: loss and gradient of an element come from one device function.
+
+Levels of a feature pyramid are handled by one launch. A level is ``rows`` rows of ``inner`` elements (one row unless
+the targets are mixed or the weight differs by sample); a program owns one tile of ``BLOCK`` elements of one row.
+Sums are deterministic: every program writes one partial, a second launch of one program adds them in order.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from fmkernels.dtypes import compute_dtype
+from fmkernels.kernels.tuning import launch_parameters
+
+# log1p(e) = e * P(e) on [0, 1], relative error 1.6e-7 in float32 (minimax fit, degree 8)
+P0 = tl.constexpr(0.9999999403953552)
+P1 = tl.constexpr(-0.4999949336051941)
+P2 = tl.constexpr(0.3331909775733948)
+P3 = tl.constexpr(-0.2484297901391983)
+P4 = tl.constexpr(0.19105996191501617)
+P5 = tl.constexpr(-0.13663223385810852)
+P6 = tl.constexpr(0.07822569459676743)
+P7 = tl.constexpr(-0.029505079612135887)
+P8 = tl.constexpr(0.005232654511928558)
+LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
+LARGEST = tl.constexpr(3.4028234663852886e38)
+FINISH_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def _log1p(e):
+    """log1p(e) for e in [0, 1]."""
+    if e.dtype == tl.float64:
+        result = libdevice.log1p(e)
+    else:
+        s = e * P8 + P7
+        s = s * e + P6
+        s = s * e + P5
+        s = s * e + P4
+        s = s * e + P3
+        s = s * e + P2
+        s = s * e + P1
+        s = s * e + P0
+        result = s * e
+    return result
+
+
+@triton.jit
+def _log2(a):
+    """log2 of a normal a > 0: exponent and log1p of the mantissa, half the instructions of tl.log2."""
+    if a.dtype == tl.float64:
+        result = tl.log2(a)
+    else:
+        bits = a.to(tl.int32, bitcast=True)
+        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + 127
+        result = exponent + _log1p(mantissa - 1.0) * LOG2E
+    return result
+
+
+@triton.jit
+def _divide(a, b):
+    if b.dtype == tl.float64:
+        result = a / b
+    else:
+        result = libdevice.fast_dividef(a, b)
+    return result
+
+
+@triton.jit
+def soft_target_focal(x, y, alpha0, alpha1, gamma, GAMMA_IS_2: tl.constexpr):
+    """Loss and d loss / d x of each element; x and y in the compute type.
+
+    With m = max(p, 1 - p) and u = 1 - y, v = y for x > 0 (u = y, v = 1 - y else), both signs of x share
+    |p - y| = |u m - v (1 - m)| and cross entropy = u |x| + log1p(exp(-|x|)): nothing cancels but what must.
+    """
+    e = tl.exp(-tl.abs(x)) if x.dtype == tl.float64 else tl.exp2(tl.abs(x) * -LOG2E)
+    larger = _divide(tl.full(e.shape, 1.0, e.dtype), 1.0 + e)
+    smaller = e * larger
+    positive = x > 0
+    u = tl.where(positive, 1.0 - y, y)
+    v = tl.where(positive, y, 1.0 - y)
+    d = u * larger - v * smaller
+    ce = u * tl.minimum(tl.abs(x), LARGEST) + _log1p(e)
+    w = alpha0 + y * (alpha1 - alpha0)
+    if GAMMA_IS_2:
+        loss = w * (d * d) * ce
+        grad = w * d * (2.0 * (larger * smaller) * ce + d * d)
+    else:
+        a = tl.abs(d)
+        safe = tl.maximum(a, SMALLEST)
+        scale = w * tl.exp2(gamma * _log2(safe))
+        loss = scale * ce
+        grad = gamma * (loss * _divide(larger * smaller, safe)) + scale * a
+        grad = tl.where(d > 0, grad, tl.where(d < 0, -grad, 0.0 * grad))
+    return loss, tl.where(positive, grad, -grad)
+
+
+@triton.jit
+def _pick(level, values):
+    """values[level] of a tuple, for a level known only at run time."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(level == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _place(first, shares, inner, EXTENT, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """What this program owns: level, row, elements of the row, and its first element in the row (int64)."""
+    program = tl.program_id(0)
+    level = 0
+    for i in tl.static_range(1, len(first)):
+        level += (program >= _unpack(first[i])).to(tl.int32)
+    share = (program - _unpack(_pick(level, first))).to(tl.int64)
+    length = _unpack(_pick(level, inner)).to(tl.int64)
+    if ROWS:
+        per_row = _unpack(_pick(level, shares)).to(tl.int64)
+        row = share // per_row
+        share = share - row * per_row
+        if ALIGNED:
+            length = tl.multiple_of(length, 16)
+    else:
+        row = share * 0
+    return level, row, length, share * EXTENT
+
+
+@triton.jit
+def _unpack(size):
+    return (size - 3) >> 1
+
+
+def _pack(size: int) -> int:
+    """An odd number above 1, which the JIT never specialises on (1 and multiples of 16 would each be a variant)."""
+    return 2 * size + 3
+
+
+@triton.jit
+def _focal_tile(
+    x, y, weight, lam, index, row, length, rows, column, mask, formula,
+    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    """Offsets of one tile, its weighted losses and gradients (0 where ignored), and where it is ignored.
+
+    ``mask`` is None for a tile that lies whole in its row; ``formula`` is (alpha0, alpha1, gamma) in the compute type.
+    """
+    T: tl.constexpr = formula[0].dtype
+    OTHER: tl.constexpr = None if mask is None else 0
+    offset = row * length + column if ROWS else column
+    logit = tl.load(x + offset, mask, other=OTHER).to(T)
+    target = tl.load(y + offset, mask, other=OTHER).to(T)
+    ignored = target < 0
+    if lam is not None:
+        share = tl.load(lam + row).to(T)
+        partner = tl.load(index + row).to(tl.int64)
+        tl.device_assert((partner >= 0) & (partner < rows), "mix: index out of range")
+        second = tl.load(y + partner * length + column, mask, other=OTHER).to(T)
+        ignored = ignored | (second < 0)
+        target = share * target + (1.0 - share) * second
+    loss, grad = soft_target_focal(logit, target, formula[0], formula[1], formula[2], GAMMA_IS_2)
+    if weight is not None:
+        if WEIGHT_PER_ROW:
+            w = tl.load(weight + row).to(T)
+        else:
+            w = tl.load(weight + offset, mask, other=OTHER).to(T)
+        loss *= w
+        grad *= w
+    if mask is not None:
+        ignored = ignored | (column >= length)
+    return offset, tl.where(ignored, 0.0, loss), tl.where(ignored, 0.0, grad), ignored
+
+
+@triton.jit
+def _sum_tile(
+    x, y, weight, grad_out, lam, index, scale, row, length, rows, column, mask, formula,
+    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    """Store the tile's gradients where wanted; return its losses, and 1 where an element counts."""
+    offset, loss, grad, ignored = _focal_tile(
+        x, y, weight, lam, index, row, length, rows, column, mask, formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2
+    )
+    if grad_out is not None:
+        tl.store(grad_out + offset, grad * scale, mask)
+    return loss, 1 - ignored.to(tl.int32)
+
+
+@triton.jit
+def _denominator(normalizer, T: tl.constexpr):
+    value = tl.load(normalizer).to(T)
+    return tl.where(value < 1.0, 1.0, value)
+
+
+@triton.jit
+def sum_kernel(
+    x,  # tuple of pointers, one per level: logits [rows, inner]
+    y,  # the same: targets [rows, inner]
+    weight,  # the same: [rows] or [rows, inner]; or None
+    grad,  # the same: gradients [rows, inner], written; or None
+    lam,  # [rows], or None
+    index,  # [rows] int64, or None
+    normalizer,  # scalar by which gradients are divided, or None
+    losses,  # [programs], written
+    counts,  # [programs] int32, written; or None
+    first, shares, inner,  # tuples: first program, programs per row, elements per row of each level (packed)
+    rows, tiles,  # tiles per program
+    alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
+    GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    level, row, length, start = _place(first, shares, inner, tiles * BLOCK, ROWS, ALIGNED)
+    x_l, y_l = _pick(level, x), _pick(level, y)
+    w_l = _pick(level, weight) if weight is not None else None
+    g_l = _pick(level, grad) if grad is not None else None
+    T: tl.constexpr = losses.dtype.element_ty
+    formula = (alpha0.to(T), alpha1.to(T), gamma.to(T))
+    scale = 1.0 if normalizer is None else 1.0 / _denominator(normalizer, T)
+    loss = tl.zeros((BLOCK,), T)
+    count = tl.zeros((BLOCK,), tl.int32)
+    column = start + tl.arange(0, BLOCK)
+    if start + tiles * BLOCK <= length:
+        for _ in range(tiles):
+            tile_loss, tile_count = _sum_tile(
+                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, None, formula,
+                ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
+            )  # fmt: skip
+            loss += tile_loss
+            count += tile_count
+            column += BLOCK
+    else:
+        for _ in range(tiles):
+            tile_loss, tile_count = _sum_tile(
+                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, column < length, formula,
+                ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
+            )  # fmt: skip
+            loss += tile_loss
+            count += tile_count
+            column += BLOCK
+    tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0))
+    if counts is not None:
+        tl.store(counts + tl.program_id(0), tl.sum(count, axis=0))
+
+
+@triton.jit
+def finish_kernel(
+    losses,  # [programs]
+    counts,  # [programs] int32; or None
+    normalizer,  # scalar, or None
+    total,  # scalar, written: the reduced loss
+    divisor,  # scalar, written: what gradients must still be divided by
+    programs,
+):
+    T: tl.constexpr = losses.dtype.element_ty
+    loss = tl.zeros((FINISH_BLOCK,), tl.float64)
+    count = tl.zeros((FINISH_BLOCK,), tl.int64)
+    for start in range(0, programs, FINISH_BLOCK):
+        i = start + tl.arange(0, FINISH_BLOCK)
+        loss += tl.load(losses + i, i < programs, other=0.0).to(tl.float64)
+        if counts is not None:
+            count += tl.load(counts + i, i < programs, other=0).to(tl.int64)
+    result = tl.sum(loss, axis=0)
+    left = tl.full((), 1.0, tl.float64)
+    if normalizer is not None:
+        result = result / _denominator(normalizer, tl.float64)
+    if counts is not None:
+        left = tl.maximum(tl.sum(count, axis=0), 1).to(tl.float64)
+        result = result / left
+    tl.store(total, result.to(T))
+    tl.store(divisor, left.to(T))
+
+
+@triton.jit
+def _elementwise_tile(
+    x, y, weight, upstream, out, lam, index, divisor, row, length, rows, column, mask, formula,
+    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, UPSTREAM_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    """Store the tile's losses, or its gradients where there is an upstream gradient."""
+    offset, loss, grad, ignored = _focal_tile(
+        x, y, weight, lam, index, row, length, rows, column, mask, formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2
+    )
+    if upstream is None:
+        tl.store(out + offset, loss, mask)
+    else:
+        if UPSTREAM_IS_SCALAR:
+            factor = tl.load(upstream).to(grad.dtype)
+        else:
+            factor = tl.load(upstream + offset, mask, other=None if mask is None else 0).to(grad.dtype)
+        if divisor is not None:
+            factor = factor / _denominator(divisor, grad.dtype)
+        tl.store(out + offset, tl.where(ignored, 0.0, grad * factor), mask)
+
+
+@triton.jit
+def elementwise_kernel(
+    x,  # tuple of pointers, one per level: logits [rows, inner]
+    y,  # the same: targets [rows, inner]
+    weight,  # the same: [rows] or [rows, inner]; or None
+    upstream,  # the same: gradient of the result [rows, inner] or a scalar; None writes losses, not gradients
+    out,  # the same: losses or gradients [rows, inner], written
+    lam,  # [rows], or None
+    index,  # [rows] int64, or None
+    divisor,  # scalar by which gradients are divided (at least 1), or None
+    first, shares, inner,  # tuples: first program, programs per row, elements per row of each level (packed)
+    rows,
+    alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
+    UPSTREAM_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    level, row, length, start = _place(first, shares, inner, BLOCK, ROWS, ALIGNED)
+    x_l, y_l, out_l = _pick(level, x), _pick(level, y), _pick(level, out)
+    w_l = _pick(level, weight) if weight is not None else None
+    u_l = _pick(level, upstream) if upstream is not None else None
+    T: tl.constexpr = tl.float64 if x_l.dtype.element_ty == tl.float64 else tl.float32
+    formula = (alpha0.to(T), alpha1.to(T), gamma.to(T))
+    column = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= length:
+        _elementwise_tile(
+            x_l, y_l, w_l, u_l, out_l, lam, index, divisor, row, length, rows, column, None, formula,
+            ROWS, WEIGHT_PER_ROW, UPSTREAM_IS_SCALAR, GAMMA_IS_2,
+        )  # fmt: skip
+    else:
+        _elementwise_tile(
+            x_l, y_l, w_l, u_l, out_l, lam, index, divisor, row, length, rows, column, column < length, formula,
+            ROWS, WEIGHT_PER_ROW, UPSTREAM_IS_SCALAR, GAMMA_IS_2,
+        )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(grad, factor, divisor, first, shares, inner, BLOCK: tl.constexpr):
+    """grad *= factor / divisor in place; where that is 1 every program returns without touching grad."""
+    level, _, length, start = _place(first, shares, inner, BLOCK, False, False)
+    g_l = _pick(level, grad)
+    T: tl.constexpr = tl.float64 if g_l.dtype.element_ty == tl.float64 else tl.float32
+    scale = tl.load(factor).to(T) / tl.load(divisor).to(T)
+    if scale != 1.0:
+        offset = start + tl.arange(0, BLOCK)
+        if start + BLOCK <= length:
+            tl.store(g_l + offset, tl.load(g_l + offset).to(T) * scale)
+        else:
+            mask = offset < length
+            tl.store(g_l + offset, tl.load(g_l + offset, mask, other=0.0).to(T) * scale, mask)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How the levels share one grid: program numbers and sizes as the kernels take them."""
+
+    programs: int
+    first: tuple[int, ...]
+    shares: tuple[int, ...]
+    inner: tuple[int, ...]
+    aligned: bool
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], rows: int, extent: int) -> "_Grid":
+        """A program owns ``extent`` elements of a row."""
+        inner = [t.numel() // rows for t in tensors]
+        shares = [triton.cdiv(n, extent) for n in inner]
+        first = [0, *itertools.accumulate(rows * n for n in shares)]
+        return _Grid(
+            first[-1],
+            tuple(map(_pack, first[:-1])),
+            tuple(map(_pack, shares)),
+            tuple(map(_pack, inner)),
+            all(n % 16 == 0 for n in inner),
+        )
+
+
+def launch_sum(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    normalizer: Tensor | None,
+    lam: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+    mean: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Reduced loss, what its gradients must still be divided by, and those gradients (none where not wanted).
+
+    Every tensor is dense, in the order of ``logits``; ``weights`` is empty or one tensor of ``rows`` or all elements
+    per level. Gradients are already divided by ``normalizer`` where one is given.
+    """
+    launch = launch_parameters("soft_target_focal_loss", logits[0].device)
+    tiles = launch.tiles(sum(x.numel() for x in logits))
+    grid = _Grid.of(logits, rows, tiles * launch.block)
+    dtype = compute_dtype(logits)
+    losses = logits[0].new_empty(grid.programs, dtype=dtype)
+    count = mean and normalizer is None
+    counts = logits[0].new_empty(grid.programs, dtype=torch.int32) if count else None
+    total, divisor = logits[0].new_empty((), dtype=dtype), logits[0].new_empty((), dtype=dtype)
+    gradients = [torch.empty_like(x) for x in logits] if with_gradient else []
+    with torch.cuda.device_of(logits[0]):
+        if grid.programs:
+            sum_kernel[(grid.programs,)](
+                tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None, lam, index,
+                normalizer, losses, counts, grid.first, grid.shares, grid.inner, rows, tiles, alpha0, alpha1, gamma,
+                BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned,
+                WEIGHT_PER_ROW=bool(weights) and weights[0].numel() == rows, GAMMA_IS_2=gamma == 2.0,
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+        finish_kernel[(1,)](losses, counts, normalizer, total, divisor, grid.programs, num_warps=4)
+    return total, divisor, gradients
+
+
+def launch_elementwise(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    divisor: Tensor | None,
+    lam: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+) -> list[Tensor]:
+    """Losses of every element; or, where ``upstream`` is given, gradients: d loss / d x * upstream / max(divisor, 1).
+
+    ``upstream`` is empty, or per level a tensor like the logits or one scalar.
+    """
+    launch = launch_parameters("soft_target_focal_loss", logits[0].device)
+    grid = _Grid.of(logits, rows, launch.block)
+    out = [torch.empty_like(x) for x in logits]
+    if grid.programs:
+        with torch.cuda.device_of(logits[0]):
+            elementwise_kernel[(grid.programs,)](
+                tuple(logits), tuple(targets), tuple(weights) or None, tuple(upstream) or None, tuple(out), lam, index,
+                divisor, grid.first, grid.shares, grid.inner, rows, alpha0, alpha1, gamma,
+                BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned,
+                WEIGHT_PER_ROW=bool(weights) and weights[0].numel() == rows,
+                UPSTREAM_IS_SCALAR=bool(upstream) and upstream[0].dim() == 0, GAMMA_IS_2=gamma == 2.0,
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def launch_scale(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor) -> None:
+    """gradients *= factor / divisor, in place; costs no traffic where factor equals divisor."""
+    launch = launch_parameters("soft_target_focal_loss", gradients[0].device)
+    grid = _Grid.of(gradients, 1, launch.block)
+    if grid.programs:
+        with torch.cuda.device_of(gradients[0]):
+            scale_kernel[(grid.programs,)](
+                tuple(gradients), factor, divisor, grid.first, grid.shares, grid.inner,
+                BLOCK=launch.block, num_warps=launch.num_warps,
+            )  # fmt: skip

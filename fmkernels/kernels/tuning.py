@@ -1,0 +1,48 @@
+"""Launch parameters of every kernel, as data: one row per operation and architecture.
+
+A row was either chosen from the compiled code (registers, instructions per element) or, once a GPU has run
+benchmarks/tune.py, from measurements there; ``source`` says which.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Elements per tile, warps per program, tiles per program, and where the numbers come from."""
+
+    block: int
+    num_warps: int
+    max_tiles: int = 1
+    enough_programs: int = 2048  # a program takes more tiles only where at least so many programs are left
+    source: str = "compiled code"
+
+    def tiles(self, elements: int) -> int:
+        """Tiles per program for so many elements."""
+        return max(1, min(self.max_tiles, elements // (self.block * self.enough_programs)))
+
+
+DEFAULT = "default"
+
+TABLE: dict[str, dict[str, Launch]] = {
+    "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4)},
+}
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return DEFAULT
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch_parameters(op: str, device: torch.device) -> Launch:
+    """The row of ``op`` for this device, or its default row."""
+    rows = TABLE[op]
+    return rows.get(_architecture(device), rows[DEFAULT])

@@ -1,0 +1,5 @@
+"""Float64 oracles in textbook form, named as in ``fmkernels.functional``. For tests and benchmarks."""
+
+from reference.soft_target_focal_loss import soft_target_focal_loss
+
+__all__ = ["soft_target_focal_loss"]

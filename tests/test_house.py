@@ -1,0 +1,95 @@
+"""The shape of the house: which way imports go, what importing costs, examples in docstrings, files a person expects."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fmkernels"
+
+# part of the package -> what it may import of the package when it is loaded
+ALLOWED = {
+    "checks": set(),
+    "dtypes": set(),
+    "cpu": {"cpu", "dtypes"},
+    "kernels": {"kernels", "dtypes"},
+    "ops": {"ops", "dtypes"},
+    "functional": {"ops", "checks", "dtypes"},
+    "nn": {"functional"},
+    "focalmix": {"focalmix", "functional", "nn"},
+    "__init__": {"functional", "nn"},
+    "__main__": {"focalmix"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, inside functions too."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
+            name = base if node.level else node.module
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("fmkernels.")}
+    inside = {name for name in used if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+    public = {"soft_target_focal_loss"}
+    assert inside <= ALLOWED[part], f"{path.name} imports {sorted(inside - ALLOWED[part])}"
+    assert used - inside <= public | {"__version__"}
+
+
+def test_only_kernels_import_triton():
+    users = {
+        path.relative_to(PACKAGE).parts[0] for path in modules() if any("triton" in n.split(".") for n in imports(path))
+    }
+    assert users <= {"kernels"}
+
+
+def test_nothing_outside_of_tests_and_benchmarks_uses_the_reference():
+    assert not [path for path in modules() if any(n.split(".")[0] in ("reference", "tests") for n in imports(path))]
+
+
+@pytest.mark.parametrize("forbidden", ["triton", "SimpleITK", "matplotlib", "scipy"])
+def test_importing_the_package_imports_no_more_than_torch(forbidden):
+    code = (
+        "import sys, torch; before = set(sys.modules); import fmkernels, fmkernels.focalmix.cli; "
+        f"sys.exit({forbidden!r} in set(sys.modules) - before)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["fmkernels.functional", "fmkernels.nn", "fmkernels.focalmix.files", "fmkernels.focalmix.anchors"]
+)
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert results.failed == 0 and (results.attempted > 0 or name.endswith("anchors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "setup.py"]
+)
+def test_files_that_a_person_expects(name):
+    assert (ROOT / name).stat().st_size > 100
+
+
+def test_constraints_pin_names_and_versions_only():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert lines and all(line.count("==") == 1 and "/" not in line and " " not in line for line in lines)

@@ -1,0 +1,523 @@
+"""soft_target_focal_loss on the CPU path and through its kernels, against the float64 reference and against peers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from fmkernels import nn, soft_target_focal_loss
+from fmkernels.kernels.tuning import launch_parameters
+from tests.support.tolerance import assert_close
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TARGETS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]
+GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.3]
+BLOCK = launch_parameters("soft_target_focal_loss", torch.device("cpu")).block
+
+
+def make(shape, dtype=torch.float32, target_dtype=torch.float32, device="cpu", seed=0, spread=4.0):
+    """Logits, and targets of which some are 0, some 1, some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
+    targets = torch.rand(shape, generator=generator)
+    kind = torch.rand(shape, generator=generator)
+    targets[kind < 0.3] = 0
+    targets[kind > 0.8] = 1
+    if target_dtype.is_floating_point:
+        targets[(kind > 0.5) & (kind < 0.6)] = -1
+        targets = targets.to(target_dtype)
+    else:
+        targets = (targets > 0.5).to(target_dtype)
+    return logits.to(device), targets.to(device)
+
+
+def run(function, logits, targets, upstream=None, **arguments):
+    """Loss, and gradients under a given or random upstream gradient."""
+    single = isinstance(logits, torch.Tensor)
+    leaves = [x.detach().clone().requires_grad_() for x in ([logits] if single else logits)]
+    loss = function(leaves[0] if single else leaves, targets, **arguments)
+    losses = [loss] if isinstance(loss, torch.Tensor) else loss
+    if upstream is None:
+        generator = torch.Generator().manual_seed(5)
+        upstream = [torch.rand(v.shape, generator=generator).to(v.device) + 0.5 for v in losses]
+    torch.autograd.backward(losses, [u.to(v.dtype) for u, v in zip(upstream, losses, strict=True)])
+    return loss, [x.grad for x in leaves], upstream
+
+
+def compare(logits, targets, dtype, **arguments):
+    loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, **arguments)
+    expected, expected_gradients, _ = run(reference.soft_target_focal_loss, logits, targets, upstream, **arguments)
+    if isinstance(loss, torch.Tensor):
+        loss, expected = [loss], [expected]
+    for ours, theirs in zip(loss, expected, strict=True):
+        assert_close(ours, theirs)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, theirs.to(ours.device), dtype)
+    return gradients
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_matches_reference(path, dtype, gamma, reduction):
+    logits, targets = make((3, 5, 7, 11), dtype, device=path.device)
+    compare(logits, targets, dtype, gamma=gamma, reduction=reduction)
+
+
+@pytest.mark.parametrize("target_dtype", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_pair_of_types(path, dtype, target_dtype):
+    logits, targets = make((2, 333), dtype, target_dtype, device=path.device)
+    compare(logits, targets, dtype)
+
+
+def weights_for(shape, device):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(), (1,), (shape[0], *[1] * (len(shape) - 1)), shape[1:], shape, (shape[0], 1, *shape[2:])]
+    return [torch.rand(s, generator=generator).to(device) for s in shapes]
+
+
+@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 4, 4), (5, 7), (3, 160)])
+def test_weight_and_mix(path, kind, mixed, shape):
+    logits, targets = make(shape, device=path.device)
+    weight = weights_for(shape, path.device)[kind]
+    mix = None
+    if mixed:
+        lam = torch.linspace(0.5, 1, shape[0], device=path.device)
+        mix = (lam, torch.tensor([1, 0, 0, 2, 4][: shape[0]], device=path.device).clamp(max=shape[0] - 1))
+    for reduction in ("none", "mean"):
+        compare(logits, targets, torch.float32, weight=weight, mix=mix, reduction=reduction)
+
+
+@pytest.mark.parametrize("normalizer", [0.0, 0.3, 7, 12.5])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_normalizer(path, normalizer, as_tensor):
+    logits, targets = make((2, 77), device=path.device)
+    given_value = torch.tensor(normalizer, device=path.device) if as_tensor else normalizer
+    loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, normalizer=given_value)
+    total, total_gradients, _ = run(reference.soft_target_focal_loss, logits, targets, upstream, reduction="sum")
+    assert_close(loss, total / max(normalizer, 1))
+    assert_close(gradients[0], total_gradients[0] / max(normalizer, 1))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("container", [list, tuple])
+def test_levels_equal_concatenation(path, reduction, container):
+    shapes = [(2, 3, 9, 9, 9), (2, 3, 3, 3, 3), (2, 3, 1, 1, 1)]
+    made = [make(shape, seed=i, device=path.device) for i, shape in enumerate(shapes)]
+    logits, targets = container(x for x, _ in made), container(y for _, y in made)
+    weight = torch.tensor([0.3, 2.0], device=path.device).reshape(2, 1, 1, 1, 1)
+    mix = (torch.tensor([0.9, 0.6], device=path.device), torch.tensor([1, 0], device=path.device))
+    for arguments in ({}, {"weight": weight}, {"weight": [weight] * 3, "mix": mix}, {"weight": list(targets)}):
+        compare(logits, targets, torch.float32, reduction=reduction, **arguments)
+    loss = soft_target_focal_loss(logits, targets, reduction=reduction)
+    if reduction == "none":
+        assert type(loss) is container and [v.shape for v in loss] == [x.shape for x in logits]
+    else:
+        flat = [torch.cat([v.flatten() for v in values]) for values in (logits, targets)]
+        assert_close(loss, soft_target_focal_loss(*flat, reduction=reduction))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0, 1.5, 2.0, 5.0, 40.0])
+def test_float32_gradients_are_accurate_and_finite(path, gamma):
+    targets = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(30, generator=torch.Generator().manual_seed(1))])
+    logits = torch.linspace(-60, 60, 1201)
+    x, y = (v.flatten().to(path.device) for v in torch.meshgrid(logits, targets, indexing="ij"))
+    ones = [torch.ones((), device=path.device)]
+    _, (ours,), _ = run(soft_target_focal_loss, x, y, ones, gamma=gamma, reduction="sum")
+    _, (exact,), _ = run(reference.soft_target_focal_loss, x.double(), y, ones, gamma=gamma, reduction="sum")
+    normal = exact.abs() > 1e-36  # below, float32 has no digits to be right with
+    error = ((ours - exact).abs() / exact.abs())[normal]
+    assert error.quantile(0.99) <= 1e-5
+    assert error.median() <= 2e-6
+
+    extreme = torch.tensor([-3e38, -1e5, -104.0, -88.0, -0.0, 0.0, 1e-30, 88.0, 104.0, 1e5, 3e38])
+    x, y = (v.flatten().to(path.device) for v in torch.meshgrid(extreme, targets, indexing="ij"))
+    loss, (gradient,), _ = run(soft_target_focal_loss, x, y, [torch.ones_like(x)], gamma=gamma, reduction="none")
+    assert gradient.isfinite().all() and loss.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0])
+def test_gradient_at_the_cusp_is_zero(path, gamma):
+    logits = torch.zeros(3, device=path.device)
+    _, (gradient,), _ = run(soft_target_focal_loss, logits, torch.full_like(logits, 0.5), gamma=gamma, reduction="sum")
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_logits(path, value):
+    logits = torch.tensor([value, value, value], device=path.device)
+    loss, (gradient,), _ = run(
+        soft_target_focal_loss, logits, torch.tensor([0.0, 0.5, 1.0], device=path.device), reduction="none"
+    )
+    right = 2 if value > 0 else 0
+    assert loss[right] == 0 and (loss.isfinite() & gradient.isfinite()).all()
+
+
+def test_nan_propagates(path):
+    logits = torch.tensor([math.nan, 0.0, math.nan, 0.0], device=path.device)
+    targets = torch.tensor([0.5, math.nan, -1.0, 0.5], device=path.device)
+    loss, (gradient,), _ = run(soft_target_focal_loss, logits, targets, reduction="none")
+    assert loss.isnan().tolist() == gradient.isnan().tolist() == [True, True, False, False]
+    assert loss[2] == gradient[2] == 0
+
+
+@pytest.mark.parametrize("target", [0.1, 0.7, 0.95])
+def test_minimum_is_at_the_target(path, target):
+    p = torch.arange(1, 1000, device=path.device) / 1000
+    loss = soft_target_focal_loss(torch.logit(p), torch.full_like(p, target), reduction="none")
+    assert p[loss.argmin()].item() == pytest.approx(target)
+
+
+def test_hard_targets_give_the_usual_focal_loss(path):
+    logits, targets = make((4, 50), target_dtype=torch.bool, device=path.device)
+    hard = targets.float()
+    ce = F.binary_cross_entropy_with_logits(logits, hard, reduction="none")
+    p_t = torch.where(targets, torch.sigmoid(logits), torch.sigmoid(-logits))
+    expected = torch.where(targets, 0.25, 0.75) * (1 - p_t) ** 2 * ce
+    assert_close(soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"), expected)
+
+
+def test_equals_torchvision_where_installed(path):
+    ops = pytest.importorskip("torchvision.ops", exc_type=ImportError)
+    logits, targets = make((4, 50), target_dtype=torch.bool, device=path.device)
+    expected = ops.sigmoid_focal_loss(logits, targets.float(), alpha=0.25, gamma=2.0, reduction="none")
+    assert_close(soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"), expected)
+
+
+def test_equal_alphas_give_the_quality_focal_loss(path):
+    logits, targets = make((4, 50), device=path.device)
+    targets = targets.abs()
+    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    expected = (targets - torch.sigmoid(logits)).abs() ** 2 * ce
+    assert_close(soft_target_focal_loss(logits, targets, alpha0=1, alpha1=1, reduction="none"), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_float16_gradients_survive_a_grad_scaler(path, scale, reduction):
+    logits = torch.randn(60_000, generator=torch.Generator().manual_seed(0)).sub(4.6).half().to(path.device)
+    targets = torch.zeros(60_000, dtype=torch.uint8, device=path.device)
+    factor = scale if reduction == "mean" else scale / 60_000
+    upstream = [torch.tensor(factor, device=path.device)]
+    _, (ours,), _ = run(soft_target_focal_loss, logits, targets, upstream, reduction=reduction)
+    _, (exact,), _ = run(reference.soft_target_focal_loss, logits.double(), targets, upstream, reduction=reduction)
+    if scale > 1:
+        assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
+    else:  # half precision itself cannot hold them: that is what the scaler is for
+        assert (ours.double() - exact).abs().max() <= 2**-24
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_repeated_backward_and_any_upstream(path, dtype):
+    logits, targets = make((3, 40), dtype, device=path.device)
+    logits.requires_grad_()
+    loss = soft_target_focal_loss(logits, targets)
+    once = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    kept = once.clone()
+    three = torch.autograd.grad(loss * 3, logits, retain_graph=True)[0]
+    again = torch.autograd.grad(loss, logits)[0]
+    assert_close(again, once)
+    assert_close(three, once.double() * 3, dtype)
+    assert torch.equal(once, kept), "a later backward changed a gradient already given away"
+
+
+def test_inputs_are_left_alone(path):
+    logits, targets = make((3, 40), device=path.device)
+    before = logits.clone(), targets.clone()
+    run(soft_target_focal_loss, logits, targets)
+    assert torch.equal(logits, before[0]) and torch.equal(targets, before[1])
+
+
+def test_is_deterministic(path):
+    logits, targets = make((5, 3 * BLOCK + 7), device=path.device)
+    first, (gradient,), _ = run(soft_target_focal_loss, logits, targets)
+    for _ in range(3):
+        again, (gradient_again,), _ = run(soft_target_focal_loss, logits, targets)
+        assert torch.equal(first, again) and torch.equal(gradient, gradient_again)
+
+
+def test_second_derivative_raises(path):
+    logits, targets = make((3, 4), device=path.device)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(soft_target_focal_loss(logits, targets), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 2.7])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_gradcheck(path, gamma, reduction):
+    logits, targets = make((3, 5), torch.float64, torch.float64, device=path.device, spread=2.0)
+    weight = torch.rand(3, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(path.device)
+    mix = (torch.tensor([0.7, 1.0, 0.6], device=path.device), torch.tensor([1, 2, 0], device=path.device))
+    for arguments in ({}, {"weight": weight, "mix": mix}):
+        assert torch.autograd.gradcheck(
+            lambda x, kw=arguments: soft_target_focal_loss(x, targets, gamma=gamma, reduction=reduction, **kw),
+            (logits.requires_grad_(),),
+        )
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced", "expanded"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_strided_input(path, layout, mixed):
+    logits, targets = make((4, 3, 6, 5, 4), device=path.device)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last_3d)
+        targets = targets.to(memory_format=torch.channels_last_3d)
+    elif layout == "permuted":
+        logits, targets = logits.permute(2, 0, 4, 1, 3), targets.permute(2, 0, 4, 1, 3)
+    elif layout == "sliced":
+        logits, targets = logits[:, 1:, ::2, :, 1:], targets[:, 1:, ::2, :, 1:]
+    else:
+        logits = logits[:1].expand_as(logits)
+    n = logits.shape[0]
+    mix = (torch.full((n,), 0.8, device=path.device), torch.arange(n, device=path.device).flip(0)) if mixed else None
+    for reduction in ("none", "mean"):
+        loss, (gradient,), upstream = run(soft_target_focal_loss, logits, targets, mix=mix, reduction=reduction)
+        expected, (exact,), _ = run(
+            reference.soft_target_focal_loss, logits, targets, upstream, mix=mix, reduction=reduction
+        )
+        assert_close(loss, expected)
+        assert_close(gradient, exact)
+
+
+def test_permuted_input_is_not_copied(path):
+    logits, targets = make((2, 3, 6, 5, 4), device=path.device)
+    logits = logits.to(memory_format=torch.channels_last_3d)
+    loss = soft_target_focal_loss(logits, targets.to(memory_format=torch.channels_last_3d), reduction="none")
+    assert loss.stride() == logits.stride()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 4), ()])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_empty_and_zero_dimensional(path, shape, reduction):
+    logits, targets = make(shape, device=path.device)
+    loss, (gradient,), _ = run(soft_target_focal_loss, logits, targets, reduction=reduction)
+    expected = reference.soft_target_focal_loss(logits, targets, reduction=reduction)
+    assert gradient.shape == shape and loss.shape == expected.shape
+    assert_close(loss, expected)
+
+
+def test_empty_batch_with_mix_and_empty_level(path):
+    empty = torch.zeros(0, 5, device=path.device)
+    mix = (torch.zeros(0, device=path.device), torch.zeros(0, dtype=torch.int64, device=path.device))
+    assert soft_target_focal_loss(empty, empty, mix=mix, weight=torch.zeros(0, 1, device=path.device)) == 0
+    logits, targets = make((2, 200), device=path.device)
+    levels = [logits, torch.zeros(2, 0, device=path.device)]
+    expected = reference.soft_target_focal_loss(logits, targets)
+    weight = torch.ones(2, 1, device=path.device)
+    assert_close(soft_target_focal_loss(levels, [targets, levels[1]], weight=weight), expected)
+
+
+def test_all_ignored_is_zero(path):
+    logits, targets = make((2, 33), device=path.device)
+    loss, (gradient,), _ = run(soft_target_focal_loss, logits, torch.full_like(targets, -1))
+    assert loss == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 17])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sizes_around_a_block(path, n, rows):
+    logits, targets = make((rows, n), device=path.device)
+    mix = None
+    if rows > 1:
+        mix = (torch.full((rows,), 0.75, device=path.device), torch.arange(rows, device=path.device).flip(0))
+    compare(logits, targets, torch.float32, mix=mix, reduction="none")
+    compare(logits, targets, torch.float32, mix=mix)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
+    logits, targets = make((4 * BLOCK,), dtype)
+    loss, (gradient,), _ = run(soft_target_focal_loss, logits, targets, reduction="none")
+    for right in (loss, gradient):
+        for wrong in (torch.zeros_like(right), right.roll(BLOCK)):
+            with pytest.raises(AssertionError):
+                assert_close(wrong, right)
+
+
+def test_opcheck(path):
+    ops = torch.ops.fmkernels
+    logits, targets = make((3, 40), device=path.device)
+    weight = torch.rand(3, device=path.device)
+    lam, index = torch.rand(3, device=path.device), torch.tensor([2, 2, 0], device=path.device)
+    formula = (3, 0.05, 0.95, 2.0)
+    normalizer = torch.tensor(4.0, device=path.device)
+    inputs = ([logits, logits], [targets, targets], [weight, weight])
+    one = torch.ones((), device=path.device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for arguments in (
+        (*inputs, normalizer, lam, index, *formula, True, True),
+        (*inputs, None, None, None, *formula, False, False),
+    ):
+        torch.library.opcheck(ops.soft_target_focal_loss_sum.default, arguments, test_utils=tests)
+    for arguments in (
+        (*inputs, [], None, lam, index, *formula),
+        (*inputs, [one, one], normalizer, None, None, *formula),
+    ):
+        torch.library.opcheck(ops.soft_target_focal_loss_elementwise.default, arguments, test_utils=tests)
+    torch.library.opcheck(ops.soft_target_focal_loss_scale.default, ([logits.clone()], one * 2, one), test_utils=tests)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
+    def step(x, y, w, lam, index):
+        arguments = {"normalizer": (y > 0.5).sum()} if reduction == "mean" else {}
+        return soft_target_focal_loss(
+            [x, x * 2], [y, y / 2], weight=w, mix=(lam, index), reduction=reduction, **arguments
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (200, 330):
+        logits, targets = make((3, n), dtype, device=path.device)
+        weight = torch.rand(3, 1, generator=torch.Generator().manual_seed(1)).to(path.device)
+        lam, index = torch.full((3,), 0.9, device=path.device), torch.tensor([1, 2, 0], device=path.device)
+        results = []
+        for function in (step, compiled):
+            x = logits.clone().requires_grad_()
+            loss = function(x, targets, weight, lam, index)
+            total = loss if isinstance(loss, torch.Tensor) else sum(v.float().sum() for v in loss)
+            (total * 3).backward()
+            results.append((total, x.grad))
+        assert_close(results[1][0], results[0][0])
+        assert_close(results[1][1], results[0][1])
+
+
+def test_module_is_the_function(path):
+    logits, targets = make((3, 40), device=path.device)
+    module = nn.SoftTargetFocalLoss(alpha0=0.3, alpha1=0.6, gamma=1.5, reduction="sum")
+    expected = soft_target_focal_loss(logits, targets, alpha0=0.3, alpha1=0.6, gamma=1.5, reduction="sum")
+    assert torch.equal(module(logits, targets), expected)
+    assert repr(module) == "SoftTargetFocalLoss(alpha0=0.3, alpha1=0.6, gamma=1.5, reduction='sum')"
+
+
+X, Y = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+LAM, INDEX = torch.ones(2), torch.zeros(2, dtype=torch.int64)
+LEAF = torch.full((2, 3), 0.5, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "logits must be a tensor", {"logits": 3.0}),
+        (TypeError, "logits must be float16 or bfloat16", {"logits": X.int()}),
+        (TypeError, "logits must be a tensor or a list", {"logits": [X, 1]}),
+        (ValueError, "logits must hold at least one", {"logits": [], "targets": []}),
+        (TypeError, "logits must be float32, got float64", {"logits": [X, X.double()], "targets": [Y, Y]}),
+        (ValueError, "targets must have the structure", {"targets": [Y]}),
+        (ValueError, "targets must have the structure", {"logits": [X, X], "targets": [Y]}),
+        (ValueError, r"targets must have the shape of logits, \(2, 3\), got \(3,\)", {"targets": Y[0]}),
+        (TypeError, "targets must be .* got int64", {"targets": Y.long()}),
+        (TypeError, "targets must be .* got int16", {"targets": Y.short()}),
+        (TypeError, "targets must be float32, got uint8", {"logits": [X, X], "targets": [Y, Y.to(torch.uint8)]}),
+        (ValueError, "targets must be on cpu", {"targets": Y.to("meta")}),
+        (ValueError, "no gradient to targets", {"targets": LEAF}),
+        (ValueError, "gamma must be >= 0", {"gamma": -0.1}),
+        (ValueError, "gamma must be finite", {"gamma": math.nan}),
+        (TypeError, "gamma must be a number", {"gamma": "2"}),
+        (TypeError, "alpha0 must be a number", {"alpha0": torch.tensor(0.1)}),
+        (ValueError, "alpha1 must be finite", {"alpha1": math.inf}),
+        (ValueError, "reduction must be", {"reduction": "avg"}),
+        (ValueError, "weight must broadcast", {"weight": torch.ones(2)}),
+        (ValueError, "weight must broadcast", {"weight": torch.ones(1, 2, 3)}),
+        (TypeError, "weight must be float16", {"weight": torch.ones(2, 3, dtype=torch.int64)}),
+        (TypeError, "weight must be a tensor", {"weight": 2.0}),
+        (ValueError, "weight must be one tensor or one per level", {"weight": [Y, Y]}),
+        (ValueError, "no gradient to weight", {"weight": LEAF}),
+        (ValueError, "weight must be on cpu", {"weight": Y.to("meta")}),
+        (ValueError, 'normalizer goes with reduction "mean"', {"normalizer": 3.0, "reduction": "sum"}),
+        (ValueError, "normalizer must be a number or a real 0-d tensor", {"normalizer": torch.ones(1)}),
+        (ValueError, "normalizer must be finite", {"normalizer": math.nan}),
+        (TypeError, "normalizer must be a number", {"normalizer": "3"}),
+        (ValueError, "no gradient to normalizer", {"normalizer": LEAF.sum()}),
+        (ValueError, "normalizer must be on cpu", {"normalizer": torch.ones((), device="meta")}),
+        (TypeError, "mix must be a pair", {"mix": LAM}),
+        (TypeError, "mix must be a pair", {"mix": (0.5, INDEX)}),
+        (ValueError, "mix needs logits", {"mix": (LAM[:1], INDEX)}),
+        (ValueError, "mix needs logits", {"mix": (LAM, INDEX[:1])}),
+        (ValueError, "mix needs logits", {"logits": X[0, 0], "targets": Y[0, 0], "mix": (LAM, INDEX)}),
+        (TypeError, "mix index must be int64", {"mix": (LAM, INDEX.int())}),
+        (TypeError, "mix lam must be float16", {"mix": (INDEX, INDEX)}),
+        (ValueError, "mix index must be on cpu", {"mix": (LAM, INDEX.to("meta"))}),
+        (ValueError, "no gradient to mix lam", {"mix": (LEAF[:, 0], INDEX)}),
+    ],
+)
+def test_bad_arguments(error, words, arguments):
+    with pytest.raises(error, match=f"soft_target_focal_loss: .*{words}"):
+        soft_target_focal_loss(**{"logits": X, "targets": Y, **arguments})
+
+
+@pytest.mark.parametrize("bad", [-1, 2])
+def test_mix_index_out_of_range_is_an_error(path, bad):
+    if path.device.type == "cuda":
+        pytest.skip("a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process")
+    with pytest.raises((AssertionError, IndexError)):
+        soft_target_focal_loss(X, Y, mix=(LAM, INDEX + bad))
+
+
+CASE = st.fixed_dictionaries(
+    {
+        "shape": st.lists(st.sampled_from([0, 1, 2, 3, 5, 7, 13, 64]), min_size=0, max_size=3),
+        "dtype": st.sampled_from(FLOATS),
+        "target_dtype": st.sampled_from(TARGETS),
+        "gamma": st.sampled_from([*GAMMAS, 0.1, 7.0]),
+        "reduction": st.sampled_from(["none", "sum", "mean"]),
+        "weighted": st.booleans(),
+        "mixed": st.booleans(),
+        "transpose": st.booleans(),
+        "spread": st.sampled_from([0.1, 3.0, 40.0]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(case=CASE)
+def test_any_case_on_the_cpu_path(case):
+    check_case(case)
+
+
+@pytest.mark.kernel
+def test_any_case_in_the_kernel(path):
+    if path.name != "kernel":
+        pytest.skip("the CPU path has its own")
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(case=CASE)
+    def check(case):
+        check_case(case, path.device)
+
+    check()
+
+
+def check_case(case, device="cpu"):
+    shape = tuple(case["shape"])
+    logits, targets = make(shape, case["dtype"], case["target_dtype"], device, case["seed"], case["spread"])
+    arguments = {"gamma": case["gamma"], "reduction": case["reduction"]}
+    if case["transpose"] and len(shape) > 1:
+        logits, targets = logits.transpose(0, -1), targets.transpose(0, -1)
+    generator = torch.Generator().manual_seed(case["seed"])
+    batch = logits.shape[0] if logits.dim() else 0
+    if case["weighted"]:
+        weight_shape = [batch, *[1] * (logits.dim() - 1)] if shape else []
+        arguments["weight"] = torch.rand(weight_shape, generator=generator).to(device)
+    if case["mixed"] and batch:
+        index = torch.randint(batch, (batch,), generator=generator)
+        arguments["mix"] = (torch.rand(batch, generator=generator).to(device), index.to(device))
+    loss, (gradient,), upstream = run(soft_target_focal_loss, logits, targets, **arguments)
+    expected, (exact,), _ = run(reference.soft_target_focal_loss, logits, targets, upstream, **arguments)
+    assert_close(loss, expected)
+    assert gradient.isfinite().all()
+    if case["gamma"] >= 1:  # towards the cusp of gamma < 1 the gradient amplifies the rounding of p without bound
+        assert_close(gradient, exact)

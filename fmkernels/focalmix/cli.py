@@ -1,0 +1,220 @@
+"""The command ``fmkernels``: write phantoms, train, detect, evaluate. Bad input ends with one line and exit code 2."""
+
+import argparse
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fmkernels.focalmix.errors import InputError
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0; 1 where training diverged; 2 on bad input; 130 after Ctrl-C."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+        return arguments.run(arguments)
+    except (InputError, OSError) as error:
+        print(f"fmkernels: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"fmkernels: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"\nfmkernels: {str(error) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="fmkernels", description="Lung-nodule detection on CT in LUNA16's format.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, add, text in (
+        ("phantom", _add_phantom, "write a synthetic data set in LUNA16's layout"),
+        ("train", _add_train, "train a detector and evaluate it on the test scans"),
+        ("detect", _add_detect, "find nodules in scans with a trained detector"),
+        ("evaluate", _add_evaluate, "compute FROC and CPM of candidates by LUNA16's rules"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        # The options of train come from its configuration, whose import is slow: only where they are asked for.
+        if name == next((word for word in argv if not word.startswith("-")), None):
+            add(command)
+    return parser.parse_args(argv)
+
+
+def _add_phantom(parser: argparse.ArgumentParser) -> None:
+    from fmkernels.focalmix.phantom import SIZES
+
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="of the scans (default: %(default)s)")
+    parser.add_argument("--scans", type=_at_least(1), help="how many (default: as the size has)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of all randomness (default: %(default)s)")
+    parser.add_argument("--workers", type=_at_least(1), help="processes (default: one per core)")
+    parser.set_defaults(run=_phantom)
+
+
+def _phantom(arguments: argparse.Namespace) -> int:
+    from fmkernels.focalmix.phantom import write_phantoms
+
+    write_phantoms(
+        arguments.out,
+        size=arguments.size,
+        scans=arguments.scans,
+        seed=arguments.seed,
+        workers=arguments.workers,
+    )
+    return 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from fmkernels.focalmix.train import PRESETS, Config
+
+    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    parser.add_argument("--out", metavar="RUN", type=Path, required=True, help="the folder of the run")
+    parser.add_argument("--preset", choices=PRESETS, help="settings that the options below change (default: demo)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
+    parser.add_argument("--profile", action="store_true", help="wait for the GPU at every stage, to time each")
+    settings = parser.add_argument_group("settings", "Lists are separated by commas, those of three are z,y,x.")
+    hints = typing.get_type_hints(Config)
+    for option in fields(Config):
+        default = "none" if option.default is None else _written(option.default)
+        settings.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=_reader(hints[option.name]),
+            metavar="LIST" if isinstance(option.default, tuple) else "VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{option.metadata['help']} (demo: {default})".replace("%", "%%"),
+        )
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fmkernels.focalmix.train import PRESETS, Config, load_config, train
+
+    given = {option.name: value for option in fields(Config) if (value := vars(arguments).get(option.name)) is not None}
+    stored = load_config(arguments.out) if arguments.resume and arguments.preset is None else None
+    config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
+    evaluation = train(config, arguments.data, arguments.out, resume=arguments.resume, profile=arguments.profile)
+    if evaluation is not None:
+        print(evaluation)
+    return 0
+
+
+def _add_detect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files, or folders of such")
+    parser.add_argument("--out", metavar="CSV", type=Path, help="default: RUN/candidates.csv, if not yet there")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.set_defaults(run=_detect)
+
+
+def _detect(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fmkernels.focalmix.froc import write_candidates
+    from fmkernels.focalmix.luna16 import load_volume
+    from fmkernels.focalmix.train import choose_device, load_run, search
+
+    out = arguments.out or arguments.run_folder / "candidates.csv"
+    if arguments.out is None and out.exists():
+        raise InputError(f"{out}: expected no such file yet; give another one with --out")
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: expected an existing folder for it, found none")
+    paths = _scans(arguments.scans)
+    config, model = load_run(arguments.run_folder, choose_device(arguments.device))
+    found = {}
+    for path in tqdm(paths, "detecting", unit="scan"):
+        found[path.stem] = search(config, model, load_volume(path, config.spacing)).candidates
+    write_candidates(out, found)
+    return 0
+
+
+def _scans(given: Sequence[Path]) -> list[Path]:
+    """The headers of scans: files as they are, of a folder those in it, or else those in its subsets."""
+    paths: dict[str, Path] = {}
+    for path in given:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(path.glob("*.mhd")) or sorted(path.glob("subset*/*.mhd"))
+            if not inside:
+                raise InputError(f"{path}: expected scans (.mhd) in this folder, found none")
+        for scan in inside:
+            if paths.setdefault(scan.stem, scan) != scan:
+                raise InputError(f"{scan}: expected each series once, got {paths[scan.stem]} too")
+    return list(paths.values())
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "candidates", metavar="CANDIDATES", type=Path, help="seriesuid,coordX,coordY,coordZ,probability"
+    )
+    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    parser.add_argument("--subsets", type=_reader(tuple[int, ...]), help="such as 8,9 (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the curve")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fmkernels.focalmix.froc import evaluate, read_candidates
+    from fmkernels.focalmix.luna16 import LUNA16
+
+    data = LUNA16(arguments.data)
+    chosen = [uid for uid in data.series if arguments.subsets is None or data.subset(uid) in arguments.subsets]
+    if not chosen:
+        raise InputError(f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, found none")
+    elsewhere = set(data.series) - set(chosen)
+    candidates = read_candidates(arguments.candidates)
+    result = evaluate(
+        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere},
+        {uid: data.nodules(uid) for uid in chosen},
+        {uid: data.excluded(uid) for uid in chosen},
+        chosen,
+    )
+    print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
+    if arguments.plot:
+        from fmkernels.focalmix.report import draw_froc
+
+        draw_froc(arguments.plot, {arguments.candidates.stem: result})
+    return 0
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """What makes a value of a type out of an argument."""
+    if isinstance(hint, types.UnionType):  # int | None: an option not given is None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is not tuple:
+        return hint
+    return partial(_read_tuple, typing.get_args(hint)[0])
+
+
+def _read_tuple(kind: type, text: str) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__}s separated by commas, got {text!r}") from None
+
+
+def _written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+
+    return integer

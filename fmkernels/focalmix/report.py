@@ -1,0 +1,265 @@
+"""Pictures of a run: the FROC curve, the training curves and a sheet of slices with true and predicted boxes.
+
+Each function draws into a figure of its own, whatever the caller's matplotlib settings, and replaces the file as a
+whole. The suffix of the path gives the format (png, svg, pdf, ...; png where there is none).
+"""
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from .errors import InputError
+from .files import atomic_write
+from .froc import BAND_RATES, OPERATING_POINTS, Froc
+
+LUNG_WINDOW = (-1200.0, 600.0)
+"""HU shown as black and as white."""
+
+_STYLE = {
+    "figure.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's colours
+_MARKERS = "os^Dv*X"
+_TRUE, _PREDICTED, _MISSED = "#2ee66b", "#ffa126", "#ff4d4d"
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One slice of a sheet. Boxes are in pixels of ``image``, half-open: pixel i covers [i, i+1)."""
+
+    image: np.ndarray
+    """[H, W], HU."""
+    true: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
+    """[n, 4]: y1, x1, y2, x2 of the nodules."""
+    predicted: np.ndarray = field(default_factory=lambda: np.empty((0, 5)))
+    """[m, 5]: y1, x1, y2, x2, score of the detections."""
+    title: str = ""
+    """About 30 characters fit."""
+
+
+def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
+    """Draw FROC curves from 1/8 to 8 false positives per scan, the seven operating points marked.
+
+    The legend gives each curve's CPM and its 95 % interval; the band of a curve that was bootstrapped is shaded.
+
+    Args:
+        path: the picture to write.
+        curves: name for the legend -> curve, at least one.
+    """
+    if not curves:
+        raise ValueError("draw_froc: curves: expected at least one, got none")
+    with _figure(path, (6.4, 4.6 + 0.2 * len(curves))) as figure:
+        axes = figure.add_subplot()
+        for number, (name, froc) in enumerate(curves.items()):
+            color = _COLORS[number % len(_COLORS)]
+            label = f"{name}: CPM {froc.cpm:.3f}"
+            if froc.interval is not None and froc.band is not None:
+                label += f" [{froc.interval[0]:.3f}, {froc.interval[1]:.3f}]"
+                axes.fill_between(BAND_RATES, *(100 * froc.band), color=color, alpha=0.15, linewidth=0)
+            sensitivity = np.interp(BAND_RATES, np.append(0, froc.fps_per_scan), np.append(0, froc.sensitivities))
+            marks = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": 10}
+            axes.plot(BAND_RATES, 100 * sensitivity, color=color, label=label, clip_on=False, zorder=3, **marks)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(OPERATING_POINTS, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        axes.set(xlim=OPERATING_POINTS[:: len(OPERATING_POINTS) - 1], ylim=(0, 100), yticks=range(0, 101, 10))
+        axes.set(xlabel="False positives per scan", ylabel="Sensitivity (%)")
+        sizes = {(froc.n_scans, froc.n_nodules) for froc in curves.values()}
+        counts = " (scans: {:,}, nodules: {:,})".format(*sizes.pop()) if len(sizes) == 1 else ""
+        axes.set_title(f"Free-response ROC{counts}")
+        shaded = any(froc.band is not None for froc in curves.values())
+        figure.legend(
+            loc="outside lower center",
+            title="CPM: mean of the seven points [95 % bootstrap interval, shaded]" if shaded else None,
+            title_fontsize="small",
+        )
+
+
+def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
+    """Draw the losses, the learning rate and, where it was measured, the CPM on the validation scans over the steps.
+
+    Args:
+        path: the picture to write.
+        metrics_csv: columns ``step`` and ``lr``; every column whose name begins with ``loss`` is drawn; ``val_cpm`` is
+            optional. An empty field, or one that is not finite, is a gap.
+
+    Raises:
+        InputError: names file, row and field: a column is missing, there is no row, a field is no number.
+    """
+    metrics = _read_metrics(metrics_csv)
+    step = metrics["step"]
+    names = {"loss": "total", "loss_cls": "classification", "loss_box": "box regression"}
+    losses = {names.get(name, name): values for name, values in metrics.items() if name.startswith("loss")}
+    cpm = metrics.get("val_cpm", np.full_like(step, np.nan))
+    window = max(1, len(step) // 40)
+    with _figure(path, (6.4, 6.0 if np.isfinite(cpm).any() else 4.9)) as figure:
+        heights = [3, 1, 1] if np.isfinite(cpm).any() else [3, 1]
+        panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+        top = panels[0]
+        for color, (name, values) in zip(_COLORS, losses.items(), strict=False):
+            top.plot(step, values, color=color, linewidth=0.8, alpha=0.25)
+            top.plot(step, _running_mean(values, window), color=color, linewidth=1.8, label=name)
+        top.set_yscale("log", nonpositive="mask")
+        top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter(NullFormatter())
+        top.set(title=f"Training, steps {step[0]:,.0f} to {step[-1]:,.0f}", ylabel="Loss")
+        smoothed = f"loss (thick: running mean of {window} points)" if window > 1 else "loss"
+        figure.legend(loc="outside lower center", ncols=len(losses), title=smoothed, title_fontsize="small")
+        panels[1].plot(step, metrics["lr"], color="0.3")
+        panels[1].set(ylabel="Learning rate", ylim=(0, 1.1 * metrics["lr"].max() or 1))
+        panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        if len(panels) == 3:
+            measured = np.isfinite(cpm)
+            panels[2].plot(step[measured], cpm[measured], color=_COLORS[0], marker="o", markersize=4, clip_on=False)
+            panels[2].set(ylabel="Validation\nCPM", ylim=(0, 1))
+        panels[-1].set(xlabel="Step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.align_ylabels()
+
+
+def draw_sheet(path: str | Path, panels: Sequence[Panel]) -> None:
+    """Draw slices in the lung window with true and predicted boxes, four to a row.
+
+    A true box that holds the centre of no predicted box (within the ellipse it bounds, as LUNA16's sphere cut by the
+    slice) is marked as missed.
+
+    Args:
+        path: the picture to write.
+        panels: at least one; their sizes may differ.
+    """
+    if not panels:
+        raise ValueError("draw_sheet: panels: expected at least one, got none")
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    tallest = max(panel.image.shape[0] / panel.image.shape[1] for panel in panels)
+    side = max(2.6, 5.6 / columns)
+    with _figure(path, (side * columns, (side * tallest + 0.25) * rows + 0.55)) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, panel)
+        handles = [
+            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="nodule, found"),
+            Patch(fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="nodule, missed"),
+            Patch(fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, with its score"),
+        ]
+        window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, title=window, title_fontsize="small")
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    height, width = panel.image.shape
+    lower, upper = LUNG_WINDOW
+    axes.imshow(panel.image, cmap="gray", vmin=lower, vmax=upper, extent=(0, width, height, 0))
+    axes.set_title(panel.title, fontsize="small")
+    for box in panel.true:
+        if _is_found(box, panel.predicted):
+            _draw_box(axes, box, _TRUE, linewidth=1.8)
+        else:
+            _draw_box(axes, box, _MISSED, linewidth=1.8, style="--", text="missed", above=False)
+    for *box, score in panel.predicted:
+        _draw_box(axes, box, _PREDICTED, linewidth=0.9, text=f"{score:.2f}", above=True)
+
+
+def _is_found(box: ArrayLike, predicted: np.ndarray) -> bool:
+    """Whether the centre of a predicted box lies within the ellipse that the true box bounds."""
+    y1, x1, y2, x2 = box
+    y = (predicted[:, 0] + predicted[:, 2] - y1 - y2) / (y2 - y1)
+    x = (predicted[:, 1] + predicted[:, 3] - x1 - x2) / (x2 - x1)
+    return bool((y * y + x * x < 1).any())
+
+
+def _draw_box(
+    axes: Axes, box: ArrayLike, color: str, *, linewidth: float, style: str = "-", text: str = "", above: bool = True
+) -> None:
+    """Draw the outline and write the text above or below it, on the other side where the slice ends."""
+    y1, x1, y2, x2 = box
+    outline = {"edgecolor": color, "linewidth": linewidth, "linestyle": style}
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **outline))
+    _, width = sorted(axes.get_xlim())
+    _, height = sorted(axes.get_ylim())
+    above = y1 > 0.1 * height if above else y2 > 0.9 * height
+    side = "left" if x1 < 0.1 * width else "right" if x2 > 0.9 * width else "center"
+    axes.annotate(
+        text,
+        ({"left": x1, "center": (x1 + x2) / 2, "right": x2}[side], y1 if above else y2),
+        xytext=(0, 2 if above else -2),
+        textcoords="offset points",
+        horizontalalignment=side,
+        verticalalignment="bottom" if above else "top",
+        color=color,
+        fontsize="x-small",
+        path_effects=[withStroke(linewidth=1.5, foreground="black")],
+    )
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values in a centred window, cut at the ends; NaN where it holds none."""
+    kernel = np.ones(window)
+    finite = np.isfinite(values)
+    count = np.convolve(finite, kernel, "same")
+    total = np.convolve(np.where(finite, values, 0), kernel, "same")
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
+
+
+def _read_metrics(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a CSV of numbers, column by column; an empty field is NaN, which neither ``step`` nor ``lr`` may be."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="", restval="")
+        columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
+        for name in ("step", "lr", "loss"):
+            if name not in columns:
+                raise InputError(f"{path}: expected a column {name}, got the columns {','.join(columns) or 'none'}")
+        for row in reader:
+            for name, values in columns.items():
+                try:
+                    value = float(row[name] or "nan")
+                    if name in ("step", "lr") and not math.isfinite(value):
+                        raise ValueError
+                except ValueError:
+                    where = f"{path}, row {reader.line_num}: {name}"
+                    raise InputError(f"{where}: expected a number, got {row[name]!r}") from None
+                values.append(value)
+    if not columns["step"]:
+        raise InputError(f"{path}: expected at least one row below the header, got none")
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+@contextmanager
+def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield an empty figure of that size (inches) and save it to ``path`` in the end."""
+    kind = Path(path).suffix[1:].lower() or "png"
+    if kind not in (kinds := FigureCanvasAgg.get_supported_filetypes()):
+        raise InputError(f"{path}: expected a picture's suffix ({', '.join(sorted(kinds))}), got .{kind}")
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=size)
+        FigureCanvasAgg(figure)
+        yield figure
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=kind)

@@ -1,0 +1,263 @@
+"""The command line end to end, and bad input: one line on standard error that says what and where, exit code 2."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.froc import read_candidates
+from tests.focalmix.conftest import SCANS, write_luna
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (
+    "--spacing=2.5,2,2 --patch-size=16,16,16 --strides=2,4 --diameters=6,12 --widths=4,8 --blocks=0,1 --channels=4 "
+    "--batch-size=2 --steps=4 --train-subsets=0,1 --validation-subsets= --test-subsets=9 --overlap=4 --log-every=2 "
+    "--workers=0 --device=cpu"
+).split()
+FIRST = SCANS[0].uid
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_luna(tmp_path_factory.mktemp("cli") / "luna", SCANS)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", str(data), "--out", str(run), *SETTINGS]) == 0
+    return run
+
+
+@pytest.fixture
+def copy(data, tmp_path) -> Path:
+    """A data set to break."""
+    return shutil.copytree(data, tmp_path / "luna", ignore=shutil.ignore_patterns(".cache*"))
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refuses(capsys, argv, *words) -> None:
+    """The command ends with 2 and one line that holds the words."""
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as stop:  # argparse leaves by itself
+        code = stop.code
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("resampling:")]
+    assert code == 2 and len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def train_arguments(data, out):
+    return ["train", data, "--out", out, *SETTINGS]
+
+
+def test_from_phantoms_to_a_score(tmp_path, capsys):
+    data, run = tmp_path / "phantoms", tmp_path / "run"
+    assert main(["phantom", str(data), "--size=tiny", "--scans=10", "--workers=1"]) == 0
+    settings = ["--spacing=4,4,4", "--diameters=8,16", "--test-subsets=8,9", "--train-subsets=0,1,2,3,4,5,6,7"]
+    assert main(["train", str(data), "--out", str(run), *SETTINGS, *settings]) == 0
+    assert "CPM" in capsys.readouterr().out
+    scans = [str(data / "subset8"), str(data / "subset9")]
+    assert main(["detect", str(run), *scans, "--out", str(tmp_path / "found.csv"), "--device=cpu"]) == 0
+    ours, theirs = read_candidates(tmp_path / "found.csv"), read_candidates(run / "candidates.csv")
+    assert ours.keys() == theirs.keys()
+    for uid in ours:  # detect reads the scans themselves, train the cache
+        assert np.allclose(ours[uid], theirs[uid], atol=1e-4)
+    plot = tmp_path / "froc.png"
+    arguments = ["evaluate", str(run / "candidates.csv"), str(data), "--subsets=8,9", "--json", "--plot", str(plot)]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation == json.loads((run / "evaluation.json").read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_detect_does_not_replace_what_is_there(run, data, capsys):
+    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
+    refuses(capsys, ["detect", run, scan, "--device=cpu"], "candidates.csv", "--out")
+    refuses(capsys, ["detect", run, run, "--device=cpu", "--out=x.csv"], "expected scans (.mhd) in this folder")
+
+
+def test_help_and_the_program_itself():
+    for argv in (["--help"], ["train", "--help"], ["phantom", "--help"]):
+        done = subprocess.run([sys.executable, "-m", "fmkernels", *argv], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout.startswith("usage: fmkernels")
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["train", "data"], "--out"),
+        (["train", "data", "--out=x", "--steps=many"], "steps"),
+        (["train", "data", "--out=x", "--spacing=1,a,1"], "spacing"),
+        (["train", "data", "--out=x", "--steps=0"], "steps"),
+        (["train", "data", "--out=x", "--preset=huge"], "preset"),
+        (["phantom", "x", "--scans=0"], "scans"),
+        (["phantom", "x", "--size=huge"], "size"),
+    ],
+)
+def test_bad_arguments(argv, word, capsys):
+    refuses(capsys, argv, word)
+
+
+def first_scan(folder: Path) -> Path:
+    return folder / "subset0" / f"{FIRST}.mhd"
+
+
+def edit_header(folder: Path, old: str, new: str) -> None:
+    path = first_scan(folder)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def cut_raw(folder):
+    raw = first_scan(folder).with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[:1000])
+
+
+def remove_raw(folder):
+    first_scan(folder).with_suffix(".raw").unlink()
+
+
+def make_flat(folder):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((9, 9), np.int16)), str(first_scan(folder)))
+
+
+def make_rgb(folder):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 9, 9, 3), np.uint8), isVector=True), str(first_scan(folder)))
+
+
+def make_float(folder):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 9, 9), np.float32)), str(first_scan(folder)))
+
+
+def edit_row(field: int, value: str):
+    def edit(folder):
+        path = folder / "annotations.csv"
+        rows = [line.split(",") for line in path.read_text().split()]
+        rows[1][field] = value
+        path.write_text("".join(",".join(row) + "\n" for row in rows))
+
+    return edit
+
+
+def drop_column(folder):
+    path = folder / "annotations.csv"
+    path.write_text(path.read_text().replace("diameter_mm", "size"))
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut_raw, (f"{FIRST}.raw", "1000")),
+        (remove_raw, (f"{FIRST}.raw",)),
+        (make_flat, (f"{FIRST}.mhd", "2")),
+        (make_rgb, (f"{FIRST}.mhd",)),
+        (make_float, (f"{FIRST}.mhd", "MET_FLOAT")),
+        (lambda folder: edit_header(folder, "DimSize = 44", "DimSize = 44000000"), (f"{FIRST}",)),
+        (lambda folder: edit_header(folder, f"{FIRST}.raw", "../../secret.raw"), (f"{FIRST}.mhd", "ElementDataFile")),
+        (drop_column, ("annotations.csv", "diameter_mm")),
+        (edit_row(1, "nan"), ("annotations.csv", "2", "coordX")),
+        (edit_row(2, "left"), ("annotations.csv", "2", "coordY")),
+        (edit_row(3, "99999"), ("annotations.csv", "2", FIRST)),
+        (edit_row(4, "0"), ("annotations.csv", "2", "diameter_mm")),
+        (edit_row(0, "1.2.3.4"), ("annotations.csv", "1.2.3.4")),
+        (empty, ("luna",)),
+        (shutil.rmtree, ("luna",)),
+    ],
+)
+def test_damaged_data(copy, tmp_path, capsys, damage, words):
+    damage(copy)
+    refuses(capsys, train_arguments(copy, tmp_path / "run"), *words)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_run_folder_with_another_configuration(run, data, capsys):
+    before = (run / "checkpoint.pt").read_bytes()
+    refuses(capsys, [*train_arguments(data, run), "--resume", "--gamma=3"], "config.json", "gamma", "2.0", "3.0")
+    refuses(capsys, train_arguments(data, run), "--resume")
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_cut_in_half(run, data, capsys):
+    path = run / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
+    refuses(capsys, ["detect", run, scan, "--out", run / "new.csv"], "checkpoint.pt")
+    refuses(capsys, [*train_arguments(data, run), "--resume"], "checkpoint.pt")
+
+
+def test_folders_that_cannot_be_written(run, data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    blocked = tmp_path / "file" / "inside"
+    refuses(capsys, train_arguments(data, blocked), "inside")
+    refuses(capsys, ["phantom", blocked, "--size=tiny", "--scans=1"], "inside")
+    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
+    refuses(capsys, ["detect", run, scan, "--out", blocked / "x.csv"], "inside")
+
+
+def test_candidates_that_do_not_fit(run, data, tmp_path, capsys):
+    good = (run / "candidates.csv").read_text()
+    bad = tmp_path / "bad.csv"
+    for text, words in [
+        (good.replace("probability", "score"), ("bad.csv", "probability")),
+        (good.splitlines()[0] + "\n1.2.3,0,0,0,0.5\n", ("1.2.3",)),
+        (good.splitlines()[0] + f"\n{FIRST},0,nan,0,0.5\n", ("bad.csv", "2", "coordY")),
+        ("", ("bad.csv",)),
+    ]:
+        bad.write_text(text)
+        refuses(capsys, ["evaluate", bad, data], *words)
+    refuses(capsys, ["evaluate", tmp_path / "none.csv", data], "none.csv")
+    refuses(capsys, ["evaluate", run / "candidates.csv", data, "--subsets=4"], "4")
+
+
+@pytest.mark.parametrize("command", ["phantom", "train", "detect"])
+def test_a_full_disk(run, data, tmp_path, command):
+    """Files may not grow beyond a limit: the command says so, and what was there before is whole."""
+    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
+    argv, limit = {
+        "phantom": (["phantom", tmp_path / "new", "--size=tiny", "--scans=1", "--workers=1"], 100_000),
+        "train": ([*train_arguments(data, run), "--resume", "--workers=0"], 4_000),
+        "detect": (["detect", run, scan, "--out", run / "new.csv", "--device=cpu"], 100),
+    }[command]
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    if command == "train":  # as if stopped before the end: the checkpoint is to be replaced
+        shutil.rmtree(run)
+        argv.remove("--resume")
+    done = subprocess.run(
+        [sys.executable, "-m", "fmkernels", *map(str, argv)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    message = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert done.returncode == 2 and message.startswith("fmkernels: "), done.stderr
+    assert "Traceback" not in done.stderr
+    if command == "train":
+        assert not (run / "checkpoint.pt").exists()
+    else:
+        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert not list(tmp_path.rglob(".*.partial")) and not (tmp_path / "new" / "annotations.csv").exists()

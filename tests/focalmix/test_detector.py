@@ -1,0 +1,86 @@
+"""The network: shapes, starting point, what it must not depend on, and that it can learn."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmkernels.focalmix.detector import Detector, apply_window
+
+TINY = dict(widths=(4, 8, 8), blocks=(0, 1, 1), channels=8)
+
+
+def detector(seed: int = 0, per_place: int = 1, strides=(2, 4, 8), **settings) -> Detector:
+    torch.manual_seed(seed)
+    return Detector(strides, per_place, **(TINY | settings))
+
+
+def images(batch: int = 2, shape=(16, 24, 32), seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestWindow:
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.float64])
+    def test_maps_and_clamps(self, dtype):
+        volume = torch.tensor([-2000, -1200, -300, 600, 3000], dtype=dtype)
+        before = volume.clone()
+        windowed = apply_window(volume, (-1200, 600))
+        torch.testing.assert_close(windowed, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+        assert volume.equal(before)
+
+
+class TestDetector:
+    @pytest.mark.parametrize("per_place", [1, 2])
+    def test_shapes_of_all_levels(self, per_place):
+        logits, deltas = detector(per_place=per_place)(images())
+        grids = [(8, 12, 16), (4, 6, 8), (2, 3, 4)]
+        assert [tuple(level.shape) for level in logits] == [(2, per_place, *grid) for grid in grids]
+        assert [tuple(level.shape) for level in deltas] == [(2, per_place, 6, *grid) for grid in grids]
+
+    def test_levels_may_be_the_coarse_ones_only(self):
+        logits, _ = detector(strides=(4, 8))(images())
+        assert [tuple(level.shape[2:]) for level in logits] == [(4, 6, 8), (2, 3, 4)]
+
+    def test_starts_at_the_prior_and_with_the_anchors_as_boxes(self):
+        logits, deltas = detector()(images())
+        for level, boxes in zip(logits, deltas, strict=True):
+            assert 0.005 < level.sigmoid().min() <= level.sigmoid().max() < 0.02
+            assert boxes.abs().max() < 0.5
+
+    def test_an_image_does_not_depend_on_its_batch(self):
+        model = detector()
+        both, alone = model(images()), model(images()[1:])
+        for pair in zip((*both[0], *both[1]), (*alone[0], *alone[1]), strict=True):
+            torch.testing.assert_close(pair[0][1:], pair[1], rtol=1e-4, atol=1e-5)
+
+    def test_memory_formats_agree(self):
+        model = detector()
+        plain = model(images())
+        fast = model.to(memory_format=torch.channels_last_3d)(images())
+        for a, b in zip((*plain[0], *plain[1]), (*fast[0], *fast[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_every_weight_gets_a_gradient(self):
+        model = detector()
+        logits, deltas = model(images())
+        sum((level * torch.randn_like(level)).sum() for level in (*logits, *deltas)).backward()
+        assert all(weight.grad.abs().max() > 0 for weight in model.parameters())
+
+    def test_learns_where_a_bright_voxel_is(self):
+        model = detector()
+        volume, target = images(1, (16, 16, 16)) * 0.2, torch.zeros(1, 1, 8, 8, 8)
+        volume[0, 0, 8:10, 4:6, 10:12] = 1
+        target[0, 0, 4, 2, 5] = 1
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(model(volume)[0][0], target).backward()
+            optimizer.step()
+        assert model(volume)[0][0].argmax() == target.argmax()
+
+    def test_say_what_is_wrong(self):
+        with pytest.raises(ValueError, match=r"strides: expected the last of \[2, 4, 8\], got \[2, 8\]"):
+            detector(strides=(2, 8))
+        with pytest.raises(ValueError, match=r"blocks: expected 3, as many as widths, got \[1\]"):
+            detector(blocks=(1,))
+        with pytest.raises(ValueError, match=r"multiples of 4, got widths \[4, 8, 8\], channels 6"):
+            detector(channels=6)

@@ -1,0 +1,440 @@
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.froc import (
+    BAND_RATES,
+    OPERATING_POINTS,
+    evaluate,
+    read_candidates,
+    read_findings,
+    write_candidates,
+)
+
+FAR = 500.0
+
+
+def wrong(n, probability=0.5):
+    """Candidates far from any finding."""
+    return [[FAR, 10.0 * i, FAR, probability] for i in range(n)]
+
+
+def froc_of(candidates, nodules, excluded=(), *, scans=1, **options):
+    """FROC where scan "0" holds everything and the other scans are empty."""
+    series = [str(scan) for scan in range(scans)]
+    return evaluate({"0": candidates}, {"0": nodules}, {"0": excluded}, series, **{"bootstraps": 0, **options})
+
+
+def oracle(candidates, nodules, excluded, series):
+    """The seven sensitivities, by counting afresh at every threshold, in exact fractions."""
+
+    def inside(candidate, finding):
+        radius = Fraction(10 if finding[3] < 0 else float(finding[3])) / 2
+        offset = [Fraction(float(candidate[axis])) - Fraction(float(finding[axis])) for axis in range(3)]
+        return sum(x * x for x in offset) < radius * radius
+
+    taken = {uid: sorted(map(tuple, candidates.get(uid, [])), key=lambda c: -c[3])[:100] for uid in series}
+    total = sum(len(nodules.get(uid, [])) for uid in series)
+    points = [(Fraction(0), Fraction(0))]
+    for threshold in sorted({c[3] for marks in taken.values() for c in marks}, reverse=True):
+        found = false_positives = 0
+        for uid in series:
+            marks = [c for c in taken[uid] if c[3] >= threshold]
+            own = nodules.get(uid, [])
+            found += sum(any(inside(c, nodule) for c in marks) for nodule in own)
+            irrelevant = [*own, *excluded.get(uid, [])]
+            false_positives += sum(not any(inside(c, finding) for finding in irrelevant) for c in marks)
+        points.append((Fraction(false_positives, len(series)), Fraction(found, total)))
+    result = []
+    for rate in map(Fraction, OPERATING_POINTS):
+        last = max(i for i, (fps, _) in enumerate(points) if fps <= rate)
+        (x0, y0), (x1, y1) = points[last], points[min(last + 1, len(points) - 1)]
+        result.append(float(y0 if x1 == x0 else y0 + (y1 - y0) * (rate - x0) / (x1 - x0)))
+    return result
+
+
+def random_case(rng, *, extent, crowded):
+    series = [f"scan-{i}" for i in range(rng.integers(1, 7))]
+    candidates, nodules, excluded = {}, {}, {}
+    levels = rng.integers(2, 40)
+
+    def findings(n):
+        return np.c_[rng.integers(0, extent, (n, 3)), rng.choice([-1, 2, 4, 5, 6, 10], n)].astype(float)
+
+    for uid in series:
+        n = rng.integers(90, 140) if crowded else rng.integers(0, 25)
+        candidates[uid] = np.c_[rng.integers(0, extent, (n, 3)), rng.integers(0, levels, n) / levels]
+        nodules[uid] = findings(rng.integers(0, 4))
+        excluded[uid] = findings(rng.integers(0, 3))
+    nodules[series[-1]] = findings(2)
+    for table in (candidates, excluded, nodules):
+        if len(series) > 1 and rng.random() < 0.3:
+            del table[series[0]]
+    return candidates, nodules, excluded, series
+
+
+@pytest.mark.parametrize(("cases", "extent", "crowded"), [(100, 8, False), (60, 14, False), (6, 20, True)])
+def test_it_agrees_with_a_count_at_every_threshold(cases, extent, crowded):
+    rng = np.random.default_rng(1)
+    seen = set()
+    for _ in range(cases):
+        case = random_case(rng, extent=extent, crowded=crowded)
+        froc = evaluate(*case, bootstraps=0)
+        expected = oracle(*case)
+        np.testing.assert_allclose(froc.operating_sensitivities, expected, rtol=0, atol=1e-12)
+        assert froc.cpm == pytest.approx(sum(expected) / 7, abs=1e-12)
+        seen.update(np.round(expected, 6))
+    assert len(seen) > 20
+
+
+def test_the_lowest_threshold_counts():
+    froc = froc_of([[0, 0, 0, 0.4], *wrong(1, 0.5)], [[0, 0, 0, 6]])
+    assert froc.operating_sensitivities == (0, 0, 0, 1, 1, 1, 1)
+    assert froc.cpm == 4 / 7
+
+
+@pytest.mark.parametrize(
+    ("diameter", "distance", "found"),
+    [(10, 5, False), (10, 4.9999999, True), (-1, 5, False), (-1, 4.99, True), (-30, 6, False), (3, 1.49, True)],
+)
+def test_a_hit_lies_strictly_inside_the_radius(diameter, distance, found):
+    froc = froc_of([[1, 2 + distance, 3, 0.9]], [[1, 2, 3, diameter]])
+    assert froc.operating_sensitivities == (float(found),) * 7
+    assert froc.fps_per_scan[-1] == float(not found)
+
+
+def test_distance_counts_all_three_axes():
+    assert froc_of([[3, 3, 3, 0.9]], [[0, 0, 0, 10]]).cpm == 0
+    assert froc_of([[2.8, 2.8, 2.8, 0.9]], [[0, 0, 0, 10]]).cpm == 1
+
+
+def test_the_best_candidate_of_a_nodule_counts_and_its_other_hits_are_nothing():
+    froc = froc_of([[0, 0, 0, 0.3], [1, 0, 0, 0.9], [0, 1, 0, 0.2], *wrong(1, 0.5)], [[0, 0, 0, 6]])
+    assert froc.thresholds.tolist() == [0.9, 0.5]
+    assert froc.fps_per_scan.tolist() == [0, 1]
+    assert froc.sensitivities.tolist() == [1, 1]
+
+
+def test_a_candidate_on_two_nodules_finds_both():
+    froc = froc_of([[2, 0, 0, 0.9]], [[0, 0, 0, 6], [4, 0, 0, 6]])
+    assert froc.cpm == 1
+    assert froc.n_nodules == 2
+
+
+def test_candidates_on_excluded_findings_are_dropped():
+    froc = froc_of([[0, 0, 0, 0.4], [50, 0, 0, 0.9], [50, 4.9, 0, 0.8]], [[0, 0, 0, 6]], [[50, 0, 0, -1]])
+    assert froc.cpm == 1
+    assert froc.fps_per_scan.tolist() == [0]
+
+
+def test_a_candidate_on_a_nodule_counts_for_it_even_on_an_excluded_finding():
+    assert froc_of([[0, 0, 0, 0.4]], [[0, 0, 0, 6]], [[1, 0, 0, 20]]).cpm == 1
+
+
+def test_missed_nodules_stay_in_the_denominator():
+    froc = froc_of([[0, 0, 0, 0.9]], [[0, 0, 0, 6], [90, 0, 0, 6], [0, 90, 0, 6], [0, 0, 90, 6]])
+    assert froc.operating_sensitivities == (0.25,) * 7
+
+
+def test_false_positives_are_counted_over_all_scans():
+    candidates = {"a": [[0, 0, 0, 0.4]], "b": wrong(2, 0.9)}
+    froc = evaluate(candidates, {"a": [[0, 0, 0, 6]]}, {}, ["a", "b", "c", "d"], bootstraps=0)
+    assert froc.fps_per_scan.tolist() == [0.5, 0.5]
+    assert froc.operating_sensitivities == (0, 0, 1, 1, 1, 1, 1)
+    assert froc.n_scans == 4
+
+
+def test_nodules_of_other_scans_are_passed_over():
+    froc = evaluate({"a": [[0, 0, 0, 0.4]]}, {"a": [[0, 0, 0, 6]], "z": [[0, 0, 0, 6]]}, {}, ["a"], bootstraps=0)
+    assert froc.n_nodules == 1
+    assert froc.cpm == 1
+
+
+@pytest.mark.parametrize(("n_wrong", "found"), [(99, True), (100, False), (250, False)])
+def test_at_most_the_100_most_probable_candidates_of_a_scan_count(n_wrong, found):
+    froc = froc_of([[0, 0, 0, 0.1], *wrong(n_wrong, 0.9)], [[0, 0, 0, 6]], scans=100)
+    assert froc.sensitivities[-1] == float(found)
+    assert froc.fps_per_scan[-1] == min(n_wrong, 100) / 100
+
+
+def test_the_cap_is_per_scan():
+    candidates = {"a": wrong(100, 0.9), "b": [[0, 0, 0, 0.1]]}
+    froc = evaluate(candidates, {"b": [[0, 0, 0, 6]]}, {}, ["a", "b"], bootstraps=0)
+    assert froc.sensitivities[-1] == 1
+
+
+def test_the_cap_comes_before_excluded_findings_are_dropped():
+    on_excluded = [[50, 0, 0, 0.9]] * 100
+    assert froc_of([[0, 0, 0, 0.1], *on_excluded], [[0, 0, 0, 6]], [[50, 0, 0, 8]]).cpm == 0
+
+
+@pytest.mark.parametrize(("place", "found"), [(0, True), (99, True), (100, False), (120, False)])
+def test_equal_probabilities_at_the_cap_go_by_the_order_of_the_file(place, found):
+    candidates = wrong(120)
+    candidates.insert(place, [0, 0, 0, 0.5])
+    assert froc_of(candidates, [[0, 0, 0, 6]], scans=1000).sensitivities[-1] == float(found)
+
+
+def test_equal_probabilities_are_taken_together():
+    for candidates in ([[0, 0, 0, 0.5], *wrong(1, 0.5)], [*wrong(1, 0.5), [0, 0, 0, 0.5]]):
+        froc = froc_of(candidates, [[0, 0, 0, 6]])
+        assert froc.thresholds.tolist() == [0.5]
+        assert froc.operating_sensitivities == (1 / 8, 1 / 4, 1 / 2, 1, 1, 1, 1)
+
+
+def test_interpolation_between_before_and_beyond_the_points():
+    candidates = [*wrong(2, 0.9), [0, 0, 0, 0.9], *wrong(2, 0.7), [90, 0, 0, 0.6], *wrong(2, 0.6)]
+    froc = froc_of(candidates, [[0, 0, 0, 6], [90, 0, 0, 6], [0, 90, 0, 6], [0, 0, 90, 6]])
+    assert list(zip(froc.fps_per_scan, froc.sensitivities, strict=True)) == [(2, 0.25), (4, 0.25), (6, 0.5)]
+    np.testing.assert_allclose(froc.operating_sensitivities, [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 4, 1 / 2])
+
+
+def test_without_candidates_nothing_is_found():
+    froc = evaluate({}, {"a": [[0, 0, 0, 6]]}, {}, ["a", "b"])
+    assert froc.cpm == 0
+    assert froc.interval == (0, 0)
+    assert froc.thresholds.size == 0
+
+
+def test_any_finite_score_serves_as_a_probability():
+    froc = froc_of([[0, 0, 0, -3.5], *wrong(2, 7.0)], [[0, 0, 0, 6]])
+    assert froc.thresholds.tolist() == [7.0, -3.5]
+    assert froc.operating_sensitivities == (0, 0, 0, 0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({}, {}, {}, ["a"]), "nodules: expected at least one in the scans evaluated, got none"),
+        (({}, {"b": [[0, 0, 0, 6]]}, {}, ["a"]), "nodules: expected at least one"),
+        (({}, {}, {}, []), "nodules: expected at least one"),
+        (({"b": [[0, 0, 0, 1]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), "candidates: unknown series id b"),
+        (({}, {"a": [[0, 0, 0, 6]]}, {}, ["a", "b", "b"]), "series: expected every id once, got b 2 times"),
+        (({"a": [[0, 0, 0]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), r"candidates of series a: .*got \[1, 3\]"),
+        (({"a": [[0, 0, 0, np.nan]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), "candidates of series a: .*got nan"),
+        (({}, {"a": [[0, np.inf, 0, 6]]}, {}, ["a"]), "nodules of series a: .*got inf"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(*arguments)
+
+
+def bootstrap_case():
+    rng = np.random.default_rng(5)
+    series = [str(i) for i in range(12)]
+    nodules = {uid: rng.uniform([0, 0, 0, 6], [60, 60, 60, 20], (rng.integers(0, 4), 4)) for uid in series}
+    candidates = {uid: np.c_[rng.uniform(0, 60, (30, 3)), rng.random(30)] for uid in series}
+    for uid in series[::2]:
+        candidates[uid][: len(nodules[uid])] = nodules[uid] * [1, 1, 1, 0] + [0, 0, 0, 0.9]
+    return candidates, nodules, {}, series
+
+
+def test_bootstraps_resample_whole_scans():
+    candidates, nodules, excluded, series = bootstrap_case()
+    froc = evaluate(candidates, nodules, excluded, series, bootstraps=2000)
+    rng = np.random.default_rng(99)
+    samples = []
+    while len(samples) < 1000:
+        drawn = dict(enumerate(rng.choice(series, len(series))))
+        own = {copy: nodules[uid] for copy, uid in drawn.items()}
+        if any(map(len, own.values())):
+            marks = {copy: candidates[uid] for copy, uid in drawn.items()}
+            samples.append(evaluate(marks, own, {}, list(drawn), bootstraps=0).operating_sensitivities)
+    lower, upper = np.quantile(np.mean(samples, axis=1), (0.025, 0.975))
+    assert froc.interval == pytest.approx((lower, upper), abs=0.02)
+    assert upper - lower > 0.1
+    np.testing.assert_allclose(froc.band[:, ::10], np.quantile(samples, (0.025, 0.975), axis=0), atol=0.06)
+
+
+def test_the_bootstrap_is_seeded_and_brackets_the_curve():
+    case = bootstrap_case()
+    first, again, other = (evaluate(*case, bootstraps=200, seed=seed) for seed in (3, 3, 4))
+    assert first.interval == again.interval
+    np.testing.assert_array_equal(first.band, again.band)
+    assert first.interval != other.interval
+    assert first.cpm == other.cpm
+    assert first.interval[0] < first.cpm < first.interval[1]
+    assert first.band.shape == (2, len(BAND_RATES))
+    assert (first.band[0, ::10] <= first.operating_sensitivities).all()
+    assert (first.band[1, ::10] >= first.operating_sensitivities).all()
+    assert (np.diff(first.band) >= 0).all()
+
+
+def test_draws_without_a_nodule_are_drawn_again():
+    froc = froc_of([[0, 0, 0, 0.9]], [[0, 0, 0, 6]], scans=20, bootstraps=300)
+    assert froc.interval == (1, 1)
+
+
+def test_one_scan_found_and_one_missed_span_everything():
+    case = {"a": [[0, 0, 0, 0.9]]}, {"a": [[0, 0, 0, 6]], "b": [[0, 0, 0, 6]]}, {}, ["a", "b"]
+    froc = evaluate(*case)
+    assert froc.cpm == 0.5
+    assert froc.interval == (0, 1)
+
+
+def test_the_interval_is_that_of_the_binomial_for_one_nodule_a_scan():
+    series = [str(i) for i in range(100)]
+    froc = evaluate({uid: [[0, 0, 0, 0.9]] for uid in series[:60]}, dict.fromkeys(series, [[0, 0, 0, 6]]), {}, series)
+    assert froc.interval == pytest.approx((0.50, 0.695), abs=0.011)  # 2.5 % and 97.5 % points of B(100, 0.6)
+
+
+def test_every_tenth_rate_of_the_band_is_an_operating_point():
+    assert tuple(BAND_RATES[::10]) == OPERATING_POINTS
+
+
+@pytest.mark.parametrize("bootstraps", [0, 100])
+@pytest.mark.parametrize("candidates", [[], [[0, 0, 0, 0.4], *wrong(1, 0.5)]])
+def test_the_dictionary_is_strict_json(candidates, bootstraps):
+    froc = froc_of(candidates, [[0, 0, 0, 6]], scans=2, bootstraps=bootstraps)
+    read = json.loads(json.dumps(froc.to_dict(), allow_nan=False))
+    assert read == froc.to_dict()
+    assert (read["n_scans"], read["n_nodules"], read["n_bootstraps"]) == (2, 1, bootstraps)
+    assert [point["fps_per_scan"] for point in read["operating_points"]] == list(OPERATING_POINTS)
+    assert [point["sensitivity"] for point in read["operating_points"]] == list(froc.operating_sensitivities)
+    assert ("lower" in read["operating_points"][0]) == bool(bootstraps)
+    assert read["interval"] == (list(froc.interval) if bootstraps else None)
+    assert len(read["curve"]["threshold"]) == len(read["curve"]["sensitivity"]) == len(froc.fps_per_scan)
+
+
+def test_the_table_shows_what_counts():
+    text = str(froc_of([[0, 0, 0, 0.4], *wrong(1, 0.5)], [[0, 0, 0, 6]]))
+    lines = text.splitlines()
+    assert lines[0] == "1 scan, 1 nodule"
+    assert lines[1].split()[-7:] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
+    assert lines[2].split()[-7:] == ["0.0", "0.0", "0.0", "100.0", "100.0", "100.0", "100.0"]
+    assert lines[3] == "CPM 0.571"
+    assert len(set(map(len, lines[1:3]))) == 1
+    with_interval = str(froc_of([[0, 0, 0, 0.4]], [[0, 0, 0, 6]], scans=3, bootstraps=10))
+    assert with_interval.startswith("3 scans, 1 nodule\n")
+    assert with_interval.endswith("CPM 1.000 (95 % interval 1.000 to 1.000, 10 bootstraps)")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "seriesuid,coordX,coordY,coordZ,diameter_mm\na,1,-2.5,3e1,4\nb,5,6,7,-1\na,8,9,10,11\n",
+        "\ufeffseriesuid,coordX,coordY,coordZ,diameter_mm\r\na,1,-2.5,3e1,4\r\nb,5,6,7,-1\r\na,8,9,10,11\r\n",
+        "note,diameter_mm,coordZ,coordY,coordX,seriesuid\n,4,30,-2.5,1,a\nhm,-1,7,6,5,b\n,11,10,9,8,a",
+        'seriesuid, coordX, coordY, coordZ, diameter_mm\n a , 1 , -2.5, 30, 4\n\n"b",5,6,7,-1\na,8,9,10,11\n\n',
+    ],
+    ids=["plain", "BOM and CRLF", "other columns and order", "blanks and quotes"],
+)
+def test_findings_are_read_whatever_wrote_them(tmp_path, content):
+    path = tmp_path / "annotations.csv"
+    path.write_bytes(content.encode())
+    findings = read_findings(path)
+    assert list(findings) == ["a", "b"]
+    assert findings["a"].dtype == np.float64
+    np.testing.assert_array_equal(findings["a"], [[1, -2.5, 30, 4], [8, 9, 10, 11]])
+    np.testing.assert_array_equal(findings["b"], [[5, 6, 7, -1]])
+
+
+def test_a_header_alone_is_an_empty_table(tmp_path):
+    path = tmp_path / "annotations_excluded.csv"
+    path.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
+    assert read_findings(path) == {}
+
+
+def test_candidates_with_a_class_column_are_read(tmp_path):
+    path = tmp_path / "candidates.csv"
+    path.write_text("seriesuid,coordX,coordY,coordZ,class,probability\na,1,2,3,0,0.25\n")
+    np.testing.assert_array_equal(read_candidates(path)["a"], [[1, 2, 3, 0.25]])
+
+
+HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["empty file"]),
+        ("\n\n", ["empty file"]),
+        ("seriesuid,coordX,coordY,diameter_mm\na,1,2,3\n", ["column coordZ", "seriesuid,coordX,coordY,diameter_mm"]),
+        ("seriesuid;coordX;coordY;coordZ;diameter_mm\n", ["column seriesuid"]),
+        ("seriesuid,coordX,coordX,coordY,coordZ,diameter_mm\n", ["one column coordX"]),
+        (HEADER + "a,1,2,3,4\na,1,two,3,4\n", ["row 3", "coordY", "'two'"]),
+        (HEADER + "\na,1,2,,4\n", ["row 3", "coordZ", "''"]),
+        (HEADER + "a,nan,2,3,4\n", ["row 2", "coordX", "'nan'"]),
+        (HEADER + "a,1,2,3,4\n\na,1,2,-inf,4\n", ["row 4", "coordZ", "'-inf'"]),
+        (HEADER + "a,1,2,3,NaN\n", ["row 2", "diameter_mm", "'nan'"]),
+        (HEADER + "a,1,2,3,4\nb,1,2,3,0\n", ["row 3", "diameter_mm", "zero"]),
+        (HEADER + "a,1,2,3\n", ["row 2", "5 fields", "got 4"]),
+        (HEADER + "a,1,2,3,4,5\n", ["row 2", "5 fields", "got 6"]),
+        (HEADER + " ,1,2,3,4\n", ["row 2", "seriesuid"]),
+        (HEADER + 'a,1,2,3,"4\n', ["row 2", "comma-separated"]),
+        (b"\x89PNG\r\n\x1a\n", ["UTF-8", "0x89"]),
+    ],
+)
+def test_bad_findings_are_named_in_one_line(tmp_path, content, parts):
+    path = tmp_path / "annotations.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        read_findings(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(path), *parts):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("row", "part"), [("a,1,2,3,nan", "probability"), ("a,1,2,3,inf", "probability"), ("a,1,2,x,0.5", "coordZ")]
+)
+def test_bad_candidates_are_named(tmp_path, row, part):
+    path = tmp_path / "submission.csv"
+    path.write_text(f"seriesuid,coordX,coordY,coordZ,probability\na,1,2,3,0\n{row}\n")
+    with pytest.raises(InputError, match=f"submission.csv, row 3: {part}: expected a finite number, got '"):
+        read_candidates(path)
+
+
+def test_a_missing_file_stays_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_findings(tmp_path / "annotations.csv")
+
+
+def test_candidates_are_written_by_series_then_falling_probability(tmp_path):
+    path = tmp_path / "submission.csv"
+    three = [[1, 2, 3, 0.1], [4, 5, 6, 0.3], [7, 8, 9, 0.3]]
+    write_candidates(path, {"b": three, "c": np.empty((0, 4)), "a": [[0.1, 0, 0, 1]]})
+    assert path.read_text().splitlines() == [
+        "seriesuid,coordX,coordY,coordZ,probability",
+        "a,0.1,0.0,0.0,1.0",
+        "b,4.0,5.0,6.0,0.3",
+        "b,7.0,8.0,9.0,0.3",
+        "b,1.0,2.0,3.0,0.1",
+    ]
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+submissions = st.dictionaries(
+    st.text("abc1. ,\"'é", min_size=1).filter(lambda uid: uid == uid.strip()),
+    st.lists(st.tuples(finite, finite, finite, finite), min_size=1, max_size=5),
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(submission=submissions)
+def test_what_is_written_is_read_bit_for_bit(tmp_path_factory, submission):
+    path = tmp_path_factory.mktemp("round") / "submission.csv"
+    write_candidates(path, submission)
+    read = read_candidates(path)
+    assert list(read) == sorted(submission)
+    for uid, rows in submission.items():
+        expected = np.array(sorted(rows, key=lambda row: -row[3]))
+        assert read[uid].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("uid", "value", "error"), [("a", np.nan, InputError), ("\ud800", 0.5, UnicodeEncodeError)])
+def test_a_failed_write_keeps_the_old_file(tmp_path, uid, value, error):
+    path = tmp_path / "submission.csv"
+    path.write_text("old")
+    with pytest.raises(error):
+        write_candidates(path, {"A": [[1, 2, 3, 0.5]], uid: [[1, 2, 3, value]]})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,256 @@
+"""Patches: each a function of (seed, item), whose boxes say where the nodules are, whoever loads them."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fmkernels.focalmix import patches
+from fmkernels.focalmix.luna16 import AIR, LUNA16
+from fmkernels.focalmix.patches import PatchDataset, collate, patch_loader
+
+
+@pytest.fixture
+def data(luna_folder) -> LUNA16:
+    return LUNA16(luna_folder, spacing=(1.5, 1.0, 1.0))
+
+
+def dataset_of(data, series=None, **options) -> PatchDataset:
+    return PatchDataset(data, data.series if series is None else series, **{"length": 24, "seed": 7} | options)
+
+
+def assert_same(a, b) -> None:
+    """Items or batches are alike in every part."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if isinstance(a[name], torch.Tensor):
+            assert a[name].dtype == b[name].dtype
+            assert torch.equal(a[name], b[name])
+        elif isinstance(a[name], list):
+            assert len(a[name]) == len(b[name])
+            assert all(
+                torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+                for x, y in zip(a[name], b[name], strict=True)
+            )
+        else:
+            assert a[name] == b[name]
+
+
+def unflipped(item) -> np.ndarray:
+    image = item["image"].numpy()[0]
+    return np.flip(image, [axis for axis in range(3) if int(item["flips"]) >> axis & 1])
+
+
+class TestItem:
+    @pytest.mark.parametrize("size", [(16, 16, 16), (12, 20, 17), (9, 90, 33)])
+    def test_is_the_scan_at_its_corner_flipped_and_air_around(self, data, size):
+        flips, seen = set(), set()
+        for item in map(dataset_of(data, patch_size=size).__getitem__, range(24)):
+            assert item["image"].dtype == torch.int16 and item["image"].shape == (1, *size)
+            voxels, corner = data.volume(item["series"]).voxels, item["corner"].numpy()
+            padded = np.pad(voxels, 90, constant_values=AIR)
+            expected = padded[tuple(slice(90 + c, 90 + c + n) for c, n in zip(corner, size, strict=True))]
+            np.testing.assert_array_equal(unflipped(item), expected)
+            room = np.array(voxels.shape) - size
+            assert ((np.minimum(room, 0) <= corner) & (corner <= np.maximum(room, 0))).all()
+            seen.add((item["series"], *corner.tolist()))
+            flips.add(int(item["flips"]))
+        assert len(flips) > 4
+        assert len(seen) > 20
+        assert (size[1] == 90) == any(y < 0 for _, _, y, _ in seen)
+
+    def test_without_flips(self, data):
+        assert all(int(item["flips"]) == 0 for item in map(dataset_of(data, flips=False).__getitem__, range(24)))
+
+    @given(seed=st.integers(0, 2**40), size=st.tuples(*[st.integers(14, 40)] * 3))
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    def test_positive_patches_hold_a_bright_ball_in_each_box(self, data, seed, size):
+        dataset = dataset_of(data, patch_size=size, positive=1.0, seed=seed)
+        for item in map(dataset.__getitem__, range(4)):
+            image, boxes = item["image"][0].numpy(), item["boxes"].numpy()
+            assert boxes.dtype == np.float32 and len(boxes) >= 1
+            assert (boxes[:, :3] >= 0).all() and (boxes[:, 3:] <= size).all() and (boxes[:, :3] < boxes[:, 3:]).all()
+            for box in boxes:
+                low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
+                region = image[tuple(map(slice, low, high))].astype(float) + 850
+                centroid = np.average(np.argwhere(region > -np.inf) + low + 0.5, axis=0, weights=region.clip(0).ravel())
+                if (box[:3] > 0).all() and (box[3:] < size).all():
+                    assert np.abs(centroid - (box[:3] + box[3:]) / 2).max() < 0.5
+                assert region.max() > 800
+
+    def test_nodules_that_are_cut_and_excluded_findings_are_to_be_ignored(self, make_luna):
+        scan = {"shape": (20, 20, 20), "spacing": (1, 1, 1)}
+        root = make_luna(scan | {"nodules": [(9.5, 9.5, 9.5, 4)], "excluded": [(9.5, 9.5, 2.5, 2)]})
+        dataset = dataset_of(LUNA16(root), patch_size=(20, 20, 8), positive=0.0, flips=False, length=200)
+        seen = set()
+        for item in map(dataset.__getitem__, range(200)):
+            x = int(item["corner"][2])
+            cut = {"boxes": [], "ignore": []}
+            if 1 <= x <= 11:
+                name = "boxes" if x <= 10 < x + 8 else "ignore"
+                cut[name].append([8, 8, max(8 - x, 0), 12, 12, min(12 - x, 8)])
+            if x < 4:
+                cut["ignore"].append([9, 9, max(2 - x, 0), 11, 11, 4 - x])
+            for name, boxes in cut.items():
+                assert item[name].tolist() == boxes
+                assert item[name].shape == (len(boxes), 6)
+            seen.add(x)
+        assert seen >= set(range(1, 13))
+
+    def test_a_nodule_larger_than_the_patch_fills_it(self, make_luna):
+        root = make_luna({"shape": (40, 40, 40), "spacing": (1, 1, 1), "nodules": [(20.4, 19, 20.2, 24)]})
+        for size in (1, 8, 20):
+            for item in map(dataset_of(LUNA16(root), patch_size=(size,) * 3, positive=1.0).__getitem__, range(5)):
+                assert item["boxes"].tolist() == [[0, 0, 0, size, size, size]]
+
+    def test_places_the_nodule_all_over_the_patch(self, make_luna):
+        root = make_luna({"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]})
+        dataset = dataset_of(LUNA16(root), patch_size=(16, 16, 16), positive=1.0, flips=False, length=200)
+        lows = torch.cat([dataset[i]["boxes"] for i in range(200)])[:, :3]
+        assert (lows.amin(0) < 1.6).all() and (lows.amax(0) > 10.4).all()
+        assert ((lows.mean(0) - 6).abs() < 0.9).all()
+
+    def test_depends_on_seed_and_number_only(self, data):
+        dataset, again = dataset_of(data, length=9), dataset_of(data, length=24)
+        for i in (8, 3, 0, 5):
+            assert_same(dataset[i], again[i])
+        other = dataset_of(data, seed=8)
+        assert any(not torch.equal(other[i]["image"], again[i]["image"]) for i in range(3))
+        for i in (-1, 9):
+            with pytest.raises(IndexError, match="expected an item of 0 to 8"):
+                dataset[i]
+
+    def test_keeps_few_scans_open_and_stays_the_same(self, data, monkeypatch):
+        expected = [dataset_of(data)[i] for i in range(24)]
+        monkeypatch.setattr(patches, "_MAX_OPEN", 2)
+        dataset = dataset_of(data)
+        for i, item in enumerate(expected):
+            assert_same(dataset[i], item)
+        assert len(dataset._open) == 2
+        assert len(pickle.dumps(dataset)) < 20_000
+
+
+class TestSampling:
+    def test_share_of_positive_patches(self, make_luna):
+        root = make_luna({"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]})
+        dataset = dataset_of(LUNA16(root), patch_size=(8, 8, 8), positive=0.7, length=300)
+        assert 0.6 < np.mean([len(dataset[i]["boxes"]) for i in range(300)]) < 0.8
+
+    @pytest.mark.parametrize("balance, share", [("nodule", 0.75), ("scan", 0.5)])
+    def test_draws_nodules_or_scans_evenly(self, make_luna, balance, share):
+        places = [(5, 20, 20, 3), (15, 20, 20, 3), (25, 20, 20, 3)]
+        root = make_luna({"nodules": places, "shape": (40, 40, 40)}, {}, {"nodules": places[:1], "shape": (40, 40, 40)})
+        dataset = dataset_of(LUNA16(root), positive=1.0, balance=balance, patch_size=(4, 4, 4), length=400)
+        drawn = [dataset[i]["series"] for i in range(400)]
+        assert drawn.count("1.2.1") == 0
+        assert drawn.count("1.2.0") / 400 == pytest.approx(share, abs=0.08)
+
+    def test_background_comes_from_all_series_and_prefers_the_body(self, make_luna):
+        roomy = {"shape": (30, 64, 64), "spacing": (1, 1, 1)}
+        data = LUNA16(make_luna(roomy, roomy))
+        for uid in data.series:
+            voxels = np.full((30, 64, 64), -1000, np.int16)
+            voxels[:, :20, :20] = 0
+            data.path(uid).with_suffix(".raw").write_bytes(voxels.tobytes())
+        dataset = dataset_of(data, positive=0.0, patch_size=(16, 16, 16), length=200)
+        items = [dataset[i] for i in range(200)]
+        assert {item["series"] for item in items} == set(data.series)
+        body = np.mean([float((item["image"] > -950).float().mean()) > 0.1 for item in items])
+        assert 0.25 < body < 0.9  # 0.12 of all places
+
+    def test_all_background_where_there_is_no_nodule(self, data, luna_scans):
+        dataset = dataset_of(data, [luna_scans[3].uid], positive=1.0)
+        assert all(len(dataset[i]["boxes"]) == 0 for i in range(24))
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"patch_size": (8, 8)}, "patch_size: expected 3 positive integers"),
+            ({"patch_size": (8, 8, 0)}, "patch_size: expected 3 positive integers"),
+            ({"patch_size": (8, 8, 2.5)}, "patch_size: expected 3 positive integers"),
+            ({"positive": 1.5}, "positive: expected a probability"),
+            ({"positive": float("nan")}, "positive: expected a probability"),
+            ({"balance": "box"}, "balance: expected 'nodule' or 'scan', got 'box'"),
+            ({"length": 0}, "length: expected a positive number"),
+            ({"seed": -1}, "seed: expected a non-negative integer"),
+            ({"series": []}, "series: expected one or more"),
+            ({"series": ["9.9"]}, r"series: expected series of .*, got '9\.9'"),
+        ],
+    )
+    def test_of_the_dataset(self, data, options, message):
+        with pytest.raises(ValueError, match=f"PatchDataset: {message}"):
+            dataset_of(data, **options)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"batch_size": 0}, "batch_size: expected a positive integer"),
+            ({"rank": 2, "world_size": 2}, "rank: expected one below world_size 2, got 2"),
+            ({"rank": -1}, "rank: expected"),
+            ({"world_size": 0}, "rank: expected"),
+            ({"start": 7}, "start: expected a step of 0 to 6, got 7"),
+            ({"start": -1}, "start: expected a step"),
+        ],
+    )
+    def test_of_the_loader(self, data, options, message):
+        with pytest.raises(ValueError, match=f"patch_loader: {message}"):
+            patch_loader(dataset_of(data), **{"batch_size": 4} | options)
+
+
+class TestLoader:
+    def test_batches_items_in_order(self, data):
+        dataset = dataset_of(data, positive=0.6)
+        batches = list(patch_loader(dataset, batch_size=5))
+        assert len(batches) == 4
+        for step, batch in enumerate(batches):
+            assert batch["image"].shape == (5, 1, 64, 64, 64) and batch["image"].dtype == torch.int16
+            assert batch["corner"].shape == (5, 3) and batch["flips"].shape == (5,)
+            assert len(batch["boxes"]) == len(batch["ignore"]) == len(batch["series"]) == 5
+            assert_same(batch, collate([dataset[i] for i in range(5 * step, 5 * step + 5)]))
+
+    def test_resumes_where_it_stopped(self, data):
+        dataset = dataset_of(data, patch_size=(16, 16, 16))
+        whole = list(patch_loader(dataset, batch_size=4))
+        assert len(whole) == 6
+        for start in (1, 4):
+            rest = list(patch_loader(dataset, batch_size=4, start=start))
+            assert len(rest) == 6 - start
+            for a, b in zip(rest, whole[start:], strict=True):
+                assert_same(a, b)
+        assert list(patch_loader(dataset, batch_size=4, start=6)) == []
+
+    def test_ranks_see_together_what_one_process_sees(self, data):
+        dataset = dataset_of(data, patch_size=(16, 16, 16))
+        joint = list(patch_loader(dataset, batch_size=6, start=1))
+        ranks = [list(patch_loader(dataset, batch_size=3, start=1, rank=rank, world_size=2)) for rank in (0, 1)]
+        assert len(joint) == len(ranks[0]) == len(ranks[1]) == 3
+        for one, *parts in zip(joint, *ranks, strict=True):
+            assert torch.equal(one["image"], torch.cat([part["image"] for part in parts]))
+            assert one["series"] == parts[0]["series"] + parts[1]["series"]
+            assert all(map(torch.equal, one["boxes"], parts[0]["boxes"] + parts[1]["boxes"]))
+
+    @pytest.mark.parametrize("workers, context", [(2, None), (1, "spawn")])
+    def test_workers_change_nothing(self, data, workers, context):
+        dataset = dataset_of(data, patch_size=(16, 16, 16))
+        alone = list(patch_loader(dataset, batch_size=4, start=2))
+        loader = patch_loader(dataset, batch_size=4, start=2, workers=workers)
+        loader.multiprocessing_context = context
+        for a, b in zip(loader, alone, strict=True):
+            assert_same(a, b)
+
+    def test_leaves_the_global_random_state_alone(self, data):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        for workers in (0, 1):
+            next(iter(patch_loader(dataset_of(data, patch_size=(8, 8, 8)), batch_size=2, workers=workers)))
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,163 @@
+"""Synthetic chest CT: LUNA16's layout to the letter, the same bytes every time, and findings where the tables say."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.phantom import SIZES, Scene, write_phantoms
+
+SCANS = 12
+FIELDS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("phantoms") / "tiny"
+    write_phantoms(out, size="tiny", scans=SCANS, workers=1, progress=False)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def table(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    """Sixty scenes, drawn but not rendered."""
+    return [Scene("tiny", 0, index) for index in range(60)]
+
+
+def test_layout_is_that_of_luna16(folder):
+    uids = (folder / "seriesuids.csv").read_text().split()
+    assert len(uids) == len(set(uids)) == SCANS
+    for index, uid in enumerate(uids):
+        assert uid.startswith("1.3.6.1.4.1.14519.5.2.1.6279.6001.") and len(uid) <= 64
+        header = folder / f"subset{index % 10}" / f"{uid}.mhd"
+        fields = dict(line.split(" = ") for line in header.read_text().splitlines())
+        assert fields["ElementType"] == "MET_SHORT" and fields["ElementDataFile"] == f"{uid}.raw"
+        assert header.with_suffix(".raw").stat().st_size == 2 * np.prod([int(n) for n in fields["DimSize"].split()])
+    for name in ("annotations", "annotations_excluded"):
+        head, *rows = table(folder / f"{name}.csv")
+        assert head == FIELDS and rows and {row[0] for row in rows} <= set(uids)
+    files = set(contents(folder))
+    assert files == {f"{name}.csv" for name in ("annotations", "annotations_excluded", "seriesuids")} | {
+        f"subset{i % 10}/{uid}{suffix}" for i, uid in enumerate(uids) for suffix in (".mhd", ".raw")
+    }
+
+
+def test_bytes_do_not_depend_on_the_workers_and_a_set_begins_with_the_smaller_one(folder, tmp_path):
+    write_phantoms(tmp_path / "two", size="tiny", scans=4, workers=2, progress=False)
+    small, large = contents(tmp_path / "two"), contents(folder)
+    scans = {name for name in small if name.startswith("subset")}
+    assert len(scans) == 8 and all(small[name] == large[name] for name in scans)
+    for name in ("annotations", "annotations_excluded", "seriesuids"):
+        assert large[f"{name}.csv"].startswith(small[f"{name}.csv"])
+
+
+def test_another_seed_gives_another_set(tmp_path, folder):
+    write_phantoms(tmp_path, size="tiny", scans=1, seed=1, progress=False)
+    assert (tmp_path / "seriesuids.csv").read_text().split()[0] not in (folder / "seriesuids.csv").read_text()
+
+
+def test_findings_lie_where_the_table_says(folder):
+    """The middle of a nodule is denser than lung (-895 to -825 HU); the whole table lies inside its scans."""
+    dense, total = 0, 0
+    for uid, *values in table(folder / "annotations.csv")[1:]:
+        *point, diameter = map(float, values)
+        image = sitk.ReadImage(str(next(folder.glob(f"subset*/{uid}.mhd"))))
+        x, y, z = image.TransformPhysicalPointToIndex(point)
+        voxels = sitk.GetArrayViewFromImage(image)
+        assert all(0 <= i < n for i, n in zip((z, y, x), voxels.shape, strict=True))
+        assert 3 <= diameter <= 30
+        if diameter > 7:
+            total += 1
+            dense += voxels[max(z - 1, 0) : z + 2, y - 1 : y + 2, x - 1 : x + 2].mean() > -720
+    assert total >= 5 and dense >= 0.9 * total
+
+
+def test_looks_like_a_chest(folder):
+    for path in sorted(folder.glob("subset*/*.mhd"))[:4]:
+        image = sitk.ReadImage(str(path))
+        voxels = sitk.GetArrayViewFromImage(image)
+        assert voxels.dtype == np.int16 and image.GetDimension() == 3
+        middle = voxels[len(voxels) // 2]
+        share = {
+            "lung": np.mean((middle > -970) & (middle < -650)),
+            "tissue": np.mean((middle > -150) & (middle < 150)),
+            "bone": np.mean(middle > 250),
+        }
+        assert 0.08 < share["lung"] < 0.5 and 0.15 < share["tissue"] < 0.75 and 0.001 < share["bone"] < 0.1, share
+
+
+def test_scans_differ_in_geometry(folder):
+    images = [sitk.ReadImage(str(path)) for path in folder.glob("subset*/*.mhd")]
+    assert len({image.GetSpacing() for image in images}) > SCANS // 2
+    assert all(image.GetSpacing()[0] != image.GetSpacing()[2] for image in images)
+    assert all(any(abs(c) > 1 for c in image.GetOrigin()) for image in images)
+
+
+def test_some_scans_are_flipped_and_some_hold_no_nodule(scenes):
+    assert 2 <= sum(scene.flipped for scene in scenes) <= 25
+    assert 0.15 <= np.mean([len(scene.nodules) == 0 for scene in scenes]) <= 0.55
+    assert np.mean([len(scene.excluded) > 0 for scene in scenes]) > 0.5
+
+
+def test_small_nodules_are_far_more_frequent(scenes):
+    diameters = np.concatenate([scene.nodules[:, 3] for scene in scenes])
+    assert len(diameters) > 60 and diameters.min() >= 3 and diameters.max() <= 30
+    assert np.mean(diameters < 10) > 0.6 and 4.5 < np.median(diameters) < 9 and (diameters > 12).any()
+
+
+def test_nodules_of_a_scan_do_not_overlap(scenes):
+    for scene in scenes:
+        points, radii = scene.nodules[:, :3], scene.nodules[:, 3] / 2
+        distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag(np.full(len(points), np.inf))
+        assert (distance > radii[:, None] + radii[None]).all()
+
+
+def test_the_scene_is_the_same_kind_of_anatomy_at_every_size():
+    for size in SIZES:
+        scene = Scene(size, 0, 0)
+        assert 300 < scene.pixel * len(scene.x) < 400 and 200 < scene.slice * len(scene.z) < 420
+
+
+def test_a_stopped_run_is_finished_with_the_same_bytes(folder, tmp_path):
+    out = tmp_path / "resumed"
+    write_phantoms(out, size="tiny", scans=3, workers=1, progress=False)
+    whole = contents(out)
+    first, second, third = sorted(out.glob("subset*/*.mhd"))
+    first.with_suffix(".raw").write_bytes(b"cut short")
+    second.unlink()
+    (third.parent / f".{third.stem}.partial").mkdir()
+    (out / "annotations.csv").unlink()
+    before = third.with_suffix(".raw").stat().st_mtime_ns
+    write_phantoms(out, size="tiny", scans=3, workers=1, progress=False)
+    assert contents(out) == whole
+    assert third.with_suffix(".raw").stat().st_mtime_ns == before, "a whole scan was written again"
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"scans": SCANS - 1}])
+def test_a_folder_with_another_set_is_refused(folder, other):
+    before = contents(folder)
+    with pytest.raises(InputError, match="choose an empty folder"):
+        write_phantoms(folder, **({"size": "tiny", "scans": SCANS, "progress": False} | other))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"size": "huge"}, "size"), ({"scans": 0}, "scans"), ({"seed": -1}, "seed"), ({"workers": 0}, "workers")],
+)
+def test_bad_arguments(tmp_path, arguments, words):
+    with pytest.raises(InputError, match=f"^{words}: expected"):
+        write_phantoms(tmp_path / "out", **({"size": "tiny"} | arguments))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,317 @@
+"""The training loop: what a run leaves behind, resuming bit for bit, several processes, and every way to stop."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fmkernels.focalmix import train as loop
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.froc import read_candidates
+from fmkernels.focalmix.train import CHECKPOINT, CONFIG, METRICS, PRESETS, Config, learning_rate_factor, load_run, train
+from tests.focalmix.conftest import SCANS, write_luna
+
+ROOT = Path(__file__).parents[2]
+TINY = Config(
+    spacing=(2.5, 2.0, 2.0),
+    patch_size=(16, 16, 16),
+    strides=(2, 4),
+    diameters=(6.0, 12.0),
+    widths=(4, 8),
+    blocks=(0, 1),
+    channels=4,
+    batch_size=2,
+    steps=8,
+    warmup=2,
+    train_subsets=(0, 1),
+    validation_subsets=(),
+    test_subsets=(9,),
+    overlap=4,
+    log_every=2,
+    validate_every=4,
+    checkpoint_every=4,
+    workers=0,
+    device="cpu",
+)
+FILES = {CHECKPOINT, CONFIG, METRICS, "timing.json", "training.png", "candidates.csv", "evaluation.json", "froc.png"}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
+    return {**checkpoint["model"], **{f"average {k}": v for k, v in checkpoint["average"].items()}}
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows without their times."""
+    with open(run / METRICS, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def luna_folder(tmp_path_factory) -> Path:
+    """The little data set, written and resampled once."""
+    return write_luna(tmp_path_factory.mktemp("train") / "luna", SCANS)
+
+
+@pytest.fixture(scope="module")
+def finished(luna_folder, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(TINY, luna_folder, run)
+    return run
+
+
+@pytest.fixture
+def whole(finished, tmp_path) -> Path:
+    """A run of all steps, never stopped."""
+    return shutil.copytree(finished, tmp_path / "whole")
+
+
+def test_a_run_leaves_everything_behind(whole, luna_folder):
+    assert {path.name for path in whole.iterdir()} >= FILES | {"sheet.png"}
+    assert [row["step"] for row in metrics(whole)] == ["2", "4", "6", "8"]
+    assert all(math.isfinite(float(row["loss"])) for row in metrics(whole))
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert 0 <= evaluation["cpm"] <= 1
+    assert set(read_candidates(whole / "candidates.csv")) <= {"1.3.6.1.4.1.1005"}
+    timing = json.loads((whole / "timing.json").read_text())
+    assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= timing["milliseconds"].keys()
+    assert 0 <= timing["share_waiting_for_data"] < 1
+    config, model = load_run(whole)
+    assert config == TINY and not any(name.startswith("module") for name in model.state_dict())
+
+
+def test_training_lowers_the_loss(luna_folder, tmp_path):
+    config = replace(TINY, steps=60, warmup=5, learning_rate=5e-3, positive=1.0, test_subsets=(), log_every=10)
+    train(config, luna_folder, tmp_path / "run")
+    losses = [float(row["loss"]) for row in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, luna_folder, tmp_path, monkeypatch, stop):
+    """Killed right after a step: at a checkpoint, and between two (the steps since are done again)."""
+    run = tmp_path / "resumed"
+
+    class Killed(BaseException):
+        pass
+
+    class Scheduler(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, *args):
+            super().step(*args)
+            if self.last_epoch == stop + 1 and not (run / "killed").exists():
+                (run / "killed").touch()
+                raise Killed
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", Scheduler)
+    with pytest.raises(Killed):
+        train(TINY, luna_folder, run)
+    train(TINY, luna_folder, run, resume=True)
+    assert (run / "killed").exists()
+    assert_same_weights(whole, run)
+    assert metrics(run) == metrics(whole)
+    assert (run / "candidates.csv").read_bytes() == (whole / "candidates.csv").read_bytes()
+
+
+def test_workers_change_nothing(whole, luna_folder, tmp_path):
+    train(replace(TINY, workers=2), luna_folder, tmp_path / "workers")
+    assert_same_weights(whole, tmp_path / "workers")
+
+
+def test_another_seed_gives_another_run(whole, luna_folder, tmp_path):
+    train(replace(TINY, seed=1), luna_folder, tmp_path / "seed")
+    ours, theirs = weights(whole), weights(tmp_path / "seed")
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, luna_folder):
+    before = weights(whole), metrics(whole)
+    train(TINY, luna_folder, whole, resume=True)
+    after = weights(whole)
+    assert all(torch.equal(before[0][name], after[name]) for name in after)
+    assert metrics(whole) == before[1]
+
+
+def test_a_signal_stops_after_a_checkpoint(whole, luna_folder, tmp_path, monkeypatch):
+    run, stock = tmp_path / "stopped", loop.supervised_loss
+    calls = []
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stock(*args)
+
+    monkeypatch.setattr(loop, "supervised_loss", step)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 8"):
+        train(TINY, luna_folder, run)
+    assert torch.load(run / CHECKPOINT, weights_only=True)["step"] == 3
+    train(TINY, luna_folder, run, resume=True)
+    assert_same_weights(whole, run)
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(luna_folder, tmp_path, monkeypatch):
+    stock, calls = loop.supervised_loss, []
+
+    def step(*args):
+        calls.append(1)
+        losses = stock(*args)
+        return losses if len(calls) < 6 else losses._replace(box=losses.box * math.nan)
+
+    monkeypatch.setattr(loop, "supervised_loss", step)
+    with pytest.raises(FloatingPointError, match="step 6: the loss is nan"):
+        train(TINY, luna_folder, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert checkpoint["step"] == 4
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_a_folder_with_another_run_is_refused(whole, luna_folder):
+    before = (whole / CHECKPOINT).read_bytes()
+    with pytest.raises(InputError, match=r"learning_rate: expected 0.002 as in the run it holds, got 0.1"):
+        train(replace(TINY, learning_rate=0.1), luna_folder, whole, resume=True)
+    with pytest.raises(InputError, match="expected a new folder, or --resume"):
+        train(TINY, luna_folder, whole)
+    assert (whole / CHECKPOINT).read_bytes() == before
+
+
+def test_other_scans_are_refused(whole, luna_folder, make_luna):
+    other = make_luna({"nodules": [(8, 16, 15, 9)]}, {"subset": 9, "nodules": [(8, 16, 15, 9)]})
+    with pytest.raises(InputError, match="series: expected the 3 training scans of the run"):
+        train(TINY, other, whole, resume=True)
+
+
+@pytest.mark.parametrize("part", [0.5, 0.97, 0.0])
+def test_a_checkpoint_cut_short_is_refused(whole, luna_folder, part):
+    data = (whole / CHECKPOINT).read_bytes()
+    (whole / CHECKPOINT).write_bytes(data[: int(len(data) * part)])
+    for use in (lambda: train(TINY, luna_folder, whole, resume=True), lambda: load_run(whole)):
+        with pytest.raises(InputError, match=r"checkpoint.pt: expected a whole checkpoint"):
+            use()
+
+
+def test_a_checkpoint_cannot_run_code(whole):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(whole / "hacked"),)
+
+    torch.save({"config": Evil()}, whole / CHECKPOINT)
+    with pytest.raises(InputError, match="expected a whole checkpoint"):
+        load_run(whole)
+    assert not (whole / "hacked").exists()
+
+
+def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
+    chosen = set()
+    for seed in range(6):
+        run = tmp_path / f"{seed}"
+        train(replace(TINY, labeled=1, seed=seed, steps=1, test_subsets=(), train_subsets=(0, 1)), luna_folder, run)
+        (series,) = torch.load(run / CHECKPOINT, weights_only=True)["series"]
+        chosen.add(series)
+    assert 1 < len(chosen) <= 3
+    with pytest.raises(InputError, match="labeled: expected at most 3 training scans, got 4"):
+        train(replace(TINY, labeled=4), luna_folder, tmp_path / "many")
+
+
+def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path):
+    config = replace(TINY, batch_size=4, steps=6, positive=1.0)
+    train(config, luna_folder, tmp_path / "one")
+    (tmp_path / "rank.py").write_text(
+        "import sys; from pathlib import Path; from dataclasses import replace\n"
+        "from tests.focalmix.test_train import TINY; from fmkernels.focalmix.train import train\n"
+        "if __name__ == '__main__':\n"
+        "    train(replace(TINY, batch_size=4, steps=6, positive=1.0), Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        + [str(tmp_path / "rank.py"), str(luna_folder), str(tmp_path / "two")],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("loss", "loss_cls", "loss_box", "positives"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4), name
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-4) for name in a)
+    assert (tmp_path / "two" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_their_models(preset):
+    config = PRESETS[preset]
+    model = loop.build_model(config)
+    assert config.anchors.per_place >= 1
+    assert sum(p.numel() for p in model.parameters()) < 10_000_000
+
+
+def test_schedules():
+    cosine, step = Config(steps=100, warmup=9), Config(steps=100, warmup=0, schedule="step")
+    factors = [learning_rate_factor(i, cosine) for i in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0) and max(factors) > 0.95
+    assert np.argmax(factors) in (8, 9, 10)
+    assert [learning_rate_factor(i, step) for i in (0, 59, 60, 84, 85, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spacing", (1.0, 1.0)),
+        ("spacing", (1.0, 0.0, 1.0)),
+        ("window", (600.0, -1200.0)),
+        ("patch_size", (60, 64, 64)),
+        ("strides", (2, 3, 4)),
+        ("diameters", (5.0, 10.0)),
+        ("diameters", (5.0, -10.0, 20.0)),
+        ("widths", (16, 30, 48)),
+        ("blocks", (1, 1)),
+        ("channels", 6),
+        ("batch_size", 0),
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("positive", 1.5),
+        ("gamma", -1.0),
+        ("schedule", "linear"),
+        ("amp", "int8"),
+        ("labeled", 0),
+        ("overlap", 64),
+        ("train_subsets", ()),
+        ("test_subsets", (0,)),
+    ],
+)
+def test_bad_configurations(field, value):
+    with pytest.raises(InputError, match=f"^{field}: expected .*got"):
+        replace(Config(), **{field: value})
+
+
+def test_bad_devices():
+    with pytest.raises(InputError, match="device: expected"):
+        loop.choose_device("toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="found none"):
+            loop.choose_device("cuda")

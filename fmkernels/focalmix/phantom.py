@@ -712,9 +712,9 @@ def write_phantoms(
 ) -> None:
     """Write a synthetic chest-CT set in LUNA16's layout.
 
-    ``out`` gets ``subset0`` to ``subset9`` with ``<seriesuid>.mhd`` and ``.raw`` (int16 HU), ``annotations.csv`` (nodules of
-    3 to 30 mm: world x, y, z of the centre and the diameter of the sphere of equal volume), ``annotations_excluded.csv``
-    (other findings, diameter -1 where none is given) and ``seriesuids.csv``.
+    ``out`` gets ``subset0`` to ``subset9`` with ``<seriesuid>.mhd`` and ``.raw`` (int16 HU), ``annotations.csv``
+    (nodules of 3 to 30 mm: world x, y, z of the centre and diameter of the sphere of equal volume),
+    ``annotations_excluded.csv`` (other findings, diameter -1 where none is given) and ``seriesuids.csv``.
 
     Scan i depends on ``size``, ``seed`` and i only: its bytes are the same for any number of workers, and a larger set
     begins with the smaller one. A run that was stopped continues where it was; the tables are written last.

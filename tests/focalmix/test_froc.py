@@ -280,7 +280,8 @@ def test_one_scan_found_and_one_missed_span_everything():
 
 def test_the_interval_is_that_of_the_binomial_for_one_nodule_a_scan():
     series = [str(i) for i in range(100)]
-    froc = evaluate({uid: [[0, 0, 0, 0.9]] for uid in series[:60]}, dict.fromkeys(series, [[0, 0, 0, 6]]), {}, series)
+    nodules = {uid: [[0, 0, 0, 6]] for uid in series}
+    froc = evaluate({uid: [[0, 0, 0, 0.9]] for uid in series[:60]}, nodules, {}, series)
     assert froc.interval == pytest.approx((0.50, 0.695), abs=0.011)  # 2.5 % and 97.5 % points of B(100, 0.6)
 
 

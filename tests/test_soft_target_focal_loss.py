@@ -1,6 +1,7 @@
 """soft_target_focal_loss on the CPU path and through its kernels, against the float64 reference and against peers."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -392,6 +393,22 @@ def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
             results.append((total, x.grad))
         assert_close(results[1][0], results[0][0])
         assert_close(results[1][1], results[0][1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiles_to_machine_code():
+    """Inductor, which writes C++ on the CPU: forward, and a backward that is pure and so can be repeated."""
+
+    def step(x, y):
+        return soft_target_focal_loss(torch.tanh(x), y, normalizer=(y > 0.5).sum())
+
+    torch._dynamo.reset()
+    logits, targets = make((3, 200))
+    expected = logits.clone().requires_grad_()
+    (step(expected, targets) * 3).backward()
+    x = logits.clone().requires_grad_()
+    (torch.compile(step, fullgraph=True)(x, targets) * 3).backward()
+    assert_close(x.grad, expected.grad)
 
 
 def test_module_is_the_function(path):

@@ -267,7 +267,8 @@ class Memory:
     def never_written(self, name: str) -> int:
         """How many elements of a tensor no store and no atomic of the checked block has written."""
         count = 0
-        for view in self.seen[name].values():
+        given = [view for view in self.named if view.name == name]
+        for view in given or self.seen[name].values():
             buffer = view.buffer
             steps = view.itemsize // buffer.cell
             first = (view.lo - buffer.lo) // buffer.cell

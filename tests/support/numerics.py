@@ -209,7 +209,7 @@ def _device_function(name: str) -> Callable:
             raise KernelFault(f"libdevice.{name} does not take {', '.join(str(t.dtype) for t in tensors)}")
         dtype = tl.int32 if name in PREDICATES else tensors[0].dtype
         data = np.asarray(f(*(t.handle.data for t in tensors))).astype(interpreter._get_np_dtype(dtype))
-        handle = interpreter.interpreter_builder.elementwise(data, dtype, [t.handle for t in tensors])
+        handle = interpreter.interpreter_builder.carry(TensorHandle(data, dtype), [t.handle for t in tensors])
         return tl.tensor(handle, block.type.with_element_ty(dtype) if block is not None else dtype)
 
     return call

@@ -1,0 +1,72 @@
+"""Kernels whose compiled code is known: good ones beside ones with a planted flaw, as a plan."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from .driver import Case
+
+N = 100_003
+
+
+@triton.jit(do_not_specialize=["n"])
+def streamed(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """An unmasked main path, a masked tail; STEPS fused multiply-adds for each element."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        value = tl.load(x + i)
+        for _ in tl.static_range(STEPS):
+            value = tl.fma(value, value, 1.5)
+        tl.store(out + i, value)
+    else:
+        value = tl.load(x + i, i < n)
+        for _ in tl.static_range(STEPS):
+            value = tl.fma(value, value, 1.5)
+        tl.store(out + i, value, i < n)
+
+
+@triton.jit
+def masked(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, i < n) + 1, i < n)
+
+
+@triton.jit
+def crowded(x, out, BLOCK: tl.constexpr, VALUES: tl.constexpr):
+    """Keeps VALUES loads alive until the last of them has arrived."""
+    i = tl.arange(0, BLOCK)
+    values = ()
+    for k in tl.static_range(VALUES):
+        values = values + (tl.load(x + k * BLOCK + i, volatile=True),)  # stays in place
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(VALUES):
+        total = total * values[VALUES - 1 - k] + 1.0
+    tl.store(out + i, total)
+
+
+@triton.jit
+def turned(x, out, BLOCK: tl.constexpr):
+    """Reads rows and writes columns, both in vectors: the block has to change hands."""
+    i = tl.arange(0, BLOCK)
+    tile = tl.load(x + i[:, None] * BLOCK + i[None, :])
+    tl.store(out + i[None, :] * BLOCK + i[:, None], tile)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(N, dtype=dtype)
+        grid = (triton.cdiv(N, 1024),)
+        yield Case(f"masked {dtype}", lambda x=x, grid=grid: masked[grid](x, x, N, BLOCK=1024), N)
+    x = torch.zeros(N)
+    for steps in (8, 24):
+        yield Case(
+            f"{steps} steps", lambda steps=steps: streamed[grid](x, x, N, BLOCK=1024, STEPS=steps), 1024 * grid[0]
+        )
+    yield Case("aligned", lambda: masked[(64,)](x, x, 1 << 16, BLOCK=1024), 1 << 16)
+    yield Case("unaligned pointer", lambda: masked[(64,)](x[1:], x[1:], 1 << 16, BLOCK=1024), 1 << 16)
+    yield Case("crowded", lambda: crowded[(1,)](x, x, BLOCK=1024, VALUES=40))
+    yield Case("roomy", lambda: crowded[(1,)](x, x, BLOCK=1024, VALUES=4))
+    yield Case("turned", lambda: turned[(1,)](x, x, BLOCK=64))

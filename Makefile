@@ -7,7 +7,7 @@ DATA ?= data/phantoms
 RUN ?= runs/demo
 RESULTS ?= benchmarks/results
 
-ifdef PYTHON
+ifeq ($(origin PYTHON),command line)
 READY := environment-in-use
 else
 PYTHON := $(VENV)/bin/python
@@ -26,7 +26,9 @@ test: $(READY)
 	$(PYTHON) -m pytest -n auto --cov=fmkernels --cov-report=term
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.run
+	mkdir -p $(RESULTS)/local
+	$(PYTHON) -m pytest -q benchmarks/bench_*.py --benchmark-max-time=0.2 --benchmark-quiet --benchmark-json=$(RESULTS)/local/benchmarks.json
+	$(PYTHON) -m benchmarks.plot $(RESULTS)/local/benchmarks.json
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
@@ -46,4 +48,5 @@ $(VENV)/ready: setup.py constraints.txt
 	touch $@
 
 environment-in-use:
-	$(PYTHON) -m pip install --quiet --editable '.[train,dev]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[train,dev]' \
+		|| $(PYTHON) -m pip install --quiet --editable '.[train,dev]'

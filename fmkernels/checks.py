@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,7 +32,7 @@ def check_no_grad(name: str, argument: str, x: Tensor) -> None:
 def check_number(name: str, argument: str, value: object) -> None:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {argument} must be a number, got {kind_of(value)}")
-    if not abs(value) < math.inf:  # math.isfinite cannot be traced with a symbolic float
+    if not abs(value) <= LARGEST:  # math.isfinite cannot be traced with a symbolic float
         raise ValueError(f"{name}: {argument} must be finite, got {value}")
 
 

@@ -111,7 +111,8 @@ def soft_target_focal_loss(
     divisor = _check_normalizer(name, normalizer, reduction, first)
 
     inner = [x.numel() // x.shape[0] if x.dim() and x.shape[0] else 0 for x in xs]
-    per_sample = bool(weights) and all(_is_per_sample(w, x) for w, x in zip(weights, xs, strict=True))
+    same_batch = first.dim() > 0 and all(x.shape[:1] == first.shape[:1] for x in xs)
+    per_sample = bool(weights) and same_batch and all(map(_is_per_sample, weights, xs))
     rows = first.shape[0] if lam is not None or (per_sample and max(inner) >= _ROW_ELEMENTS) else 1
     if rows == 0:
         rows, lam, index = 1, None, None
@@ -128,7 +129,7 @@ def soft_target_focal_loss(
         return _sfl.reduced(dense, dense_targets, dense_weights, divisor, lam, index, formula, reduction == "mean")
     losses = _sfl.elementwise(dense, dense_targets, dense_weights, lam, index, formula)
     losses = [_restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
-    return losses[0] if isinstance(logits, Tensor) else type(logits)(losses)
+    return losses[0] if isinstance(logits, Tensor) else tuple(losses) if isinstance(logits, tuple) else losses
 
 
 def _levels(name: str, argument: str, value: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -192,7 +193,7 @@ def _check_normalizer(name: str, normalizer: object, reduction: str, x: Tensor) 
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
     check_number(name, "normalizer", normalizer)
-    return torch.full((), float(normalizer), dtype=compute_dtype([x]), device=x.device)
+    return x.new_ones((), dtype=compute_dtype([x])) * normalizer  # torch.full would compile anew for every number
 
 
 def _is_per_sample(w: Tensor, x: Tensor) -> bool:

@@ -159,7 +159,7 @@ INSTRUCTIONS = {
     "sum float32 float32": 55,
     "sum bfloat16 bfloat16": 55,
     "sum bfloat16 uint8": 51,
-    "sum, any gamma": 79,
+    "sum, any gamma": 82,
     "losses": 40,
     "gradient again": 46,
     "gradient of losses": 45,

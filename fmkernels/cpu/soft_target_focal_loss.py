@@ -13,7 +13,7 @@ from torch import Tensor
 from fmkernels.dtypes import compute_dtype
 
 BLOCK = 1 << 15  # elements: a handful of float32 buffers of this size stay in a core's cache
-SMALLEST = 1e-37  # keeps p q / |d| finite in float32
+SMALLEST, SMALLEST_DOUBLE = 1e-37, 1e-290  # keep p q / |d| finite in float32 and float64
 
 
 class _Block(NamedTuple):
@@ -21,6 +21,7 @@ class _Block(NamedTuple):
     part: tuple[slice, slice]  # rows and columns of the level seen as [rows, inner]
     loss: Tensor  # weighted, 0 where ignored
     gradient: Tensor | None
+    ignored: Tensor | None  # None where nothing is
     counted: int
 
 
@@ -60,7 +61,7 @@ def _blocks(
                 loss.masked_fill_(ignored, 0)
                 if gradient is not None:
                     gradient.masked_fill_(ignored, 0)
-            yield _Block(level, part, loss, gradient, counted)
+            yield _Block(level, part, loss, gradient, ignored if counted < ignored.numel() else None, counted)
 
 
 def _as_rows(x: Tensor, rows: int) -> Tensor:
@@ -99,7 +100,8 @@ def _focal(
     if gamma == 0:
         return loss, scale.mul_(d)
     # d/dx [s |d|^g CE] = sign(d) (g loss p q / |d| + s |d|^(g+1)); at p = y it is 0, the cusp of gamma < 1 included
-    slope = p.mul_(q).div_(distance.clamp(min=SMALLEST)).mul_(loss).mul_(gamma)
+    smallest = SMALLEST_DOUBLE if d.dtype == torch.float64 else SMALLEST
+    slope = p.mul_(q).div_(distance.clamp(min=smallest)).mul_(cross_entropy).mul_(scale_power).mul_(gamma)
     return loss, slope.addcmul_(scale_power, distance).mul_(d.sign_())
 
 
@@ -159,6 +161,8 @@ def launch_elementwise(
             factor = given if given.dim() == 0 else _as_rows(given, rows)[block.part]
             factor = factor.to(block.gradient.dtype)
             value = block.gradient.mul_(factor if divisor is None else factor / max(float(divisor), 1.0))
+            if block.ignored is not None:
+                value.masked_fill_(block.ignored, 0)
         _as_rows(out[block.level], rows)[block.part] = value
     return out
 

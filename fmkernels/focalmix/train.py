@@ -58,34 +58,35 @@ class Config:
 
     spacing: tuple[float, ...] = _option((2.0, 2.0, 2.0), "resampled voxel size in mm")
     window: tuple[float, ...] = _option((-1200.0, 600.0), "HU mapped to 0 and 1")
-    patch_size: tuple[int, ...] = _option((64, 64, 64), "voxels, multiples of the largest stride")
-    positive: float = _option(0.5, "share of the patches that are placed on a nodule")
+    patch_size: tuple[int, ...] = _option((32, 32, 32), "voxels, multiples of the largest stride")
+    positive: float = _option(0.7, "share of the patches that are placed on a nodule")
     strides: tuple[int, ...] = _option((2, 4, 8), "of the pyramid's levels, in voxels")
     diameters: tuple[float, ...] = _option((5.0, 10.0, 20.0), "of the anchors in mm, level after level, as many each")
     widths: tuple[int, ...] = _option((16, 32, 48), "channels of the backbone's stages")
     blocks: tuple[int, ...] = _option((1, 1, 1), "residual blocks of the backbone's stages")
     channels: int = _option(16, "channels of the pyramid and the head")
-    batch_size: int = _option(4, "patches a step, over all processes")
-    steps: int = _option(1500, "training steps")
-    learning_rate: float = _option(2e-3, "at its highest")
+    batch_size: int = _option(16, "patches a step, over all processes")
+    steps: int = _option(2400, "training steps")
+    learning_rate: float = _option(4e-3, "at its highest")
     weight_decay: float = _option(1e-2, "of AdamW")
     warmup: int = _option(50, "steps over which the learning rate rises")
     schedule: str = _option("cosine", "of the learning rate: cosine, or step (1/10 after 60 %, 1/100 after 85 %)")
     ema_decay: float = _option(0.99, "of the averaged weights, which are those evaluated")
     clip: float = _option(1.0, "largest norm of the gradient")
     amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, off on the CPU), off, bf16 or fp16")
-    alpha0: float = _option(0.05, "focal loss: weight of the background")
-    alpha1: float = _option(0.95, "focal loss: weight of nodules")
+    alpha0: float = _option(0.25, "focal loss: weight of the background")
+    alpha1: float = _option(0.75, "focal loss: weight of nodules")
     gamma: float = _option(2.0, "focal loss: exponent")
     box_weight: float = _option(1.0, "of the box loss beside the focal loss")
     train_subsets: tuple[int, ...] = _option((0, 1, 2, 3, 4, 5, 6), "subsets to train on")
     validation_subsets: tuple[int, ...] = _option((7,), "subsets to detect and evaluate on from time to time")
     test_subsets: tuple[int, ...] = _option((8, 9), "subsets to detect and evaluate on at the end")
     labeled: int | None = _option(None, "train on so many scans only, drawn by the seed")
-    overlap: int = _option(16, "voxels that patches share when a whole scan is searched")
+    search_size: tuple[int, ...] = _option((32, 32, 32), "voxels of the patches in which a whole scan is searched")
+    overlap: int = _option(12, "voxels that these patches share")
     nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
     log_every: int = _option(20, "steps between rows of the metrics")
-    validate_every: int = _option(500, "steps between validations")
+    validate_every: int = _option(1200, "steps between validations")
     checkpoint_every: int = _option(250, "steps between checkpoints")
     seed: int = _option(0, "of weights, patches and the choice of scans")
     workers: int = _option(1, "processes that read patches", runtime=True)
@@ -96,7 +97,7 @@ class Config:
             if not holds:
                 raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)}")
 
-        for name in ("spacing", "patch_size"):
+        for name in ("spacing", "patch_size", "search_size"):
             value = getattr(self, name)
             expect(name, len(value) == 3 and all(0 < v < math.inf for v in value), "three positive numbers (z, y, x)")
         expect("window", len(self.window) == 2 and self.window[0] < self.window[1], "two numbers, the lower first")
@@ -104,7 +105,8 @@ class Config:
         last = stages[-len(self.strides) :] if self.strides else None
         expect("strides", list(self.strides) == last, f"the last of {stages} (one stage for each of the widths)")
         coarsest = self.strides[-1]
-        expect("patch_size", all(side % coarsest == 0 for side in self.patch_size), f"multiples of {coarsest}")
+        for name in ("patch_size", "search_size"):
+            expect(name, all(side % coarsest == 0 for side in getattr(self, name)), f"multiples of {coarsest}")
         expect("blocks", len(self.blocks) == len(self.widths), f"{len(self.widths)} numbers, as many as widths")
         expect("widths", all(width > 0 and width % 4 == 0 for width in self.widths), "multiples of 4")
         expect("channels", self.channels > 0 and self.channels % 4 == 0, "a multiple of 4")
@@ -113,7 +115,7 @@ class Config:
             "diameters", self.diameters and len(self.diameters) % levels == 0, f"as many for each of {levels} levels"
         )
         expect("diameters", all(0 < d < math.inf for d in self.diameters), "positive numbers")
-        expect("overlap", 0 <= self.overlap < min(self.patch_size), f"0 to {min(self.patch_size) - 1}")
+        expect("overlap", 0 <= self.overlap < min(self.search_size), f"0 to {min(self.search_size) - 1}")
         for name in ("batch_size", "steps", "log_every", "validate_every", "checkpoint_every"):
             expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "warmup", "gamma", "box_weight", "workers", "seed"):
@@ -139,6 +141,8 @@ PRESETS = {
     "luna16": Config(
         spacing=(1.0, 1.0, 1.0),
         patch_size=(160, 160, 160),
+        search_size=(160, 160, 160),
+        positive=0.5,
         strides=(4, 8, 16),
         diameters=(5.0, 10.0, 20.0),
         widths=(24, 48, 96, 128),
@@ -241,7 +245,7 @@ def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
             model,
             config.anchors,
             volume,
-            patch_size=config.patch_size,
+            patch_size=config.search_size,
             overlap=config.overlap,
             window=config.window,
             nms_threshold=config.nms_threshold,

@@ -30,6 +30,7 @@ P7 = tl.constexpr(-0.029505079612135887)
 P8 = tl.constexpr(0.005232654511928558)
 LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
+SMALLEST_DOUBLE = tl.constexpr(1e-290)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 FINISH_BLOCK = tl.constexpr(1024)
 
@@ -95,10 +96,11 @@ def soft_target_focal(x, y, alpha0, alpha1, gamma, GAMMA_IS_2: tl.constexpr):
         grad = w * d * (2.0 * (larger * smaller) * ce + d * d)
     else:
         a = tl.abs(d)
-        safe = tl.maximum(a, SMALLEST)
-        scale = w * tl.exp2(gamma * _log2(safe))
+        safe = tl.maximum(a, SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST)
+        power = tl.exp2(gamma * _log2(safe))
+        scale = w * tl.where((a == 0) & (gamma > 0), 0.0, power)
         loss = scale * ce
-        grad = gamma * (loss * _divide(larger * smaller, safe)) + scale * a
+        grad = gamma * (scale * (_divide(larger * smaller, safe) * ce)) + scale * a
         grad = tl.where(d > 0, grad, tl.where(d < 0, -grad, 0.0 * grad))
     return loss, tl.where(positive, grad, -grad)
 
@@ -406,7 +408,7 @@ def launch_sum(
                 tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None, lam, index,
                 normalizer, losses, counts, grid.first, grid.shares, grid.inner, rows, tiles, alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned,
-                WEIGHT_PER_ROW=bool(weights) and weights[0].numel() == rows, GAMMA_IS_2=gamma == 2.0,
+                WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
                 num_warps=launch.num_warps,
             )  # fmt: skip
         finish_kernel[(1,)](losses, counts, normalizer, total, divisor, grid.programs, num_warps=4)
@@ -439,8 +441,8 @@ def launch_elementwise(
                 tuple(logits), tuple(targets), tuple(weights) or None, tuple(upstream) or None, tuple(out), lam, index,
                 divisor, grid.first, grid.shares, grid.inner, rows, alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned,
-                WEIGHT_PER_ROW=bool(weights) and weights[0].numel() == rows,
-                UPSTREAM_IS_SCALAR=bool(upstream) and upstream[0].dim() == 0, GAMMA_IS_2=gamma == 2.0,
+                WEIGHT_PER_ROW=all(w.numel() == rows for w in weights),
+                UPSTREAM_IS_SCALAR=all(u.dim() == 0 for u in upstream), GAMMA_IS_2=gamma == 2.0,
                 num_warps=launch.num_warps,
             )  # fmt: skip
     return out

@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fmkernels.dtypes import compute_dtype
 from fmkernels.ops.library import define, fake
 
 _MODULE = "soft_target_focal_loss"
 _INPUTS = "Tensor[] logits, Tensor[] targets, Tensor[] weights"
-_FORMULA = "Tensor? lam, Tensor? index, int rows, float alpha0, float alpha1, float gamma"
+_FORMULA = "Tensor? lam, Tensor? index, SymInt rows, float alpha0, float alpha1, float gamma"
 
 define(
     "soft_target_focal_loss_sum",
@@ -71,6 +70,24 @@ def _split(tensors: Sequence[Tensor], levels: int) -> tuple[Sequence[Tensor], Se
     return tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
 
 
+class _FirstOnly(torch.autograd.Function):
+    """A gradient as it is; differentiating it again is an error, where leaving it out would be a silent mistake."""
+
+    @staticmethod
+    def forward(ctx, gradient, logits):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError("soft_target_focal_loss: no second derivative is offered")
+
+
+def _final(gradients: Sequence[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return [_FirstOnly.apply(g, x) for g, x in zip(gradients, logits, strict=True)]
+
+
 class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx, formula, mean, levels, normalizer, lam, index, *tensors):
@@ -88,20 +105,21 @@ class _Reduced(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
         divisor, normalizer, lam, index, *saved = ctx.saved_tensors
         logits, targets, weights = _split(saved[: ctx.inputs], ctx.levels)
-        if ctx.gradients:  # given away once: what comes later must not find it multiplied
-            gradients, ctx.gradients = ctx.gradients, None
-            _ops.soft_target_focal_loss_scale(gradients, upstream, divisor)
-        elif len(saved) > ctx.inputs:
-            gradients = [(g * (upstream / divisor)).to(g.dtype) for g in saved[ctx.inputs :]]
-        else:
-            gradients = _ops.soft_target_focal_loss_elementwise(
-                logits, targets, weights, [upstream] * ctx.levels,
-                normalizer if ctx.mean and normalizer is not None else divisor, lam, index, *ctx.formula,
-            )  # fmt: skip
+        with torch.no_grad():
+            if ctx.gradients:  # given away once: what comes later must not find it multiplied
+                gradients, ctx.gradients = ctx.gradients, None
+                _ops.soft_target_focal_loss_scale(gradients, upstream, divisor)
+            elif len(saved) > ctx.inputs:
+                gradients = [(g * (upstream / divisor)).to(g.dtype) for g in saved[ctx.inputs :]]
+            else:
+                gradients = _ops.soft_target_focal_loss_elementwise(
+                    logits, targets, weights, [upstream] * ctx.levels,
+                    normalizer if ctx.mean and normalizer is not None else divisor, lam, index, *ctx.formula,
+                )  # fmt: skip
+        gradients = _final(gradients, logits)
         return (None,) * 6 + tuple(gradients) + (None,) * (len(targets) + len(weights))
 
 
@@ -115,14 +133,15 @@ class _Elementwise(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
         lam, index, *tensors = ctx.saved_tensors
         logits, targets, weights = _split(tensors, ctx.levels)
-        upstream = [u.contiguous() for u in upstream]
-        gradients = _ops.soft_target_focal_loss_elementwise(
-            logits, targets, weights, upstream, None, lam, index, *ctx.formula
-        )
+        with torch.no_grad():
+            upstream = [u.contiguous() for u in upstream]
+            gradients = _ops.soft_target_focal_loss_elementwise(
+                logits, targets, weights, upstream, None, lam, index, *ctx.formula
+            )
+        gradients = _final(gradients, logits)
         return (None,) * 4 + tuple(gradients) + (None,) * (len(targets) + len(weights))
 
 

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(luna_fold
 
 def test_a_folder_with_another_run_is_refused(whole, luna_folder):
     before = (whole / CHECKPOINT).read_bytes()
-    with pytest.raises(InputError, match=r"learning_rate: expected 0.002 as in the run it holds, got 0.1"):
+    with pytest.raises(InputError, match=r"learning_rate: expected 0.004 as in the run it holds, got 0.1"):
         train(replace(TINY, learning_rate=0.1), luna_folder, whole, resume=True)
     with pytest.raises(InputError, match="expected a new folder, or --resume"):
         train(TINY, luna_folder, whole)
@@ -283,7 +283,7 @@ def test_schedules():
         ("spacing", (1.0, 1.0)),
         ("spacing", (1.0, 0.0, 1.0)),
         ("window", (600.0, -1200.0)),
-        ("patch_size", (60, 64, 64)),
+        ("patch_size", (60, 32, 32)),
         ("strides", (2, 3, 4)),
         ("diameters", (5.0, 10.0)),
         ("diameters", (5.0, -10.0, 20.0)),
@@ -299,7 +299,7 @@ def test_schedules():
         ("schedule", "linear"),
         ("amp", "int8"),
         ("labeled", 0),
-        ("overlap", 64),
+        ("overlap", 32),
         ("train_subsets", ()),
         ("test_subsets", (0,)),
     ],

@@ -1,0 +1,236 @@
+"""What every suite shares: a comparison of providers on one workload, and what is recorded of each.
+
+A suite makes one `Comparison` per workload (a module-scoped fixture) and has one test per provider and phase, which
+calls `record(comparison, provider, phase)` (the fixture of conftest.py). The first of them holds every provider to the
+reference and then times all in interleaved rounds, so that a neighbour's load falls on all alike; each test replays
+its own samples to pytest-benchmark. A provider that is wrong fails and is not timed; one that cannot be imported is
+skipped.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tolerance import assert_close
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OURS = "fmkernels"
+PHASES = ("forward", "backward", "both")  # without a graph; what follows a forward that made one; that and its forward
+
+_COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[DEVICE.type]  # read and written: more than any cache holds
+_FLUSH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of every round, and what goes into the JSON beside them."""
+
+    samples: list[float]
+    info: dict[str, str | float | None]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op.
+
+    function: called with the inputs, returns a tensor or a list of tensors. It may import with pytest.importorskip, and
+        may work in place: its first call is the one that is checked.
+    inputs: makes its arguments, where they are not the workload's (hard labels, say).
+    compile: time torch.compile of the function.
+    """
+
+    name: str
+    function: Callable[..., Tensor | Sequence[Tensor]]
+    inputs: Callable[[], tuple] | None = None
+    compile: bool = False
+
+
+@dataclass
+class Comparison:
+    """All providers of an op on one workload.
+
+    op, workload: names, as they stand in the table.
+    inputs: makes the arguments on DEVICE, from torch's default generator; gradients go to those that require one.
+    reference: the float64 oracle, called with the inputs of a provider.
+    floor: bytes that must move between memory and processor in each phase; None where a provider may have moved them
+        in another phase; phases not named do not exist.
+    providers: one of them named OURS.
+    scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
+    """
+
+    op: str
+    workload: str
+    inputs: Callable[[], tuple]
+    reference: Callable[..., Tensor | Sequence[Tensor]]
+    floor: dict[str, int | None]
+    providers: Sequence[Provider]
+    scale: float = 1.0
+    _samples: dict[str, dict[str, list[float]]] = field(default_factory=dict, init=False)
+    _memory: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    _problems: dict[str, BaseException] = field(default_factory=dict, init=False)
+
+    def row(self, provider: str, phase: str, *, min_rounds: int, max_time: float) -> "Row":
+        """The samples of one row and what follows from them; the first call measures all rows."""
+        if not self._samples:
+            self._measure(min_rounds, max_time)
+        if provider in self._problems:
+            raise self._problems[provider]
+        samples = self._samples[provider][phase]
+        median, (p20, *_, p80) = statistics.median(samples), statistics.quantiles(samples, n=5, method="inclusive")
+        floor, copy = self.floor[phase], copy_bandwidth()
+        speed = None if floor is None else floor / median
+        return Row(
+            samples,
+            {
+                "op": self.op, "workload": self.workload, "provider": provider, "phase": phase, "device": DEVICE.type,
+                "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
+                "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
+                "peak_extra_bytes": self._memory[provider].get(phase),
+            },
+        )  # fmt: skip
+
+    def _measure(self, min_rounds: int, max_time: float) -> None:
+        """Interleaved rounds: at least `min_rounds`, and as many as fit into `max_time` seconds per provider."""
+        torch.compiler.reset()
+        runs: dict[str, _Run] = {}
+        for provider in self.providers:
+            try:
+                runs[provider.name] = self._checked(provider)
+            except (Exception, pytest.skip.Exception) as problem:
+                self._problems[provider.name] = problem
+        self._memory = {name: run.peak_memory() for name, run in runs.items()}
+        self._samples = {name: {phase: [] for phase in self.floor} for name in runs}
+        start, rounds = time.perf_counter(), 0
+        while rounds < min_rounds or time.perf_counter() - start < max_time * len(runs):
+            rounds += 1
+            taken = [(self._samples[name], run.round()) for name, run in runs.items()]
+            for samples, spans in taken:
+                for phase, (begin, end) in spans.items():
+                    samples[phase].append(_seconds(begin, end))
+
+    def _checked(self, provider: Provider) -> "_Run":
+        """The provider, ready to be timed, once its result and its gradients agree with the reference."""
+        make = provider.inputs or self.inputs
+        torch.manual_seed(0)
+        inputs = make()
+        run = _Run(provider, inputs, self.floor)
+        results = run.forward()
+        run.upstream = [torch.full_like(r, self.scale) if r.dim() == 0 else torch.randn_like(r) for r in results]
+        torch.manual_seed(0)
+        inputs = make()
+        expected = _flat(self.reference(*inputs))
+        for result, wanted in zip(results, expected, strict=True):
+            assert_close(result, wanted)
+        if run.backward:
+            upstream = [u.to(e.dtype) for u, e in zip(run.upstream, expected, strict=True)]
+            gradients = torch.autograd.grad(expected, _leaves(inputs), upstream)
+            for result, wanted in zip(run.forward_backward()[2], gradients, strict=True):
+                assert_close(result.double() / self.scale, wanted.double() / self.scale, result.dtype)
+        run.round()
+        return run
+
+
+class _Run:
+    """One provider with its inputs."""
+
+    def __init__(self, provider: Provider, inputs: tuple, phases: Sequence[str]):
+        compiled = torch.compile(provider.function, fullgraph=True, dynamic=False) if provider.compile else None
+        self.function = compiled or provider.function
+        self.inputs, self.leaves = inputs, _leaves(inputs)
+        self.backward = "backward" in phases
+        self.upstream: list[Tensor] = []
+
+    def forward(self) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(self.function(*self.inputs))
+
+    def forward_backward(self) -> tuple[list[Tensor], "_Mark", Sequence[Tensor]]:
+        results = _flat(self.function(*self.inputs))
+        middle = _mark()
+        return results, middle, torch.autograd.grad(results, self.leaves, self.upstream)
+
+    def round(self) -> dict[str, tuple["_Mark", "_Mark"]]:
+        """Each phase once: when it began and when it ended."""
+        _flush()
+        begin = _mark()
+        self.forward()
+        spans = {"forward": (begin, _mark())}
+        if self.backward:
+            _flush()
+            begin = _mark()
+            _, middle, _ = self.forward_backward()
+            end = _mark()
+            spans |= {"backward": (middle, end), "both": (begin, end)}
+        return spans
+
+    def peak_memory(self) -> dict[str, int]:
+        """Bytes that a GPU's allocator handed out beyond what the inputs hold."""
+        if DEVICE.type == "cpu":
+            return {}
+        peak = {}
+        for phase, call in {"forward": self.forward, "both": self.forward_backward}.items():
+            if phase == "forward" or self.backward:
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                call()
+                peak[phase] = torch.cuda.max_memory_allocated() - before
+        return peak
+
+
+_Mark = float | torch.cuda.Event
+
+
+def _mark() -> _Mark:
+    """A point in time: on the GPU's stream, or on the host's clock."""
+    if DEVICE.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: _Mark, end: _Mark) -> float:
+    if DEVICE.type == "cpu":
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+
+
+def _flush() -> None:
+    """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow."""
+    if DEVICE.type == "cuda":
+        _flush_buffer().zero_()
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of copying a large tensor: median of 9 copies on DEVICE."""
+    source = torch.ones(_COPY_BYTES // 2, dtype=torch.uint8, device=DEVICE)
+    target = source.clone()
+    spans = []
+    for _ in range(9):
+        begin = _mark()
+        target.copy_(source)
+        spans.append((begin, _mark()))
+    return _COPY_BYTES / statistics.median(_seconds(*span) for span in spans)
+
+
+def _flat(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _leaves(inputs: tuple) -> list[Tensor]:
+    tensors = [t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])]
+    return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]

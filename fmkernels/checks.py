@@ -3,7 +3,6 @@
 No check reads a value from the device.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch

@@ -1,4 +1,4 @@
-"""The shape of the house: which way imports go, what importing costs, examples in docstrings, files a person expects."""
+"""The shape of the house: which way imports go, what importing costs, examples in docstrings, files expected."""
 
 import ast
 import doctest

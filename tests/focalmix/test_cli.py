@@ -17,11 +17,24 @@ from fmkernels.focalmix.froc import read_candidates
 from tests.focalmix.conftest import SCANS, write_luna
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = (
-    "--spacing=2.5,2,2 --patch-size=16,16,16 --strides=2,4 --diameters=6,12 --widths=4,8 --blocks=0,1 --channels=4 "
-    "--batch-size=2 --steps=4 --train-subsets=0,1 --validation-subsets= --test-subsets=9 --overlap=4 --log-every=2 "
-    "--workers=0 --device=cpu"
-).split()
+SETTINGS = [
+    "--spacing=2.5,2,2",
+    "--patch-size=16,16,16",
+    "--strides=2,4",
+    "--diameters=6,12",
+    "--widths=4,8",
+    "--blocks=0,1",
+    "--channels=4",
+    "--batch-size=2",
+    "--steps=4",
+    "--train-subsets=0,1",
+    "--validation-subsets=",
+    "--test-subsets=9",
+    "--overlap=4",
+    "--log-every=2",
+    "--workers=0",
+    "--device=cpu",
+]
 FIRST = SCANS[0].uid
 
 

@@ -244,8 +244,16 @@ def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, 
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-        + [str(tmp_path / "rank.py"), str(luna_folder), str(tmp_path / "two")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            f"--master-port={port}",
+            str(tmp_path / "rank.py"),
+            str(luna_folder),
+            str(tmp_path / "two"),
+        ],
         env=environment,
         check=True,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What production launches of soft_target_focal_loss: every pair of types, levels, mix, weights, forward and backward."""
+"""What production launches of soft_target_focal_loss: types, levels, mix, weights, forward and backward."""
 
 from collections.abc import Iterator
 

@@ -213,7 +213,7 @@ def garbage(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
 
 
 MOVING = {"reshape", "trans", "expand_dims", "broadcast", "cat", "join", "split", "splat", "unsplat"}
-NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert", "assume",
+NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert", "assume",  # noqa: E501
                     "print", "get_", "make_", "advance", "idiv")  # fmt: skip
 for _name in dir(HardwareNumerics):
     _operation = _name.removeprefix("create_")

@@ -32,7 +32,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
 from . import on_gpu
-from .builder import CheckedBuilder, garbage, set_undefined, undefined
+from .builder import CheckedBuilder, set_undefined, undefined
 from .memory import KernelFault, Memory, Traffic
 from .numerics import device_functions
 

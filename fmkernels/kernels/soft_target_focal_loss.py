@@ -97,8 +97,8 @@ def soft_target_focal(x, y, alpha0, alpha1, gamma, GAMMA_IS_2: tl.constexpr):
     else:
         a = tl.abs(d)
         safe = tl.maximum(a, SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST)
-        power = tl.exp2(gamma * _log2(safe))
-        scale = w * tl.where((a == 0) & (gamma > 0), 0.0, power)
+        exponent = tl.where(a > 0, _log2(safe), -1e30)  # 0^gamma is 0, and 1 for gamma = 0
+        scale = w * tl.exp2(gamma * exponent)
         loss = scale * ce
         grad = gamma * (scale * (_divide(larger * smaller, safe) * ce)) + scale * a
         grad = tl.where(d > 0, grad, tl.where(d < 0, -grad, 0.0 * grad))

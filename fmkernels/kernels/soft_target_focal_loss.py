@@ -13,66 +13,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from fmkernels.dtypes import compute_dtype
+from fmkernels.kernels.arithmetic import LOG2E, divide, log1p, log2
 from fmkernels.kernels.tuning import launch_parameters
 
-# log1p(e) = e * P(e) on [0, 1], relative error 1.6e-7 in float32 (minimax fit, degree 8)
-P0 = tl.constexpr(0.9999999403953552)
-P1 = tl.constexpr(-0.4999949336051941)
-P2 = tl.constexpr(0.3331909775733948)
-P3 = tl.constexpr(-0.2484297901391983)
-P4 = tl.constexpr(0.19105996191501617)
-P5 = tl.constexpr(-0.13663223385810852)
-P6 = tl.constexpr(0.07822569459676743)
-P7 = tl.constexpr(-0.029505079612135887)
-P8 = tl.constexpr(0.005232654511928558)
-LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
 SMALLEST_DOUBLE = tl.constexpr(1e-290)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 FINISH_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _log1p(e):
-    """log1p(e) for e in [0, 1]."""
-    if e.dtype == tl.float64:
-        result = libdevice.log1p(e)
-    else:
-        s = e * P8 + P7
-        s = s * e + P6
-        s = s * e + P5
-        s = s * e + P4
-        s = s * e + P3
-        s = s * e + P2
-        s = s * e + P1
-        s = s * e + P0
-        result = s * e
-    return result
-
-
-@triton.jit
-def _log2(a):
-    """log2 of a normal a > 0: exponent and log1p of the mantissa, half the instructions of tl.log2."""
-    if a.dtype == tl.float64:
-        result = tl.log2(a)
-    else:
-        bits = a.to(tl.int32, bitcast=True)
-        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + 127
-        result = exponent + _log1p(mantissa - 1.0) * LOG2E
-    return result
-
-
-@triton.jit
-def _divide(a, b):
-    if b.dtype == tl.float64:
-        result = a / b
-    else:
-        result = libdevice.fast_dividef(a, b)
-    return result
 
 
 @triton.jit
@@ -83,13 +32,13 @@ def soft_target_focal(x, y, alpha0, alpha1, gamma, GAMMA_IS_2: tl.constexpr):
     |p - y| = |u m - v (1 - m)| and cross entropy = u |x| + log1p(exp(-|x|)): nothing cancels but what must.
     """
     e = tl.exp(-tl.abs(x)) if x.dtype == tl.float64 else tl.exp2(tl.abs(x) * -LOG2E)
-    larger = _divide(tl.full(e.shape, 1.0, e.dtype), 1.0 + e)
+    larger = divide(tl.full(e.shape, 1.0, e.dtype), 1.0 + e)
     smaller = e * larger
     positive = x > 0
     u = tl.where(positive, 1.0 - y, y)
     v = tl.where(positive, y, 1.0 - y)
     d = u * larger - v * smaller
-    ce = u * tl.minimum(tl.abs(x), LARGEST) + _log1p(e)
+    ce = u * tl.minimum(tl.abs(x), LARGEST) + log1p(e)
     w = alpha0 + y * (alpha1 - alpha0)
     if GAMMA_IS_2:
         loss = w * (d * d) * ce
@@ -97,10 +46,10 @@ def soft_target_focal(x, y, alpha0, alpha1, gamma, GAMMA_IS_2: tl.constexpr):
     else:
         a = tl.abs(d)
         safe = tl.maximum(a, SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST)
-        exponent = tl.where(a > 0, _log2(safe), -1e30)  # 0^gamma is 0, and 1 for gamma = 0
+        exponent = tl.where(a > 0, log2(safe), -1e30)  # 0^gamma is 0, and 1 for gamma = 0
         scale = w * tl.exp2(gamma * exponent)
         loss = scale * ce
-        grad = gamma * (scale * (_divide(larger * smaller, safe) * ce)) + scale * a
+        grad = gamma * (scale * (divide(larger * smaller, safe) * ce)) + scale * a
         grad = tl.where(d > 0, grad, tl.where(d < 0, -grad, 0.0 * grad))
     return loss, tl.where(positive, grad, -grad)
 

@@ -28,6 +28,7 @@ class Launch:
 DEFAULT = "default"
 
 TABLE: dict[str, dict[str, Launch]] = {
+    "predict_targets": {DEFAULT: Launch(block=1024, num_warps=4)},
     "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4)},
 }
 

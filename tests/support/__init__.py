@@ -1,8 +1,8 @@
 """Checking Triton kernels without a GPU.
 
-`interpreter` runs kernels on CPU tensors and raises KernelFault on what a GPU would do wrong in silence; `plan` runs
-functions that launch kernels in a process of its own, where `driver` counts launches and `aot` compiles the recorded
-variants for real targets.
+`interpreter` runs kernels on CPU tensors, raises KernelFault on what a GPU would do wrong in silence, and counts the
+bytes they move (`memory` knows of bounds and races, `builder` of values, `numerics` of a GPU's arithmetic). `plan` runs
+launch code in a process of its own, where `driver` notes every launch and `aot` compiles the variants for real targets.
 """
 
 import os

@@ -95,6 +95,7 @@ class CheckedBuilder(HardwareNumerics):
     """Takes the place of the interpreter's builder. Checks of values stand here, those of memory in `memory`."""
 
     memory: Memory
+    report: object  # of the checked block that is running
     any_undefined: bool  # whether any lane of this launch has been undefined so far
 
     create_add = _without_overflow(np.add)
@@ -153,7 +154,7 @@ class CheckedBuilder(HardwareNumerics):
         element, active = ptrs.get_element_ty(), _mask(mask, ptrs.data)
         dtype = interpreter._get_np_dtype(element)
         self._access("read", ptrs, mask, active, dtype.itemsize)
-        fill = np.broadcast_to(garbage(element, dtype) if other is None else other.data, ptrs.data.shape)
+        fill = np.broadcast_to(_garbage(element, dtype) if other is None else other.data, ptrs.data.shape)
         data = interpreter._interpreter.load(ptrs.data & ADDRESS, active, fill.astype(dtype), dtype)
         result = TensorHandle(data, element)
         if other is None and not active.all():
@@ -205,16 +206,16 @@ def _mask(mask: TensorHandle | np.ndarray, pointers: np.ndarray) -> np.ndarray:
     return np.broadcast_to(mask.data if isinstance(mask, TensorHandle) else mask, pointers.shape)
 
 
-def garbage(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
-    """What memory and lanes hold that nobody has written: what shows most."""
+def _garbage(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
+    """What a lane holds that was not loaded: what shows most."""
     if element == tl.bfloat16:
         return 0x7FC0
     return np.nan if dtype.kind == "f" else True if dtype.kind == "b" else np.iinfo(dtype).max
 
 
 MOVING = {"reshape", "trans", "expand_dims", "broadcast", "cat", "join", "split", "splat", "unsplat"}
-NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert", "assume",  # noqa: E501
-                    "print", "get_", "make_", "advance", "idiv")  # fmt: skip
+NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert",
+                    "assume", "print", "get_", "make_", "advance", "idiv")  # fmt: skip
 for _name in dir(HardwareNumerics):
     _operation = _name.removeprefix("create_")
     if _operation == _name or _name in vars(CheckedBuilder) or _operation.startswith(NOT_LANE_BY_LANE):

@@ -125,7 +125,7 @@ def recording(target: str = "sm_90") -> Iterator[Recording]:
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 50, rounds: int = 5) -> float:
-    """Host time of one call, best of several rounds, its kernels already compiled; the launch itself costs nothing here."""  # noqa: E501
+    """Host time of a call, best of several rounds, without compiling and without the driver's own launch."""
     call()
     times = []
     for _ in range(rounds):

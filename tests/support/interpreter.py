@@ -75,7 +75,7 @@ class Report:
 def checked(
     *, races: bool = True, shuffle: int | None = None, programs: Sequence[int] | None = None, **tensors: Tensor
 ) -> Iterator[Report]:
-    """Check every launch of an interpreted kernel in the block; on a GPU, do nothing.
+    """Check every launch of an interpreted kernel in the block; on a GPU, do nothing. A block in a block joins it.
 
     Every tensor passed to a kernel is watched; those given here by name keep that name in faults and in the report.
     ``races=False`` leaves out all that needs a note on every cell: races, and counts of distinct or unwritten cells.
@@ -83,19 +83,22 @@ def checked(
     negative; memory that they do not touch is never touched, so that huge tensors cost nothing. Memory allocated in the
     block by torch.empty and its like is filled with NaN (integers: the largest).
     """
+    builder = interpreter.interpreter_builder
+    if on_gpu():
+        yield Report(Memory({}, races))
+        return
+    if isinstance(builder, CheckedBuilder):
+        yield builder.report
+        return
     memory = Memory(tensors, races)
     report = Report(memory)
-    if on_gpu():
-        yield report
-        return
     session = _Session(memory, report, shuffle, programs)
 
     def run(kernel: InterpretedFunction, *args, grid, warmup: bool, **kwargs) -> None:
         session.launch(kernel, args, grid, kwargs)
 
-    builder = interpreter.interpreter_builder
     with _patched_language(), device_functions(), _poisoned_allocations(), np.errstate(all="ignore"):
-        builder.memory, builder.any_undefined = memory, False
+        builder.memory, builder.report, builder.any_undefined = memory, report, False
         with mock.patch.object(InterpretedFunction, "run", run):
             yield report
 

@@ -130,7 +130,7 @@ class Buffer:
         return int(bad.argmax()) if bad.any() else None
 
     def read(self, cells: np.ndarray, lanes: np.ndarray, clock: Clock) -> tuple[tuple[int, str] | None, int]:
-        """Note a load; returns a fault (position, sentence) if it is one, and the number of cells not read before."""
+        """Note a load; returns a fault (position, sentence) if it is one, and the number of newly read cells."""
         at, state = self.slots(cells), self.state
         self.dirty = True
         if fault := self._conflict(((WRITE, "writes"), (ATOMIC, "updates atomically")), at, clock, "reads"):
@@ -149,7 +149,7 @@ class Buffer:
         return None, int(np.unique(new).size if repeated else new.size)
 
     def write(self, cells: np.ndarray, lanes: np.ndarray, clock: Clock) -> tuple[tuple[int, str] | None, int]:
-        """Note a store; returns a fault (position, sentence) if it is one, and the number of cells not written before."""  # noqa: E501
+        """Note a store; returns a fault (position, sentence) if it is one, and the number of newly written cells."""
         at, state = self.slots(cells), self.state
         self.dirty = True
         rows = ((WRITE, "writes too"), (FIRST_READ, "reads"), (ATOMIC, "updates atomically"))

@@ -140,7 +140,10 @@ class HardwareNumerics(InterpreterBuilder):
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
         if lhs.dtype.scalar == tl.bfloat16:
             raise KernelFault(f"arithmetic ({op.__name__}) on bfloat16: convert with .to(tl.float32) first")
-        return super().binary_op(lhs, rhs, op)
+        result = super().binary_op(lhs, rhs, op)
+        if result.data.dtype == bool:  # a comparison, which would else bear the type of what it compares
+            result.dtype = tl.int1
+        return result
 
     def create_maxnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         return self.binary_op(lhs, rhs, np.fmax)

@@ -40,7 +40,7 @@ def crowded(x, out, BLOCK: tl.constexpr, VALUES: tl.constexpr):
     i = tl.arange(0, BLOCK)
     values = ()
     for k in tl.static_range(VALUES):
-        values = values + (tl.load(x + k * BLOCK + i, volatile=True),)  # stays in place  # noqa: RUF005
+        values += (tl.load(x + k * BLOCK + i, volatile=True),)  # stays in place
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(VALUES):
         total = total * values[VALUES - 1 - k] + 1.0

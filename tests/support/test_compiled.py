@@ -136,7 +136,7 @@ def test_number_of_variants():
 
 
 def test_a_plan_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="No module named 'tests.support.missing'"):  # noqa: RUF043
+    with pytest.raises(RuntimeError, match=r"No module named 'tests\.support\.missing'"):
         run_plan("tests.support.missing")
 
 
@@ -154,7 +154,7 @@ class Peeks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad if grad.sum().item() else grad  # noqa: RUF034
+        return grad * grad.sum().item()
 
 
 X = torch.arange(4.0)

@@ -492,6 +492,19 @@ def test_arithmetic_on_bfloat16_and_branch_on_a_block():
 
 
 @triton.jit
+def within(x, out, low, high):
+    value = tl.load(x + tl.arange(0, 4))
+    tl.store(out + tl.arange(0, 4), (value > low) & (low < high))
+
+
+def test_comparisons_of_scalars_join_those_of_blocks():
+    out = torch.empty(4, dtype=torch.bool)
+    with checked():
+        within[(1,)](torch.tensor([1.0, 2.0, 3.0, 4.0]), out, 2.5, 3.0)
+    assert out.tolist() == [False, False, True, True]
+
+
+@triton.jit
 def numbers(out, a, b: tl.float64, c, n):
     tl.store(out, a)
     tl.store(out + 1, b)
@@ -670,6 +683,15 @@ def test_the_language_is_restored():
     x, out = torch.randn(16), torch.empty(16)
     copy[(1,)](x, out, 16, 0, BLOCK=16, MASKED=True)
     assert torch.equal(x, out)
+
+
+def test_a_block_in_a_block_joins_it():
+    x, out = torch.randn(16), torch.empty(16)
+    with checked(x=x) as outer:
+        with checked():
+            copy[(1,)](x, out, 16, 0, BLOCK=16, MASKED=True)
+        copy[(1,)](x, out, 16, 0, BLOCK=16, MASKED=True)
+    assert len(outer.launches) == 2 and outer["x"].read == 2 * x.nbytes
 
 
 def test_never_written_of_a_strided_view():

@@ -1,0 +1,87 @@
+"""predict_targets against plain PyTorch, its best eager form and torch.compile of the plain formula."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from benchmarks.common import DEVICE, OURS, Comparison, Provider
+from fmkernels import predict_targets
+
+TEMPERATURE = 0.7
+MASKS = (0, 1, 2, 4)  # of the K = 4 views, as 1 = D, 2 = H, 4 = W
+AXES = [[axis for bit, axis in ((1, 2), (2, 3), (4, 4)) if mask & bit] for mask in MASKS]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A level of a detector's head: logits [4, batch, 3, size, size, size]."""
+
+    size: int
+    batch: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def anchors(self) -> int:
+        return self.batch * 3 * self.size**3
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.anchors:,}".replace("torch.", "")
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        logits = torch.randn(len(MASKS), self.batch, 3, *[self.size] * 3, device=DEVICE) * 3 - 2
+        return logits.to(self.dtype), torch.tensor(MASKS, dtype=torch.uint8, device=DEVICE)
+
+
+WORKLOADS = {
+    "cpu": [Workload(8, 2), Workload(40, 2), Workload(40, 2, torch.bfloat16)],
+    "cuda": [
+        Workload(size, batch, dtype)
+        for size, batch in ((20, 4), (40, 8), (80, 8), (160, 8))
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+}[DEVICE.type]
+
+
+def ours(logits: Tensor, flips: Tensor) -> Tensor:
+    return predict_targets(logits, flips, temperature=TEMPERATURE)
+
+
+def plain(logits: Tensor, flips: Tensor) -> Tensor:
+    """The formula as a trainer writes it, with flips known to the host."""
+    views = [view.flip(axes) for view, axes in zip(logits.float().sigmoid(), AXES, strict=True)]
+    mean = torch.stack(views).mean(dim=0)
+    own, other = mean ** (1 / TEMPERATURE), (1 - mean) ** (1 / TEMPERATURE)
+    return own / (own + other)
+
+
+def best_eager(logits: Tensor, flips: Tensor) -> Tensor:
+    """The best of eager PyTorch: one buffer summed into, sharpening as a sigmoid, all in place."""
+    total = torch.sigmoid(logits[0].float())
+    for view, axes in zip(logits[1:], AXES[1:], strict=True):
+        total += view.flip(axes).float().sigmoid_()
+    return total.div_(len(MASKS)).logit_().div_(TEMPERATURE).sigmoid_()
+
+
+PROVIDERS = {OURS: ours, "eager": plain, "best eager": best_eager, "torch.compile": plain}
+
+
+@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
+def comparison(request) -> Comparison:
+    workload = request.param
+    return Comparison(
+        op="predict_targets",
+        workload=str(workload),
+        inputs=workload.inputs,
+        reference=lambda logits, flips: reference.predict_targets(logits, flips, temperature=TEMPERATURE),
+        floor={"forward": workload.anchors * (len(MASKS) * workload.dtype.itemsize + 4)},
+        providers=[Provider(name, function, compile=name == "torch.compile") for name, function in PROVIDERS.items()],
+    )
+
+
+@pytest.mark.parametrize("phase", ["forward"])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_predict_targets(record, comparison, provider, phase):
+    record(comparison, provider, phase)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import sys
 import types
 import typing
@@ -29,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"fmkernels: {error.name} is not installed; pip install 'fmkernels[train]' brings it", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 1
@@ -37,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="fmkernels", description="Lung-nodule detection on CT in LUNA16's format.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add, text in (
@@ -50,6 +55,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         # The options of train come from its configuration, whose import is slow: only where they are asked for.
         if name == next((word for word in argv if not word.startswith("-")), None):
             add(command)
+    # argparse takes a list that begins with a negative number for an option, unless it is joined to its own
+    for at in range(len(argv) - 1, 0, -1):
+        if re.match(r"-[\d.]+,", argv[at]) and argv[at - 1].startswith("--"):
+            argv[at - 1 : at + 1] = [f"{argv[at - 1]}={argv[at]}"]
     return parser.parse_args(argv)
 
 
@@ -78,7 +87,7 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    from fmkernels.focalmix.train import PRESETS, Config
+    from fmkernels.focalmix.config import PRESETS, Config
 
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
     parser.add_argument("--out", metavar="RUN", type=Path, required=True, help="the folder of the run")
@@ -100,13 +109,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.train import PRESETS, Config, load_config, train
+    from fmkernels.focalmix.config import PRESETS, Config, load_config
+    from fmkernels.focalmix.train import train
 
     given = {option.name: value for option in fields(Config) if (value := vars(arguments).get(option.name)) is not None}
     stored = load_config(arguments.out) if arguments.resume and arguments.preset is None else None
     config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
     evaluation = train(config, arguments.data, arguments.out, resume=arguments.resume, profile=arguments.profile)
-    if evaluation is not None:
+    if evaluation is not None and int(os.environ.get("RANK", 0)) == 0:
         print(evaluation)
     return 0
 
@@ -114,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _add_detect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run")
     parser.add_argument("scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files, or folders of such")
-    parser.add_argument("--out", metavar="CSV", type=Path, help="default: RUN/candidates.csv, if not yet there")
+    parser.add_argument("--out", metavar="CSV", type=Path, help="default: RUN/detections.csv, if not yet there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.set_defaults(run=_detect)
 
@@ -123,15 +133,19 @@ def _detect(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fmkernels.focalmix.froc import write_candidates
-    from fmkernels.focalmix.luna16 import load_volume
-    from fmkernels.focalmix.train import choose_device, load_run, search
+    from fmkernels.focalmix.luna16 import check_header, load_volume
+    from fmkernels.focalmix.processes import choose_device
+    from fmkernels.focalmix.state import load_run
+    from fmkernels.focalmix.train import search
 
-    out = arguments.out or arguments.run_folder / "candidates.csv"
+    out = arguments.out or arguments.run_folder / "detections.csv"
     if arguments.out is None and out.exists():
         raise InputError(f"{out}: expected no such file yet; give another one with --out")
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: expected an existing folder for it, found none")
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"{out}: expected the name of a file in an existing folder")
     paths = _scans(arguments.scans)
+    for path in paths:
+        check_header(path)
     config, model = load_run(arguments.run_folder, choose_device(arguments.device))
     found = {}
     for path in tqdm(paths, "detecting", unit="scan"):
@@ -142,11 +156,14 @@ def _detect(arguments: argparse.Namespace) -> int:
 
 def _scans(given: Sequence[Path]) -> list[Path]:
     """The headers of scans: files as they are, of a folder those in it, or else those in its subsets."""
+    from fmkernels.focalmix.luna16 import scan_headers
+
     paths: dict[str, Path] = {}
     for path in given:
         inside = [path]
         if path.is_dir():
-            inside = sorted(path.glob("*.mhd")) or sorted(path.glob("subset*/*.mhd"))
+            folders = [path] if scan_headers(path) else sorted(path.glob("subset*"))
+            inside = [scan for folder in folders for scan in scan_headers(folder)]
             if not inside:
                 raise InputError(f"{path}: expected scans (.mhd) in this folder, found none")
         for scan in inside:
@@ -176,6 +193,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, found none")
     elsewhere = set(data.series) - set(chosen)
     candidates = read_candidates(arguments.candidates)
+    if unknown := sorted(set(candidates) - set(data.series)):
+        raise InputError(f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}")
     result = evaluate(
         {uid: rows for uid, rows in candidates.items() if uid not in elsewhere},
         {uid: data.nodules(uid) for uid in chosen},

@@ -58,6 +58,9 @@ def detect(
         batch_size: patches at a time; changes speed and memory only.
         per_patch: the most boxes taken from a patch.
         keep: the most candidates returned.
+
+    Raises:
+        FloatingPointError: what the detector says is not finite.
     """
     if not 0 <= overlap < min(patch_size):
         raise ValueError(f"detect: overlap: expected 0 to {min(patch_size) - 1}, got {overlap}")
@@ -82,6 +85,8 @@ def detect(
         found_boxes.append((decode_boxes(deltas, every[choice]) + corners.repeat(1, 1, 2)).flatten(0, 1).cpu())
         found_scores.append(scores.flatten().cpu())
     boxes, scores = torch.cat(found_boxes), torch.cat(found_scores).sigmoid()
+    if not boxes.isfinite().all() or scores.isnan().any():
+        raise FloatingPointError("detect: the detector's output is not finite; it was trained at too high a rate")
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
     inside = ((middle >= 0) & (middle < torch.tensor(volume.voxels.shape))).all(-1) & (scores > 0)
     boxes, scores, middle = boxes[inside], scores[inside], middle[inside]

@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Bad input from outside: names the file, row or field, what was expected and what came."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -90,14 +90,14 @@ def read_scan(path: str | Path) -> sitk.Image:
         InputError: names the file and the field of the header, what was expected and what came.
     """
     path = Path(path)
-    _check_header(path)
+    check_header(path)
     try:
         return sitk.ReadImage(str(path), imageIO="MetaImageIO")
     except RuntimeError as error:
         raise InputError(f"{path}: SimpleITK cannot read it: {str(error).strip().splitlines()[-1]}") from None
 
 
-def _check_header(path: Path) -> Path:
+def check_header(path: Path) -> Path:
     """Check a header and the size of its raw file; return the raw file's path."""
     try:
         with open(path, "rb") as file:
@@ -240,8 +240,8 @@ class LUNA16:
     Raises:
         ValueError: ``spacing`` is not three positive numbers, or ``subsets`` has others than 0 ... 9.
         InputError: no such folder; a subset or ``annotations.csv`` is missing; there is no scan; a series is in two
-            subsets; ``seriesuids.csv`` lacks a scan that is there, or lists one that is not though all subsets are; an
-            annotation's series is nowhere though all subsets are there; a table is malformed.
+            subsets; ``seriesuids.csv`` lacks a scan that is there, or lists one that is not though all subsets are; a
+            finding's series is nowhere though all subsets are there; a table is malformed.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class LUNA16:
             raise InputError(f"{self.root}: expected a folder subset{missing[0]}, found none")
         everywhere: dict[str, tuple[int, Path]] = {}
         for subset in present:
-            for path in _headers(self.root / f"subset{subset}"):
+            for path in scan_headers(self.root / f"subset{subset}"):
                 if path.stem in everywhere:
                     raise InputError(f"{path}: expected each series once, got it in {everywhere[path.stem][1]} too")
                 everywhere[path.stem] = subset, path
@@ -282,7 +282,8 @@ class LUNA16:
         excluded_table = _find_table(self.root, "annotations_excluded.csv")
         excluded = {} if excluded_table is None else read_findings(excluded_table)
         complete = len(present) == len(_SUBSETS)
-        _check_known(everywhere, nodules, self._annotations, _find_table(self.root, "seriesuids.csv"), complete)
+        tables = {self._annotations: nodules} | ({excluded_table: excluded} if excluded_table else {})
+        _check_known(everywhere, tables, _find_table(self.root, "seriesuids.csv"), complete)
         self._nodules = {uid: rows for uid, rows in nodules.items() if uid in self._scans}
         self._excluded = {uid: rows for uid, rows in excluded.items() if uid in self._scans}
 
@@ -378,7 +379,7 @@ class LUNA16:
             raise InputError(f"{self._annotations}, row {row}: expected a point inside of scan {uid}, got ({point}) mm")
 
 
-def _headers(folder: Path) -> list[Path]:
+def scan_headers(folder: Path) -> list[Path]:
     """The headers in a subset's folder and in the folder of the same name within it, by name."""
     found = [*folder.glob("*.mhd"), *(folder / folder.name).glob("*.mhd")]
     return sorted((path for path in found if not path.name.startswith(".")), key=lambda path: path.name)
@@ -391,12 +392,11 @@ def _find_table(root: Path, name: str) -> Path | None:
 
 def _check_known(
     scans: Mapping[str, tuple[int, Path]],
-    nodules: Mapping[str, np.ndarray],
-    annotations: Path,
+    tables: Mapping[Path, Mapping[str, np.ndarray]],
     seriesuids: Path | None,
     complete: bool,
 ) -> None:
-    """Hold scans, list of series and annotations against each other; ``complete``: all ten subsets are there."""
+    """Hold scans, list of series and tables of findings against each other; ``complete``: all ten subsets are there."""
     listed: dict[str, int] = {}
     if seriesuids is not None:
         lines = seriesuids.read_text(encoding="utf-8-sig", errors="replace").splitlines()
@@ -405,10 +405,11 @@ def _check_known(
             raise InputError(f"{scans[unlisted][1]}: expected a series of {seriesuids}, which does not list it")
         if complete and (lost := next((uid for uid in listed if uid not in scans), None)):
             raise InputError(f"{seriesuids}, row {listed[lost]}: expected a series with a scan, got {lost!r}")
-    unknown = next((uid for uid in nodules if uid not in scans and uid not in listed), None)
-    if unknown is not None and (complete or listed):
-        row = _row_of(annotations, unknown, 0)
-        raise InputError(f"{annotations}, row {row}: seriesuid: expected a series of the data set, got {unknown!r}")
+    for table, findings in tables.items() if complete or listed else ():
+        unknown = next((uid for uid in findings if uid not in scans and uid not in listed), None)
+        if unknown is not None:
+            row = _row_of(table, unknown, 0)
+            raise InputError(f"{table}, row {row}: seriesuid: expected a series of the data set, got {unknown!r}")
 
 
 def _row_of(table: Path, uid: str, k: int) -> int:
@@ -438,7 +439,7 @@ def _open_cached(cache: Path, path: Path, spacing: Sequence[float]) -> Volume | 
 
 def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
     """Resample a scan into the cache: one ``.npy`` with the geometry behind the array, so that the two always match."""
-    source = {file.name: _stamp(file) for file in (path, _check_header(path))}
+    source = {file.name: _stamp(file) for file in (path, check_header(path))}
     volume = load_volume(path, spacing)
     geometry = {"source": source, "spacing": list(spacing), "origin": volume.origin, "direction": volume.direction}
     try:
@@ -448,7 +449,7 @@ def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
             stream.write(json.dumps(geometry).encode())
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{cache}: cannot write resampled scans here ({reason}); give another cache folder") from None
+        raise InputError(f"{cache}: cannot write resampled scans here ({reason}); see --cache") from None
 
 
 def _cached_file(cache: Path, path: Path) -> Path:

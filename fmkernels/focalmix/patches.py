@@ -1,6 +1,6 @@
 """Training patches of LUNA16's scans: item i depends on the seed and i only, whoever reads it and in which order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,6 +195,20 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch | {name: default_collate(batch[name]) for name in ("image", "corner", "flips")}
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """The items of the batches with these numbers; nothing is stored per batch."""
+
+    numbers: range
+    size: int
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(number * self.size, (number + 1) * self.size) for number in self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 def patch_loader(
     dataset: PatchDataset,
     *,
@@ -231,10 +245,9 @@ def patch_loader(
     steps = len(dataset) // (batch_size * world_size)
     if not 0 <= start <= steps:
         raise ValueError(f"patch_loader: start: expected a step of 0 to {steps}, got {start}")
-    firsts = [(step * world_size + rank) * batch_size for step in range(start, steps)]
     return DataLoader(
         dataset,
-        batch_sampler=[range(first, first + batch_size) for first in firsts],
+        batch_sampler=_Batches(range(start * world_size + rank, steps * world_size, world_size), batch_size),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

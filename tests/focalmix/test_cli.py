@@ -1,7 +1,9 @@
 """The command line end to end, and bad input: one line on standard error that says what and where, exit code 2."""
 
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.froc import read_candidates
@@ -100,8 +103,34 @@ def test_from_phantoms_to_a_score(tmp_path, capsys):
 
 def test_detect_does_not_replace_what_is_there(run, data, capsys):
     scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
-    refuses(capsys, ["detect", run, scan, "--device=cpu"], "candidates.csv", "--out")
+    assert main(["detect", str(run), str(scan), "--device=cpu"]) == 0
+    capsys.readouterr()
+    refuses(capsys, ["detect", run, scan, "--device=cpu"], "detections.csv", "--out")
+    refuses(capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected the name of a file")
     refuses(capsys, ["detect", run, run, "--device=cpu", "--out=x.csv"], "expected scans (.mhd) in this folder")
+
+
+def test_detect_checks_every_scan_before_it_searches_one(run, copy, tmp_path, capsys):
+    last = copy / "subset9" / f"{SCANS[-1].uid}.raw"
+    last.write_bytes(last.read_bytes()[:-1000])
+    out = tmp_path / "found.csv"
+    refuses(capsys, ["detect", run, copy, "--device=cpu", "--out", out], last.name, "bytes")
+    assert not out.exists()
+
+
+def test_a_list_may_begin_with_a_negative_number(run, data, capsys):
+    refuses(capsys, [*train_arguments(data, run), "--resume", "--window", "-1000,300"], "window: expected", "-1000.0")
+
+
+def test_a_failed_start_leaves_no_run_behind(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    refuses(capsys, train_arguments(tmp_path / "typo", run), "typo")
+    assert main([*map(str, train_arguments(data, run)), "--steps=1"]) == 0
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "fmkernels.focalmix.phantom", None)
+    refuses(capsys, ["phantom", tmp_path], "fmkernels[train]")
 
 
 def test_help_and_the_program_itself():
@@ -175,6 +204,10 @@ def drop_column(folder):
     path.write_text(path.read_text().replace("diameter_mm", "size"))
 
 
+def exclude_a_stranger(folder):
+    (folder / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3.4,0,0,0,5\n")
+
+
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -196,6 +229,7 @@ def empty(folder):
         (edit_row(3, "99999"), ("annotations.csv", "2", FIRST)),
         (edit_row(4, "0"), ("annotations.csv", "2", "diameter_mm")),
         (edit_row(0, "1.2.3.4"), ("annotations.csv", "1.2.3.4")),
+        (exclude_a_stranger, ("annotations_excluded.csv", "row 2", "1.2.3.4")),
         (empty, ("luna",)),
         (shutil.rmtree, ("luna",)),
     ],
@@ -215,10 +249,20 @@ def test_a_run_folder_with_another_configuration(run, data, capsys):
 
 def test_a_checkpoint_cut_in_half(run, data, capsys):
     path = run / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
-    refuses(capsys, ["detect", run, scan, "--out", run / "new.csv"], "checkpoint.pt")
-    refuses(capsys, [*train_arguments(data, run), "--resume"], "checkpoint.pt")
+    whole = path.read_bytes()
+    tensor, pickled = io.BytesIO(), pickle.dumps({"config": 1})
+    torch.save(torch.zeros(3), tensor)
+    for content in (whole[: len(whole) // 2], tensor.getvalue(), pickled):
+        path.write_bytes(content)
+        refuses(capsys, ["detect", run, scan, "--out", run / "new.csv"], "checkpoint.pt")
+        refuses(capsys, [*train_arguments(data, run), "--resume"], "checkpoint.pt")
+
+
+@pytest.mark.parametrize("content", ["5", "[1]", "{", '{"steps": 4}'])
+def test_a_configuration_that_is_none(run, data, capsys, content):
+    (run / "config.json").write_text(content)
+    refuses(capsys, [*train_arguments(data, run), "--resume"], "config.json")
 
 
 def test_folders_that_cannot_be_written(run, data, tmp_path, capsys):
@@ -230,12 +274,21 @@ def test_folders_that_cannot_be_written(run, data, tmp_path, capsys):
     refuses(capsys, ["detect", run, scan, "--out", blocked / "x.csv"], "inside")
 
 
+def test_data_in_a_folder_that_takes_no_cache(copy, tmp_path, capsys):
+    spacing = next(part for part in SETTINGS if part.startswith("--spacing")).split("=")[1]
+    (copy / f".cache-{'x'.join(f'{float(step):g}' for step in spacing.split(','))}").touch()
+    arguments = train_arguments(copy, tmp_path / "run")
+    refuses(capsys, arguments, "cache", "--cache")
+    assert main([*map(str, arguments), f"--cache={tmp_path / 'elsewhere'}", "--steps=1"]) == 0
+    assert list((tmp_path / "elsewhere").rglob("*.npy"))
+
+
 def test_candidates_that_do_not_fit(run, data, tmp_path, capsys):
     good = (run / "candidates.csv").read_text()
     bad = tmp_path / "bad.csv"
     for text, words in [
         (good.replace("probability", "score"), ("bad.csv", "probability")),
-        (good.splitlines()[0] + "\n1.2.3,0,0,0,0.5\n", ("1.2.3",)),
+        (good.splitlines()[0] + "\n1.2.3,0,0,0,0.5\n", ("bad.csv", "seriesuid", "1.2.3")),
         (good.splitlines()[0] + f"\n{FIRST},0,nan,0,0.5\n", ("bad.csv", "2", "coordY")),
         ("", ("bad.csv",)),
     ]:

@@ -423,7 +423,7 @@ class TestCache:
     def test_says_when_it_cannot_be_written(self, luna_folder, tmp_path):
         (tmp_path / "file").touch()
         data = LUNA16(luna_folder, cache=tmp_path / "file")
-        with pytest.raises(InputError, match=r"file/\.cache-1x1x1: cannot write .* give another cache folder") as error:
+        with pytest.raises(InputError, match=r"file/\.cache-1x1x1: cannot write .* see --cache") as error:
             data.volume(data.series[0])
         one_line(error)
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,14 @@ import pytest
 import torch
 
 from fmkernels.focalmix import train as loop
+from fmkernels.focalmix.config import CONFIG, PRESETS, Config
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.froc import read_candidates
-from fmkernels.focalmix.train import CHECKPOINT, CONFIG, METRICS, PRESETS, Config, learning_rate_factor, load_run, train
+from fmkernels.focalmix.luna16 import LUNA16
+from fmkernels.focalmix.monitor import METRICS
+from fmkernels.focalmix.processes import choose_device
+from fmkernels.focalmix.state import CHECKPOINT, build_model, learning_rate_factor, load_run
+from fmkernels.focalmix.train import train
 from tests.focalmix.conftest import SCANS, write_luna
 
 ROOT = Path(__file__).parents[2]
@@ -272,7 +277,7 @@ def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build_their_models(preset):
     config = PRESETS[preset]
-    model = loop.build_model(config)
+    model = build_model(config)
     assert config.anchors.per_place >= 1
     assert sum(p.numel() for p in model.parameters()) < 10_000_000
 
@@ -310,6 +315,15 @@ def test_schedules():
         ("overlap", 32),
         ("train_subsets", ()),
         ("test_subsets", (0,)),
+        ("train_subsets", (0, 11)),
+        ("seed", 2**63),
+        ("steps", 2.5),
+        ("steps", "5"),
+        ("steps", True),
+        ("spacing", 1.0),
+        ("spacing", "1,1,1"),
+        ("blocks", (1, -1, 1)),
+        ("device", 3),
     ],
 )
 def test_bad_configurations(field, value):
@@ -317,9 +331,44 @@ def test_bad_configurations(field, value):
         replace(Config(), **{field: value})
 
 
+def test_configurations_take_what_means_the_same():
+    given = Config(seed=np.int64(3), gamma=np.float32(2), train_subsets=range(7), spacing=[2, 2, 2], steps=np.int32(9))
+    assert given == Config(seed=3, steps=9) and all(type(v) is float for v in given.spacing)
+    json.dumps(asdict(given))
+
+
+def test_a_run_without_a_single_nodule_is_refused(luna_folder, tmp_path):
+    config = replace(TINY, train_subsets=(0, 1, 2), labeled=1)
+    data = LUNA16(luna_folder, spacing=config.spacing, subsets=config.train_subsets)
+    drawn = {seed: data.series[np.random.default_rng(seed).permutation(len(data))[0]] for seed in range(20)}
+    seed = next(seed for seed, uid in drawn.items() if not len(data.nodules(uid)))
+    with pytest.raises(InputError, match="train_subsets: expected at least one nodule"):
+        train(replace(config, seed=seed), luna_folder, tmp_path / "run")
+
+
+def test_a_torn_row_of_the_metrics_is_dropped(whole, luna_folder):
+    path, before = whole / METRICS, metrics(whole)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:1])
+    train(TINY, luna_folder, whole, resume=True)
+    assert metrics(whole) == before[:-1]
+
+
+def test_weights_that_are_not_finite_are_an_error_of_detection(whole, luna_folder, tmp_path):
+    checkpoint = torch.load(whole / CHECKPOINT, weights_only=True)
+    for name, value in checkpoint["average"].items():
+        if value.is_floating_point():
+            checkpoint["average"][name] = value * math.nan
+    torch.save(checkpoint, whole / CHECKPOINT)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train(TINY, luna_folder, whole, resume=True)
+
+
 def test_bad_devices():
+    with pytest.raises(InputError, match="device: expected auto, cpu or cuda"):
+        choose_device("meta")
     with pytest.raises(InputError, match="device: expected"):
-        loop.choose_device("toaster")
+        choose_device("toaster")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="found none"):
-            loop.choose_device("cuda")
+            choose_device("cuda")

@@ -1,0 +1,190 @@
+"""The configuration of a run: what decides its result, its presets, and its file."""
+
+import json
+import math
+import numbers
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .anchors import Anchors
+from .errors import InputError, first_line
+
+CONFIG = "config.json"
+
+
+def _option(default: Any, text: str, *, runtime: bool = False) -> Any:
+    """A field of Config; ``runtime`` marks what a resumed run may change, as it has no part in the result."""
+    return field(default=default, metadata={"help": text, "runtime": runtime})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run. Lists of three are z, y, x."""
+
+    spacing: tuple[float, ...] = _option((2.0, 2.0, 2.0), "resampled voxel size in mm")
+    window: tuple[float, ...] = _option((-1200.0, 600.0), "HU mapped to 0 and 1")
+    patch_size: tuple[int, ...] = _option((32, 32, 32), "voxels, multiples of the largest stride")
+    positive: float = _option(0.7, "share of the patches that are placed on a nodule")
+    strides: tuple[int, ...] = _option((2, 4, 8), "of the pyramid's levels, in voxels")
+    diameters: tuple[float, ...] = _option((5.0, 10.0, 20.0), "of the anchors in mm, level after level, as many each")
+    widths: tuple[int, ...] = _option((16, 32, 48), "channels of the backbone's stages")
+    blocks: tuple[int, ...] = _option((1, 1, 1), "residual blocks of the backbone's stages")
+    channels: int = _option(16, "channels of the pyramid and the head")
+    batch_size: int = _option(16, "patches a step, over all processes")
+    steps: int = _option(2400, "training steps")
+    learning_rate: float = _option(4e-3, "at its highest")
+    weight_decay: float = _option(1e-2, "of AdamW")
+    warmup: int = _option(50, "steps over which the learning rate rises")
+    schedule: str = _option("cosine", "of the learning rate: cosine, or step (1/10 after 60 %, 1/100 after 85 %)")
+    ema_decay: float = _option(0.99, "of the averaged weights, which are those evaluated")
+    clip: float = _option(1.0, "largest norm of the gradient")
+    amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, off on the CPU), off, bf16 or fp16")
+    alpha0: float = _option(0.25, "focal loss: weight of the background")
+    alpha1: float = _option(0.75, "focal loss: weight of nodules")
+    gamma: float = _option(2.0, "focal loss: exponent")
+    box_weight: float = _option(1.0, "of the box loss beside the focal loss")
+    train_subsets: tuple[int, ...] = _option((0, 1, 2, 3, 4, 5, 6), "subsets to train on")
+    validation_subsets: tuple[int, ...] = _option((7,), "subsets to detect and evaluate on from time to time")
+    test_subsets: tuple[int, ...] = _option((8, 9), "subsets to detect and evaluate on at the end")
+    labeled: int | None = _option(None, "train on so many scans only, drawn by the seed")
+    search_size: tuple[int, ...] = _option((32, 32, 32), "voxels of the patches in which a whole scan is searched")
+    overlap: int = _option(12, "voxels that these patches share")
+    nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
+    log_every: int = _option(20, "steps between rows of the metrics")
+    validate_every: int = _option(1200, "steps between validations")
+    checkpoint_every: int = _option(250, "steps between checkpoints")
+    seed: int = _option(0, "of weights, patches and the choice of scans")
+    workers: int = _option(1, "processes that read patches", runtime=True)
+    device: str = _option("auto", "auto, cpu, cuda, ...", runtime=True)
+    cache: str | None = _option(None, "folder for the resampled scans, the data's own where not given", runtime=True)
+
+    def __post_init__(self) -> None:
+        for option, hint in _HINTS.items():
+            object.__setattr__(self, option, _typed(option, hint, getattr(self, option)))
+
+        def expect(name: str, holds: bool, wanted: str) -> None:
+            if not holds:
+                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)}")
+
+        for name in ("spacing", "patch_size", "search_size"):
+            value = getattr(self, name)
+            expect(name, len(value) == 3 and all(0 < v < math.inf for v in value), "three positive numbers (z, y, x)")
+        expect("window", len(self.window) == 2 and self.window[0] < self.window[1], "two numbers, the lower first")
+        stages = [2 ** (i + 1) for i in range(len(self.widths))]
+        last = stages[-len(self.strides) :] if self.strides else None
+        expect("strides", list(self.strides) == last, f"the last of {stages} (one stage for each of the widths)")
+        coarsest = self.strides[-1]
+        for name in ("patch_size", "search_size"):
+            expect(name, all(side % coarsest == 0 for side in getattr(self, name)), f"multiples of {coarsest}")
+        expect("blocks", len(self.blocks) == len(self.widths), f"{len(self.widths)} numbers, as many as widths")
+        expect("widths", all(width > 0 and width % 4 == 0 for width in self.widths), "multiples of 4")
+        expect("channels", self.channels > 0 and self.channels % 4 == 0, "a multiple of 4")
+        levels = len(self.strides)
+        expect(
+            "diameters", self.diameters and len(self.diameters) % levels == 0, f"as many for each of {levels} levels"
+        )
+        expect("diameters", all(0 < d < math.inf for d in self.diameters), "positive numbers")
+        expect("overlap", 0 <= self.overlap < min(self.search_size), f"0 to {min(self.search_size) - 1}")
+        expect("blocks", all(count >= 0 for count in self.blocks), "0 or more")
+        for name in ("batch_size", "steps", "log_every", "validate_every", "checkpoint_every"):
+            expect(name, getattr(self, name) >= 1, "at least 1")
+        expect("seed", self.seed < 2**63, "less than 2^63")
+        for name in ("train_subsets", "validation_subsets", "test_subsets"):
+            expect(name, set(getattr(self, name)) <= set(range(10)), "numbers of 0 to 9")
+        for name in ("weight_decay", "warmup", "gamma", "box_weight", "workers", "seed"):
+            expect(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("learning_rate", "clip"):
+            expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("positive", "ema_decay", "alpha0", "alpha1", "nms_threshold"):
+            expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        expect("schedule", self.schedule in ("cosine", "step"), "cosine or step")
+        expect("amp", self.amp in ("auto", "off", "bf16", "fp16"), "auto, off, bf16 or fp16")
+        expect("labeled", self.labeled is None or self.labeled >= 1, "at least 1")
+        expect("train_subsets", len(self.train_subsets) > 0, "at least one")
+        for name in ("validation_subsets", "test_subsets"):
+            expect(name, not set(getattr(self, name)) & set(self.train_subsets), "none of train_subsets")
+
+    @property
+    def anchors(self) -> Anchors:
+        return Anchors.from_mm(self.strides, self.diameters, self.spacing)
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """The value in the type of its field: an int of any integer, a float of any real number, a tuple of any sequence.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    if typing.get_origin(hint) is types.UnionType:
+        return None if value is None else _typed(name, next(kind for kind in typing.get_args(hint) if kind), value)
+    if typing.get_origin(hint) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_typed(name, typing.get_args(hint)[0], part) for part in value)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    if typing.get_origin(hint) is tuple or isinstance(value, bool) or not isinstance(value, kind):
+        wanted = "a list" if typing.get_origin(hint) is tuple else f"of type {hint.__name__}"
+        raise InputError(f"{name}: expected {wanted}, got {value!r}")
+    return hint(value)
+
+
+_HINTS = typing.get_type_hints(Config)
+
+PRESETS = {
+    "demo": Config(),
+    "luna16": Config(
+        spacing=(1.0, 1.0, 1.0),
+        patch_size=(160, 160, 160),
+        search_size=(160, 160, 160),
+        positive=0.5,
+        strides=(4, 8, 16),
+        diameters=(5.0, 10.0, 20.0),
+        widths=(24, 48, 96, 128),
+        blocks=(1, 2, 2, 2),
+        channels=64,
+        batch_size=8,
+        steps=50_000,
+        learning_rate=1e-3,
+        warmup=1000,
+        ema_decay=0.999,
+        train_subsets=(0, 1, 2, 3, 4, 5, 6, 7),
+        validation_subsets=(8,),
+        test_subsets=(9,),
+        overlap=32,
+        log_every=50,
+        validate_every=1000,
+        checkpoint_every=1000,
+        workers=8,
+    ),
+}
+"""demo: minutes on two CPU cores with ``fmkernels phantom``; luna16: LUNA16 on GPUs."""
+
+
+def load_config(run: str | Path) -> Config | None:
+    """The configuration of the run in a folder, None where there is none.
+
+    Raises:
+        InputError: ``config.json`` is no configuration.
+    """
+    path = Path(run) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, got {first_line(error)}") from None
+    return config_of(values, path)
+
+
+def config_of(values: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that a file holds, in its own words; InputError where it is none of this version."""
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected the fields of a configuration, got {type(values).__name__}")
+    if wrong := sorted(set(_HINTS) ^ set(values)):
+        raise InputError(f"{path}: {wrong[0]}: expected the fields of this version's configuration")
+    try:
+        return Config(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,159 @@
+"""All that changes from step to step, and the checkpoint that holds it."""
+
+import contextlib
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .config import Config, config_of
+from .detector import Detector
+from .errors import InputError
+from .files import atomic_write
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Losses(NamedTuple):
+    """Scalars of a step whose sums over the processes are those of the joint batch."""
+
+    classification: Tensor
+    box: Tensor
+    positives: Tensor
+
+
+class State:
+    """All that changes from step to step, and its checkpoint."""
+
+    _PARTS = ("model", "average", "optimizer", "scheduler", "scaler")
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.model = build_model(config).to(device)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, config)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(config, device) == torch.float16)
+        self.step = 0
+        self.sums = torch.zeros(len(Losses._fields), device=device)
+        """Of the losses since the last row of the metrics."""
+        self.summed = 0
+        """The number of steps they are of."""
+        self.seconds = 0.0
+        """That the run has taken, over all its sessions."""
+
+    def save(self, path: Path, config: Config, series: Sequence[str]) -> None:
+        checkpoint = {
+            "config": asdict(config),
+            "series": list(series),
+            "step": self.step,
+            "sums": self.sums,
+            "summed": self.summed,
+            "seconds": self.seconds,
+            "rng": torch.get_rng_state(),
+            **{name: getattr(self, name).state_dict() for name in self._PARTS},
+        }
+        buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
+        torch.save(checkpoint, buffer)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+    def load(self, path: Path, series: Sequence[str]) -> None:
+        """Take over a checkpoint.
+
+        Raises:
+            InputError: it is broken, or of a run with other training scans.
+        """
+        with _reading(path) as checkpoint:
+            if checkpoint["series"] != list(series):
+                was, got = len(checkpoint["series"]), len(series)
+                raise InputError(
+                    f"{path}: series: expected the {was} training scans of the run, got {got}, not the same"
+                )
+            for name in self._PARTS:
+                getattr(self, name).load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint["rng"])
+            self.sums.copy_(checkpoint["sums"])
+            self.summed, self.step = checkpoint["summed"], checkpoint["step"]
+            self.seconds = checkpoint["seconds"]
+
+
+def build_model(config: Config) -> Detector:
+    """The detector of a configuration, on the CPU, in the memory format that is fast on CPU and GPU."""
+    model = Detector(
+        config.strides,
+        config.anchors.per_place,
+        widths=config.widths,
+        blocks=config.blocks,
+        channels=config.channels,
+    )
+    return model.to(memory_format=torch.channels_last_3d)
+
+
+def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Config, nn.Module]:
+    """Configuration and averaged weights of a run, the latter on the device.
+
+    Raises:
+        InputError: there is no run, or its checkpoint is broken.
+    """
+    path = Path(run) / CHECKPOINT
+    with _reading(path) as checkpoint:
+        config = config_of(checkpoint["config"], path)
+        average = AveragedModel(build_model(config))
+        average.load_state_dict(checkpoint["average"])
+    return config, average.module.to(device)
+
+
+def learning_rate_factor(step: int, config: Config) -> float:
+    """Share of ``config.learning_rate`` at a step: a linear rise over ``warmup`` steps times the schedule."""
+    rise = min(1.0, (step + 1) / (config.warmup + 1))
+    done = step / config.steps
+    if config.schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * done))
+    return rise * (1.0 if done < 0.6 else 0.1 if done < 0.85 else 0.01)
+
+
+def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    if config.amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The precision in which a run computes on a device."""
+    dtype = _amp_dtype(config, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """A checkpoint; whatever is wrong with it becomes an InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: expected the checkpoint of a run, found no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is no checkpoint at all
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError
+        yield checkpoint
+    except InputError:
+        raise
+    except (
+        RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError
+    ) as error:  # fmt: skip
+        raise InputError(f"{path}: expected a whole checkpoint of this version") from error

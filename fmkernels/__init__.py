@@ -4,8 +4,20 @@ Importing this package imports neither triton nor SimpleITK and touches no devic
 """
 
 from fmkernels import functional, nn
-from fmkernels.functional import predict_targets, soft_target_focal_loss
+from fmkernels.functional import (
+    mixup3d,
+    predict_targets,
+    sample_mixup,
+    soft_target_focal_loss,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["functional", "nn", "predict_targets", "soft_target_focal_loss"]
+__all__ = [
+    "functional",
+    "mixup3d",
+    "nn",
+    "predict_targets",
+    "sample_mixup",
+    "soft_target_focal_loss",
+]

@@ -8,14 +8,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmkernels.checks import FLOATS, check_device, check_dtype, check_no_grad, check_number, kind_of, shape_of
+from fmkernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    check_volumes,
+    check_window,
+    kind_of,
+    result_dtype,
+    shape_of,
+)
 from fmkernels.dtypes import compute_dtype
+from fmkernels.ops import mixup3d as _mixup
 from fmkernels.ops import predict_targets as _targets
 from fmkernels.ops import soft_target_focal_loss as _sfl
 
-__all__ = ["predict_targets", "soft_target_focal_loss"]
+__all__ = [
+    "mixup3d",
+    "predict_targets",
+    "sample_mixup",
+    "soft_target_focal_loss",
+]
 
 _UNITS = (*FLOATS, torch.uint8, torch.bool)
+_FLIP_BITS = (0, 1, 2, 4)  # of the axes C, D, H, W
 _ROW_ELEMENTS = 128  # a weight per sample is read as such where samples are at least this large, else expanded
 _SHARPEST = 1e-30  # lower temperatures act as this one, which already decides for 0, 1/2 or 1
 
@@ -102,8 +121,9 @@ def soft_target_focal_loss(
         if y.shape != x.shape:
             raise ValueError(f"{name}: targets must have the shape of logits, {shape_of(x)}, got {shape_of(y)}")
         check_no_grad(name, "targets", y)
-    for argument, value in (("alpha0", alpha0), ("alpha1", alpha1), ("gamma", gamma)):
-        check_number(name, argument, value)
+    alpha0 = check_number(name, "alpha0", alpha0)
+    alpha1 = check_number(name, "alpha1", alpha1)
+    gamma = check_number(name, "gamma", gamma)
     if gamma < 0:
         raise ValueError(f"{name}: gamma must be >= 0, got {gamma}")
     if reduction not in ("none", "sum", "mean"):
@@ -194,7 +214,7 @@ def _check_normalizer(name: str, normalizer: object, reduction: str, x: Tensor) 
         check_device(name, "normalizer", normalizer, x.device)
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
-    check_number(name, "normalizer", normalizer)
+    normalizer = check_number(name, "normalizer", normalizer)
     return x.new_ones((), dtype=compute_dtype([x])) * normalizer  # torch.full would compile anew for every number
 
 
@@ -295,3 +315,216 @@ def predict_targets(
         y.movedim(5, 2).squeeze(1) if last else y.squeeze(5) for y, last in zip(results, anchors_last, strict=True)
     ]
     return targets[0] if isinstance(view_logits, Tensor) else type(view_logits)(targets)
+
+
+def sample_mixup(
+    batch_size: int,
+    *,
+    eta: float = 0.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Draw how a batch is mixed, for :func:`mixup3d` and the ``mix`` of :func:`soft_target_focal_loss`.
+
+    .. math::
+        \lambda = \max(l, 1 - l), \qquad l \sim \mathrm{Beta}(\eta, \eta)
+
+    Args:
+        batch_size: number of samples B, >= 0.
+        eta: both parameters of the Beta distribution, > 0; the smaller, the less is mixed.
+        generator: source of randomness, on the device; the same state gives the same draw. Torch's own by default.
+        device: where the result lies; that of the generator, else torch's default device.
+
+    Returns:
+        lam: float32 [B], in [0.5, 1].
+        index: int64 [B], a permutation.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: a value is out of range, or the generator is not on the device.
+
+    Equivalent PyTorch::
+
+        l = torch.distributions.Beta(eta, eta).sample([batch_size])
+        lam, index = torch.maximum(l, 1 - l), torch.randperm(batch_size)
+
+    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018.
+
+    Example:
+        >>> import torch
+        >>> lam, index = sample_mixup(4, generator=torch.Generator().manual_seed(0))
+        >>> bool((lam >= 0.5).all()), sorted(index.tolist())
+        (True, [0, 1, 2, 3])
+    """
+    name = "sample_mixup"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
+        raise TypeError(f"{name}: batch_size must be an int, got {kind_of(batch_size)}")
+    if batch_size < 0:
+        raise ValueError(f"{name}: batch_size must be >= 0, got {batch_size}")
+    eta = check_number(name, "eta", eta)
+    if eta <= 0:
+        raise ValueError(f"{name}: eta must be > 0, got {eta}")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"{name}: generator must be a torch.Generator, got {kind_of(generator)}")
+        device = generator.device if device is None else torch.device(device)
+        if device.type != generator.device.type or device.index not in (None, generator.device.index):
+            raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
+        device = generator.device
+    # l = g1 / (g1 + g2) of two Gamma(eta) draws, each Gamma(eta + 1) u^(1 / eta): in logarithms nothing underflows
+    shape = torch.full((2, batch_size), eta + 1.0, dtype=torch.float64, device=device)
+    log_gamma = torch._standard_gamma(shape, generator=generator).log()
+    log_uniform = torch.rand(shape.shape, generator=generator, dtype=torch.float64, device=device).neg().log1p()
+    logit = log_gamma[0] - log_gamma[1] + (log_uniform[0] - log_uniform[1]) / eta
+    index = torch.randperm(batch_size, generator=generator, device=device)
+    return torch.sigmoid(logit.abs()).float(), index
+
+
+def mixup3d(
+    volumes: Tensor,
+    lam: Tensor,
+    index: Tensor,
+    *,
+    donors: Tensor | None = None,
+    flips: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    window: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Mix each volume with another one, in one pass over memory; flips, HU window, rounding and cast included.
+
+    .. math::
+        \mathrm{out}_b = \lambda_b \, f(\mathrm{volumes}_b) + (1 - \lambda_b) \, f(\mathrm{donors}_{\mathrm{index}_b})
+
+    f flips each source by its own mask and maps v to clamp((v - lo) / (hi - lo), 0, 1). Arithmetic is float32 (float64
+    for float64) whatever the storage.
+
+    Args:
+        volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides.
+        lam: [B], the share of each volume; any float type.
+        index: int64 [B], the partner of each volume; any map into [0, B), or into [0, B') of the donors.
+        donors: [B', C, D, H, W] of the type of the volumes, from which the partners come; the volumes by default.
+        flips: uint8 [B], a mask for each volume: 1 flips D, 2 flips H, 4 flips W. Where donors are given, a pair, the
+            second of which is [B'] for the donors; either may be None.
+        window: (lo, hi), finite, lo < hi; None keeps the values as they are.
+        dtype: type of the result: one of those of the volumes. By default that of the volumes, float32 for windowed
+            integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
+        out: where to write, of the shape and type of the result; ``volumes`` or ``donors`` to mix in place, right for
+            any index map and any flips. It may share memory with them in no other way. On a GPU that takes one launch
+            and no further memory for up to 4096 volumes, 512 with flips; beyond, a copy of the size of ``out``.
+
+    Returns:
+        The mixed volumes, in the memory format of ``volumes``; ``out`` where given.
+
+    Gradients flow to volumes and donors, without atomics, so that they are the same in every run; not through ``out``
+    and not to lam. An index out of range is an error on the CPU, and on the GPU under TRITON_DEBUG=1. NaN gives NaN, an
+    infinity that no window clamps infinity or NaN.
+
+    Raises:
+        TypeError: an argument is of a wrong type or dtype.
+        ValueError: shapes, devices or values do not fit.
+
+    Equivalent PyTorch, for flips and donors None::
+
+        x = ((volumes.float() - lo) / (hi - lo)).clamp(0, 1)
+        share = lam[:, None, None, None, None]
+        out = (share * x + (1 - share) * x[index]).to(dtype)
+
+    Source: Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018; Wang et al., FocalMix, CVPR 2020.
+
+    Example:
+        >>> import torch
+        >>> scans = torch.tensor([-1200, 600], dtype=torch.int16).reshape(2, 1, 1, 1, 1)
+        >>> lam, index = torch.tensor([0.75, 0.5]), torch.tensor([1, 0])
+        >>> mixup3d(scans, lam, index, window=(-1200, 600)).flatten().tolist()
+        [0.25, 0.5]
+    """
+    name = "mixup3d"
+    check_volumes(name, "volumes", volumes)
+    batch = volumes.shape[0]
+    _check_per_sample(name, "lam", lam, volumes, FLOATS, batch)
+    _check_per_sample(name, "index", index, volumes, (torch.int64,), batch)
+    check_no_grad(name, "lam", lam)
+    if donors is not None:
+        check_volumes(name, "donors", donors)
+        check_dtype(name, "donors", donors, (volumes.dtype,))
+        check_device(name, "donors", donors, volumes.device)
+        if donors.shape[1:] != volumes.shape[1:] or (batch > 0 and donors.shape[0] == 0):
+            raise ValueError(
+                f"{name}: donors must hold volumes of shape {tuple(volumes.shape[1:])}, got shape {shape_of(donors)}"
+            )
+    own_flips, donor_flips = _check_flips(name, flips, volumes, donors)
+    window = check_window(name, window)
+    dtype = result_dtype(name, dtype, volumes, window)
+    inputs = {"volumes": volumes} if donors is None else {"volumes": volumes, "donors": donors}
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
+    if differentiable and not dtype.is_floating_point:
+        raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached")
+
+    order = _memory_order(volumes, batch_first=True)
+    axes = _FLIP_BITS if order is None else [_FLIP_BITS[d - 1] for d in order[1:]]
+    sources = {argument: _arrange(x, order) for argument, x in inputs.items()}
+    mix = _mixup.Mix(lam.contiguous(), index.contiguous(), own_flips, donor_flips, axes, window)
+    arguments = sources["volumes"], sources.get("donors"), mix
+    if out is None:
+        return _restore(_mixup.mixed(*arguments, dtype), order)
+    _check_out(name, out, volumes, dtype, differentiable)
+    target = out if order is None else out.permute(order)
+    if target.is_contiguous():
+        for argument, x in sources.items():
+            _check_overlap(name, argument, x, target)
+        _mixup.mixed_into(*arguments, target)
+    else:
+        out.copy_(_restore(_mixup.mixed(*arguments, dtype), order))
+    return out
+
+
+def _check_per_sample(
+    name: str, argument: str, x: object, volumes: Tensor, allowed: Sequence[torch.dtype], batch: int
+) -> None:
+    check_tensor(name, argument, x)
+    check_dtype(name, argument, x, allowed)
+    check_device(name, argument, x, volumes.device)
+    if x.shape != (batch,):
+        raise ValueError(f"{name}: {argument} must have shape ({batch},), got {shape_of(x)}")
+
+
+def _check_flips(
+    name: str, flips: object, volumes: Tensor, donors: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if flips is None:
+        return None, None
+    if donors is None:
+        _check_per_sample(name, "flips", flips, volumes, (torch.uint8,), volumes.shape[0])
+        return flips.contiguous(), None
+    if not isinstance(flips, (list, tuple)) or len(flips) != 2:
+        raise TypeError(f"{name}: flips must be a pair where donors are given, got {kind_of(flips)}")
+    sides = zip(flips, ("flips of the volumes", "flips of the donors"), (volumes, donors), strict=True)
+    for mask, argument, x in sides:
+        if mask is not None:
+            _check_per_sample(name, argument, mask, volumes, (torch.uint8,), x.shape[0])
+    own, donor = flips
+    return None if own is None else own.contiguous(), None if donor is None else donor.contiguous()
+
+
+def _check_out(name: str, out: object, volumes: Tensor, dtype: torch.dtype, differentiable: bool) -> None:
+    check_tensor(name, "out", out)
+    check_dtype(name, "out", out, (dtype,))
+    check_device(name, "out", out, volumes.device)
+    if out.shape != volumes.shape:
+        raise ValueError(f"{name}: out must have the shape of volumes, {shape_of(volumes)}, got {shape_of(out)}")
+    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"{name}: out must have an element of its own for each voxel, got strides {out.stride()}")
+    if differentiable or (out.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(f"{name}: no gradient through out is offered, pass all tensors detached")
+
+
+def _check_overlap(name: str, argument: str, x: Tensor, out: Tensor) -> None:
+    """Of contiguous tensors: the same memory or apart. What is traced has no addresses."""
+    if torch.compiler.is_compiling() or x is out:
+        return
+    begin, start = x.data_ptr(), out.data_ptr()
+    if begin == start and x.shape == out.shape:
+        return
+    if begin < start + out.numel() * out.element_size() and start < begin + x.numel() * x.element_size():
+        raise ValueError(f"{name}: out may be {argument} itself but must not overlap it otherwise")

@@ -1,6 +1,13 @@
 """Float64 oracles in textbook form, named as in ``fmkernels.functional``. For tests and benchmarks."""
 
+from reference.mixup3d import mixup3d
 from reference.predict_targets import predict_targets
+from reference.sample_mixup import sample_mixup
 from reference.soft_target_focal_loss import soft_target_focal_loss
 
-__all__ = ["predict_targets", "soft_target_focal_loss"]
+__all__ = [
+    "mixup3d",
+    "predict_targets",
+    "sample_mixup",
+    "soft_target_focal_loss",
+]

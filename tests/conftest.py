@@ -6,7 +6,9 @@ takes the place of the CPU path below torch's dispatcher, so that autograd and v
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,6 +29,16 @@ class Path:
     device: torch.device
 
 
+def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
+    """Every function of the CPU path that does an op's work: its module, its name, and the kernels' in its place."""
+    for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
+        cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
+        names = [n for n, f in vars(cpu).items() if n.startswith("launch_") and f.__module__ == cpu.__name__]
+        if names:  # an op; what ops share has none
+            kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
+            yield from ((cpu, name, getattr(kernels, name)) for name in names)
+
+
 def _interpreted(launch):
     from tests.support.interpreter import checked
 
@@ -43,11 +55,6 @@ def path(request, monkeypatch) -> Path:
         return Path("cpu", torch.device("cpu"))
     if on_gpu():
         return Path("kernel", torch.device("cuda"))
-    for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
-        cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
-        launches = [n for n, f in vars(cpu).items() if n.startswith("launch_") and f.__module__ == cpu.__name__]
-        if launches:  # an op; what ops share has none
-            kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
-            for name in launches:
-                monkeypatch.setattr(cpu, name, _interpreted(getattr(kernels, name)))
+    for cpu, name, launch in launches():
+        monkeypatch.setattr(cpu, name, _interpreted(launch))
     return Path("kernel", torch.device("cpu"))

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -522,6 +523,14 @@ LEAF = torch.full((2, 3), 0.5, requires_grad=True)
 def test_bad_arguments(error, words, arguments):
     with pytest.raises(error, match=f"soft_target_focal_loss: .*{words}"):
         soft_target_focal_loss(**{"logits": X, "targets": Y, **arguments})
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_takes_numbers_of_numpy(kind):
+    x, y = torch.linspace(-2, 2, 5), torch.linspace(0, 1, 5)
+    numbers = {"alpha0": 0, "alpha1": 1, "gamma": 2, "normalizer": 3}
+    ours = soft_target_focal_loss(x, y, **{name: kind(value) for name, value in numbers.items()})
+    assert torch.equal(ours, soft_target_focal_loss(x, y, **numbers))
 
 
 @pytest.mark.parametrize("bad", [-1, 2])

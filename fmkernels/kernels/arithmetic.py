@@ -18,20 +18,25 @@ P8 = tl.constexpr(0.005232654511928558)
 
 
 @triton.jit
+def _log1p_by(e, UNIT: tl.constexpr):
+    """log1p(e) / e for e in [0, 1], in float32, times UNIT."""
+    s = e * (P8 * UNIT) + P7 * UNIT
+    s = s * e + P6 * UNIT
+    s = s * e + P5 * UNIT
+    s = s * e + P4 * UNIT
+    s = s * e + P3 * UNIT
+    s = s * e + P2 * UNIT
+    s = s * e + P1 * UNIT
+    return s * e + P0 * UNIT
+
+
+@triton.jit
 def log1p(e):
     """log1p(e) for e in [0, 1]."""
     if e.dtype == tl.float64:
         result = libdevice.log1p(e)
     else:
-        s = e * P8 + P7
-        s = s * e + P6
-        s = s * e + P5
-        s = s * e + P4
-        s = s * e + P3
-        s = s * e + P2
-        s = s * e + P1
-        s = s * e + P0
-        result = s * e
+        result = _log1p_by(e, 1.0) * e
     return result
 
 
@@ -42,9 +47,9 @@ def log2(a):
         result = tl.log2(a)
     else:
         bits = a.to(tl.int32, bitcast=True)
-        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        fraction = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
         exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + 127
-        result = exponent + log1p(mantissa - 1.0) * LOG2E
+        result = _log1p_by(fraction, LOG2E) * fraction + exponent
     return result
 
 

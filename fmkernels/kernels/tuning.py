@@ -12,12 +12,16 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements per tile, warps per program, tiles per program, and where the numbers come from."""
+    """Elements per tile, warps per program, tiles per program, and where the numbers come from.
+
+    ``max_registers`` per thread keeps NVIDIA's compiler from a lower limit of its own, at which it would spill.
+    """
 
     block: int
     num_warps: int
+    max_registers: int | None = None
     max_tiles: int = 1
-    enough_programs: int = 2048  # a program takes more tiles only where at least so many programs are left
+    enough_programs: int = 4096  # a program takes more tiles only where at least so many programs are left
     source: str = "compiled code"
 
     def tiles(self, elements: int) -> int:
@@ -28,8 +32,13 @@ class Launch:
 DEFAULT = "default"
 
 TABLE: dict[str, dict[str, Launch]] = {
+    },
     "predict_targets": {DEFAULT: Launch(block=1024, num_warps=4)},
-    "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4)},
+    "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8)},
+    # counted in vectors of 16 bytes
+    "mixup3d": {DEFAULT: Launch(block=512, num_warps=4)},
+    "mixup3d_in_place": {DEFAULT: Launch(block=512, num_warps=4)},
+    "mixup3d_in_place_flipped": {DEFAULT: Launch(block=1024, num_warps=4), "gfx942": Launch(block=1024, num_warps=2)},
 }
 
 

@@ -9,6 +9,8 @@ from tests.support.driver import Case
 
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
 N = 100_003  # of an odd size, so that main path and tail are both there
+LARGE = 1 << 26  # where a program takes several tiles
+ONE = torch.ones(())
 
 
 def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None):
@@ -19,11 +21,25 @@ def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None):
     return logits, targets, weights, mix, rows
 
 
-def total(dtype, target, gamma=2.0, normalizer=None, mean=False, with_gradient=True, **shape):
+def step(dtype, target, gamma=2.0, normalizer=None, mean=False, **shape):
+    """Forward and, under an upstream gradient of 1, backward."""
     logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    return lambda: kernels.launch_sum(
-        logits, targets, weights, normalizer, *mix, rows, 0.05, 0.95, gamma, mean, with_gradient
-    )
+    common = *mix, rows, 0.05, 0.95, gamma
+
+    def call():
+        saved = dtype != F16
+        _, divisor, gradients = kernels.launch_sum(logits, targets, weights, normalizer, *common, mean, saved)
+        if saved:
+            kernels.launch_scale(gradients, ONE, divisor)
+        else:
+            kernels.launch_elementwise(logits, targets, weights, [ONE], divisor, *common)
+
+    return call
+
+
+def forward(dtype, target, **shape):
+    logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
+    return lambda: kernels.launch_sum(logits, targets, weights, None, *mix, rows, 0.05, 0.95, 2.0, False, False)
 
 
 def elementwise(dtype, target, upstream, **shape):
@@ -32,20 +48,21 @@ def elementwise(dtype, target, upstream, **shape):
 
 
 def cases() -> Iterator[Case]:
-    one = torch.ones(())
-    for dtype, target in [(F32, F32), (BF16, BF16), (BF16, U8), (F16, F16), (F64, F64)]:
-        name = f"{dtype} {target}".replace("torch.", "")
-        yield Case(f"sum {name}", total(dtype, target), N)
-        yield Case(f"sum, forward only {name}", total(dtype, target, with_gradient=False), N)
-    yield Case("sum, any gamma", total(F32, F32, gamma=1.5), N)
-    yield Case("sum, any gamma bfloat16", total(BF16, BF16, gamma=1.5), N)
-    yield Case("mean", total(F32, F32, mean=True), N)
-    yield Case("mean, device normalizer", total(F32, F32, mean=True, normalizer=one), N)
-    yield Case("sum, 3 levels", total(F32, F32, levels=3), 3 * N)
-    yield Case("sum, 3 levels mixed", total(BF16, F32, rows=4, inner=24_000, levels=3, weight="row"), 12 * 24_000)
-    yield Case("sum, weighted", total(F32, F32, weight="element"), N)
-    yield Case("losses", elementwise(F32, F32, []), N)
-    yield Case("gradient again", elementwise(F16, F16, [one]), N)
-    yield Case("gradient of losses", elementwise(F32, F32, [torch.zeros(N)]), N)
-    gradients = [torch.zeros(N) for _ in range(3)]
-    yield Case("scale", lambda: kernels.launch_scale(gradients, one, one), 3 * N)
+    for dtype, target, both, one_way in [
+        (F32, F32, 12, 8), (BF16, BF16, 6, 4), (BF16, U8, 5, 3), (F16, F16, 10, 4), (F64, F64, 24, 16),
+    ]:  # fmt: skip
+        types = str(dtype if dtype == target else f"{dtype}, {target}").replace("torch.", "")
+        yield Case(f"step {types}", step(dtype, target), N, both)
+        yield Case(f"forward {types}", forward(dtype, target), N, one_way)
+    for dtype, both in ((F32, 12), (BF16, 6)):
+        name = str(dtype).removeprefix("torch.")
+        yield Case(f"any gamma {name}", step(dtype, dtype, gamma=1.5), N, both)
+        yield Case(f"64M elements {name}", step(dtype, dtype, inner=LARGE), LARGE, both)
+        yield Case(f"64M elements, any gamma {name}", step(dtype, dtype, gamma=1.5, inner=LARGE), LARGE, both)
+    yield Case("mean, device normalizer", step(F32, F32, mean=True, normalizer=ONE), N, 12)
+    yield Case("mean of those not ignored", step(F32, F32, mean=True), N, 12)
+    yield Case("3 levels", step(F32, F32, levels=3), 3 * N, 12)
+    yield Case("3 levels, mixed", step(BF16, F32, rows=4, inner=24_000, levels=3, weight="row"), 12 * 24_000, 8)
+    yield Case("weighted", step(F32, F32, weight="element"), N, 16)
+    yield Case("losses", elementwise(F32, F32, []), N, 12)
+    yield Case("gradient of losses", elementwise(F32, F32, [torch.zeros(N)]), N, 16)

@@ -35,12 +35,13 @@ class MainPath:
     """Of all ways from entry to exit, the one with the widest global accesses, unconditional ones counting double.
 
     That is the unmasked path of a kernel that also has a masked tail. Where ways tie, the longest counts; a loop counts
-    once, a call as one instruction.
+    once, a call as one instruction. `loop` is its longest loop.
     """
 
     instructions: int
     loads: dict[int, int]  # bits of an access -> number
     stores: dict[int, int]
+    loop: MainPath | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class Compiled:
         def parsed(d: dict) -> dict:
             return {**d, "loads": widths(d["loads"]), "stores": widths(d["stores"])}
 
-        return cls(**{**parsed(data), "main": data["main"] and MainPath(**parsed(data["main"]))})
+        def path(d: dict | None) -> MainPath | None:
+            return d and MainPath(**{**parsed(d), "loop": path(d["loop"])})
+
+        return cls(**{**parsed(data), "main": path(data["main"])})
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -216,5 +220,12 @@ def main_path(code: list[Instruction | str]) -> MainPath:
         return best[block]
 
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(blocks) + 1000))
-    path = [i for block in visit(0, frozenset())[2] for i in blocks[block]]
-    return MainPath(len(path), *_widths([i for i in path if i.access]))
+    path = visit(0, frozenset())[2]
+    back = [(path.index(s), i) for i, block in enumerate(path) for s in successors(block) if s in path[: i + 1]]
+
+    def figures(chosen: list[int]) -> tuple[int, dict[int, int], dict[int, int]]:
+        code = [i for block in chosen for i in blocks[block]]
+        return len(code), *_widths(code)
+
+    loops = [MainPath(*figures(path[start : end + 1])) for start, end in back]
+    return MainPath(*figures(path), max(loops, key=lambda loop: loop.instructions, default=None))

@@ -29,11 +29,16 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call that launches kernels on CPU tensors; `elements` is how many elements (voxels, anchors) it is about."""
+    """A call that launches kernels on CPU tensors.
+
+    `elements` is how many elements (voxels, anchors) it is about. A case with a `floor`, the bytes that must be moved
+    for each of them, is a row of the floor table.
+    """
 
     name: str
     call: Callable[[], object]
     elements: int | None = None
+    floor: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +168,10 @@ class _NoHostSync(TorchDispatchMode):
         to_host = name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu") and args[0].is_cuda
         if name in SYNCHRONISING or masks or unsized or to_host:
             raise HostSyncError(f"{name} waits for the device")
+        with self:  # below autograd item() and its like arrive whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if not name.startswith(("aten::", "prim", "profiler::")):  # look inside operators written in Python
             tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
             key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU

@@ -34,6 +34,8 @@ class CaseReport:
     elements: int | None
     microseconds: float  # host time of a call, without the driver's own launch
     launches: tuple[tuple[str, tuple[int, int, int]], ...]  # kernel and grid
+    variants: tuple[int, ...]  # of these launches: places in PlanReport.variants
+    floor: float | None  # bytes per element
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def run_plan(module: str, targets: tuple[str, ...] = TARGETS, compiled: bool = T
         raise RuntimeError(f"plan {module} failed:\n{done.stdout}{done.stderr}")
     data = json.loads(done.stdout.splitlines()[-1])
     cases = {
-        name: CaseReport(c["elements"], c["microseconds"], tuple((k, tuple(g)) for k, g in c["launches"]))
+        name: CaseReport(
+            **{**c, "launches": tuple((k, tuple(g)) for k, g in c["launches"]), "variants": tuple(c["variants"])}
+        )
         for name, c in data["cases"].items()
     }
     variants = tuple(
@@ -102,6 +106,7 @@ def _run(module: str, targets: list[str], compiled: bool) -> dict:
             "elements": case.elements,
             "microseconds": microseconds,
             "launches": [(launch.variant.kernel, launch.grid) for launch in launches],
+            "floor": case.floor,
         }
         for position, launch in enumerate(launches):
             if launch.variant not in variants:
@@ -112,6 +117,8 @@ def _run(module: str, targets: list[str], compiled: bool) -> dict:
                     "elements_per_program": case.elements and case.elements / math.prod(launch.grid),
                     "on": {t: recorded[t, case.name][position].variant for t in targets if compiled},
                 }
+        order = list(variants)
+        report[case.name]["variants"] = [order.index(launch.variant) for launch in launches]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for variant in variants.values():
             variant["on"] = {t: pool.submit(compile_variant, v) for t, v in variant["on"].items()}

@@ -1,5 +1,6 @@
 """Kernels whose compiled code is known: good ones beside ones with a planted flaw, as a plan."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,13 @@ def streamed(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
         for _ in tl.static_range(STEPS):
             value = tl.fma(value, value, 1.5)
         tl.store(out + i, value, i < n)
+
+
+@triton.jit
+def averaged(x, out, BLOCK: tl.constexpr):
+    """Reads every cell twice."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, 0.5 * (tl.load(x + i) + tl.load(x + (i ^ 1))))
 
 
 @triton.jit
@@ -56,17 +64,18 @@ def turned(x, out, BLOCK: tl.constexpr):
 
 
 def cases() -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.zeros(N, dtype=dtype)
-        grid = (triton.cdiv(N, 1024),)
-        yield Case(f"masked {dtype}", lambda x=x, grid=grid: masked[grid](x, x, N, BLOCK=1024), N)
-    x = torch.zeros(N)
+    x, out = torch.zeros(N), torch.zeros(N)
+    grid = (triton.cdiv(N, 1024),)
+    for dtype, floor in ((torch.float32, 8), (torch.bfloat16, None)):
+        y = x.to(dtype)
+        yield Case(f"masked {dtype}", lambda y=y: masked[grid](y, y, N, BLOCK=1024), N, floor)
     for steps in (8, 24):
-        yield Case(
-            f"{steps} steps", lambda steps=steps: streamed[grid](x, x, N, BLOCK=1024, STEPS=steps), 1024 * grid[0]
-        )
+        call = functools.partial(streamed[grid], x, x, N, BLOCK=1024, STEPS=steps)
+        yield Case(f"{steps} steps", call, 1024 * grid[0], 8)
+    yield Case("launched twice", lambda: [streamed[grid](x, x, N, BLOCK=1024, STEPS=8) for _ in range(2)], N, 8)
+    yield Case("read twice", lambda: averaged[(64,)](x, out, BLOCK=1024), 1 << 16, 8)
     yield Case("aligned", lambda: masked[(64,)](x, x, 1 << 16, BLOCK=1024), 1 << 16)
     yield Case("unaligned pointer", lambda: masked[(64,)](x[1:], x[1:], 1 << 16, BLOCK=1024), 1 << 16)
-    yield Case("crowded", lambda: crowded[(1,)](x, x, BLOCK=1024, VALUES=40))
-    yield Case("roomy", lambda: crowded[(1,)](x, x, BLOCK=1024, VALUES=4))
-    yield Case("turned", lambda: turned[(1,)](x, x, BLOCK=64))
+    yield Case("crowded", lambda: crowded[(1,)](x, out, BLOCK=1024, VALUES=40), 1024, 164)
+    yield Case("roomy", lambda: crowded[(1,)](x, out, BLOCK=1024, VALUES=4), 1024, 20)
+    yield Case("turned", lambda: turned[(1,)](x, out, BLOCK=64), 64 * 64, 8)

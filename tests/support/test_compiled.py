@@ -116,7 +116,7 @@ def test_main_path_of_machine_code():
         @P0 BRA `(.L_x_0)
         EXIT
     """
-    assert sass(loop) == aot.MainPath(6, {8: 1, 64: 1}, {})
+    assert sass(loop) == aot.MainPath(6, {8: 1, 64: 1}, {}, aot.MainPath(4, {8: 1, 64: 1}, {}))
 
 
 def test_launches_grids_and_host_time(planted):
@@ -143,6 +143,8 @@ def test_a_plan_that_fails_says_why():
 library = torch.library.Library("fmkernels_guard", "FRAGMENT")
 library.define("peek(Tensor x) -> Tensor")
 library.impl("peek", lambda x: x * 2 if x.sum() > 0 else x, "CPU")
+library.define("read(Tensor x) -> Tensor")
+library.impl("read", lambda x: x * x.sum().item(), "CPU")
 library.define("double(Tensor x) -> Tensor")
 library.impl("double", lambda x: x * 2, "CPU")
 
@@ -177,6 +179,7 @@ WAITING = {
     "synchronize": lambda: torch.cuda.synchronize(),
     "from the host": lambda: torch.tensor([1.0, 2.0]),
     "operator": lambda: torch.ops.fmkernels_guard.peek(X),
+    "item in an operator": lambda: torch.ops.fmkernels_guard.read(X),
     "backward": lambda: Peeks.apply(X.clone().requires_grad_()).sum().backward(),
 }
 

@@ -254,6 +254,25 @@ def test_atomics_order_programs(barrier, semantics):
 
 
 @triton.jit
+def take_a_number(out, counter, ORDERED: tl.constexpr):
+    number = tl.atomic_add(counter, 1)
+    tl.store(out + tl.program_id(0), tl.program_id(0) if ORDERED else number)
+
+
+def test_a_result_that_depends_on_the_order_of_programs_shows():
+    def results(ordered):
+        for seed in (None, 0, 1):
+            out, counter = torch.empty(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            with checked(shuffle=seed):
+                take_a_number[(64,)](out, counter, ORDERED=ordered)
+            yield out
+
+    healthy, broken = list(results(True)), list(results(False))
+    assert all(torch.equal(out, healthy[0]) for out in healthy)
+    assert not torch.equal(broken[0], broken[1]) and not torch.equal(broken[1], broken[2])
+
+
+@triton.jit
 def count(index, counts, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
     cell = tl.load(index + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
     if PLAIN:
@@ -413,6 +432,23 @@ def test_division_by_zero_matters_where_it_is_used():
         half_loaded[(1,)](torch.ones(16, dtype=torch.int32), out, 8, "divide", 0)  # masked away
         with faults("division by zero"):
             half_loaded[(1,)](torch.zeros(16, dtype=torch.int32), out, 8, "divide", 0)
+
+
+@triton.jit
+def truncate(x, out, BLOCK: tl.constexpr):
+    """To bfloat16 without rounding, as the stock interpreter converts."""
+    i = tl.arange(0, BLOCK)
+    bits = tl.load(x + i).to(tl.int32, bitcast=True)
+    tl.store(out + i, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
+
+
+def test_bfloat16_that_is_not_rounded_is_told_apart():
+    x, out = torch.randn(64), torch.empty(64, dtype=torch.bfloat16)
+    with checked():
+        truncate[(1,)](x, out, 64)
+        assert not torch.equal(out, x.bfloat16())
+        convert[(1,)](x, out, 64)
+        assert torch.equal(out, x.bfloat16())
 
 
 @triton.jit

@@ -1,0 +1,35 @@
+"""Mixup of volumes, one sample after the other, in float64."""
+
+import torch
+from torch import Tensor
+
+
+def mixup3d(volumes, lam, index, *, donors=None, flips=None, window=None, dtype=None) -> Tensor:
+    """out[b] = lam[b] f(volumes[b]) + (1 - lam[b]) f(donors[index[b]]), rounded where the result is of an integer type.
+
+    f flips a volume by its own mask (1 = D, 2 = H, 4 = W) and applies the window.
+    """
+    if donors is None:
+        donors, donor_flips = volumes, flips
+    else:
+        flips, donor_flips = flips or (None, None)
+    out = torch.zeros(volumes.shape, dtype=torch.float64, device=volumes.device)
+    for b in range(len(volumes)):
+        own = _source(volumes, flips, b, window)
+        donor = _source(donors, donor_flips, int(index[b]), window)
+        out[b] = lam[b].double() * own + (1 - lam[b].double()) * donor
+    if dtype is None:
+        dtype = torch.float32 if window and not volumes.is_floating_point() else volumes.dtype
+    if not dtype.is_floating_point:
+        out = out.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return out
+
+
+def _source(volumes: Tensor, flips: Tensor | None, row: int, window) -> Tensor:
+    volume = volumes[row].double()
+    mask = 0 if flips is None else int(flips[row])
+    volume = volume.flip([axis for axis, bit in ((1, 1), (2, 2), (3, 4)) if mask & bit])
+    if window is None:
+        return volume
+    low, high = window
+    return ((volume - low) / (high - low)).clamp(0, 1)

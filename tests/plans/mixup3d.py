@@ -1,0 +1,82 @@
+"""What production launches of mixup3d: in and out of place, with flips and window, every type, both gradients."""
+
+from collections.abc import Iterator
+
+import torch
+
+from fmkernels.kernels import mixup3d as kernels
+from tests.support.driver import Case
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+I16, U8 = torch.int16, torch.uint8
+WINDOW = (-1200.0, 600.0)
+CHANNELS_FIRST, CHANNELS_LAST = (0, 1, 2, 4), (1, 2, 4, 0)
+SHAPE = (8, 1, 32, 32, 64)
+
+
+class Mixup:
+    """Arguments of the launch functions for one batch of zeros."""
+
+    def __init__(self, dtype, *, shape=SHAPE, flips=False, axes=CHANNELS_FIRST, window=None, donors=0):
+        batch = shape[0]
+        self.volumes, self.axes, self.window = torch.zeros(shape, dtype=dtype), axes, window
+        self.donors = torch.zeros((donors, *shape[1:]), dtype=dtype) if donors else None
+        self.lam, self.index = torch.ones(batch), (torch.arange(batch) + 1) % (donors or batch)
+        self.flips = torch.zeros(batch, dtype=torch.uint8) if flips else None
+        self.donor_flips = torch.zeros(donors, dtype=torch.uint8) if flips and donors else None
+
+    def arguments(self):
+        mix = self.lam, self.index, self.flips, self.donor_flips, self.axes, self.window
+        return self.volumes, self.donors, *mix
+
+    def out_of_place(self, dtype):
+        return lambda: kernels.launch_mixup(*self.arguments(), dtype)
+
+    def in_place(self, out=None):
+        out = self.volumes if out is None else out
+        return lambda: kernels.launch_mixup_into(*self.arguments(), out)
+
+    def gradient(self, own, donor):
+        upstream, windowed = torch.zeros_like(self.volumes), self.volumes if self.window else None
+        common = upstream, windowed, self.lam, self.index, self.flips, self.axes, self.window
+        return lambda: kernels.launch_gradient(*common, len(upstream), upstream.dtype, own, donor)
+
+
+def case(name: str, call, shape=SHAPE, floor: float | None = None) -> Case:
+    return Case(name, call, torch.Size(shape).numel(), floor)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (F32, BF16, I16, U8):
+        name = str(dtype).removeprefix("torch.")
+        floor = 2 * dtype.itemsize
+        yield case(f"in place {name}", Mixup(dtype).in_place(), floor=floor)
+        yield case(f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), floor=floor)
+    yield case("in place, flips float64", Mixup(F64, flips=True).in_place())
+    yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
+    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
+    yield case("out of place, flips bfloat16", Mixup(BF16, flips=True).out_of_place(BF16))
+    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
+    yield case("window, flips int16 bfloat16", Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16), floor=4)
+    yield case("window, flips int16 float32", Mixup(I16, flips=True, window=WINDOW).out_of_place(F32), floor=6)
+    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
+    yield case("donors, flips, in place float32", Mixup(F32, flips=True, donors=5).in_place())
+    into_donors = Mixup(F32, flips=True, donors=8)
+    yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
+    last = (8, 64, 64, 64, 4)
+    yield case("channels last, flips float32", Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).in_place(), last)
+    odd = (8, 1, 33, 31, 35)
+    yield case(
+        "odd size, flips int16 bfloat16", Mixup(I16, shape=odd, flips=True, window=WINDOW).out_of_place(BF16), odd
+    )
+    yield case("odd size, in place float32", Mixup(F32, shape=odd).in_place(), odd)
+    for batch in (1, 5, 64, 4096):
+        shape = (batch, 1, 8, 16, 16)
+        yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
+    for batch in (16, 512):
+        shape = (batch, 1, 8, 16, 16)
+        yield case(f"in place, flips, batch of {batch}", Mixup(F32, shape=shape, flips=True).in_place(), shape)
+    yield case("gradient float32", Mixup(F32).gradient(True, True), floor=8)
+    yield case("gradient, window, flips bfloat16", Mixup(BF16, flips=True, window=WINDOW).gradient(True, True), floor=6)
+    yield case("gradient to volumes float32", Mixup(F32, donors=8).gradient(True, False))
+    yield case("gradient to donors float32", Mixup(F32, donors=8).gradient(False, True))

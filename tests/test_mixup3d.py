@@ -1,0 +1,794 @@
+"""mixup3d and sample_mixup on the CPU path and through the kernels, against the float64 reference."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from fmkernels import mixup3d, sample_mixup
+from fmkernels.cpu import mixup3d as cpu
+from fmkernels.kernels import mixup3d as kernels
+from fmkernels.kernels.tuning import launch_parameters
+from tests.support.cases import cases
+from tests.support.tolerance import assert_close
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VOXELS = [*FLOATS, torch.int16, torch.uint8]
+WINDOW = (-20.5, 30.0)
+BLOCK = launch_parameters("mixup3d", torch.device("cpu")).block  # vectors of a program: of 1, 2 or 4 float32 voxels
+
+
+def make(shape, dtype=torch.float32, device="cpu", seed=0):
+    """Voxels small enough for the tolerance of float32 to hold where two of them cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+    low = 0 if dtype == torch.uint8 else -50
+    return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
+
+
+def draw(batch, device="cpu", donors=None, seed=0):
+    """lam, any index map, flips."""
+    generator = torch.Generator().manual_seed(seed)
+    lam = torch.rand(batch, generator=generator)
+    index = torch.randint(donors or max(batch, 1), (batch,), generator=generator)
+    flips = torch.randint(8, (batch,), generator=generator).to(torch.uint8)
+    return lam.to(device), index.to(device), flips.to(device)
+
+
+def assert_right(result, volumes, lam, index, **arguments):
+    """Within the tolerance of its type; integers are the nearest ones to the exact value."""
+    arguments["dtype"] = torch.float64
+    exact = reference.mixup3d(volumes, lam, index, **arguments)
+    if result.dtype.is_floating_point:
+        single = result.dtype == torch.float64 and volumes.dtype != torch.float64  # arithmetic was float32
+        assert_close(result, exact, torch.float32 if single else None)
+    else:
+        limits = torch.iinfo(result.dtype)
+        error = result.double() - exact.clamp(limits.min, limits.max)
+        assert error.numel() == 0 or error.abs().max() <= 0.5 + 1e-4
+
+
+def compare(volumes, lam, index, **arguments):
+    result = mixup3d(volumes, lam, index, **arguments)
+    assert_right(result, volumes, lam, index, **{k: v for k, v in arguments.items() if k != "dtype"})
+    return result
+
+
+@pytest.mark.parametrize("donors", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_matches_reference(path, dtype, window, flipped, donors):
+    volumes = make((3, 2, 4, 3, 8), dtype, path.device)
+    pool = make((5, 2, 4, 3, 8), dtype, path.device, seed=1) if donors else None
+    lam, index, flips = draw(3, path.device, 5 if donors else None)
+    if donors:
+        flips = (flips, draw(5, path.device, seed=2)[2])
+    result = compare(volumes, lam, index, donors=pool, flips=flips if flipped else None, window=window)
+    assert result.dtype == (torch.float32 if window and not dtype.is_floating_point else dtype)
+    assert result.is_contiguous() and result.data_ptr() != volumes.data_ptr()
+
+
+@pytest.mark.parametrize("result", VOXELS)
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_every_pair_of_types(path, dtype, result):
+    lam, index, flips = draw(3, path.device)
+    for window in (None, WINDOW):
+        volumes = make((3, 1, 3, 2, 16), dtype, path.device)
+        assert compare(volumes, lam, index, flips=flips, window=window, dtype=result).dtype == result
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 16), (3, 5, 16), (2, 3, 24), (3, 4, 7), (1, 1, 33), (5, 1, 6)])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_shapes(path, shape, flipped):
+    for dtype in (torch.float32, torch.int16):
+        volumes = make((3, 2, *shape), dtype, path.device)
+        lam, index, flips = draw(3, path.device)
+        compare(volumes, lam, index, flips=flips if flipped else None)
+
+
+MAPS = {
+    "identity": lambda n: torch.arange(n),
+    "reversed": lambda n: torch.arange(n).flip(0),
+    "cycle": lambda n: (torch.arange(n) + 1) % n,
+    "all the first": lambda n: torch.zeros(n, dtype=torch.int64),
+    "all the last": lambda n: torch.full((n,), n - 1),
+    "a tail into a cycle": lambda n: torch.tensor([(i + 1) if i + 1 < n else n // 2 for i in range(n)]),
+    "pairs": lambda n: torch.tensor([min(i ^ 1, n - 1) for i in range(n)]),
+}
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_any_index_map_in_place_equals_out_of_place(path, batch, flipped):
+    volumes = make((batch, 1, 3, 4, 8), device=path.device)
+    lam, _, flips = draw(batch, path.device)
+    for number, index in enumerate(MAPS.values()):
+        index = index(batch).to(path.device)
+        arguments = {"flips": flips.roll(number) if flipped else None}
+        expected = compare(volumes, lam, index, **arguments)
+        ours = volumes.clone()
+        assert mixup3d(ours, lam, index, out=ours, **arguments) is ours
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_in_place_equals_out_of_place_in_every_type(path, dtype, window):
+    volumes = make((3, 2, 5, 3, 16), dtype, path.device)
+    lam, index, flips = draw(3, path.device, seed=3)
+    for masks in (None, flips):
+        expected = mixup3d(volumes, lam, index, flips=masks, window=window, dtype=dtype)
+        ours = volumes.clone()
+        mixup3d(ours, lam, index, flips=masks, window=window, dtype=dtype, out=ours)
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_out_may_be_volumes_or_donors_or_both(path, flipped):
+    volumes, donors = make((4, 1, 3, 2, 8), device=path.device), make((4, 1, 3, 2, 8), device=path.device, seed=1)
+    lam, index, flips = draw(4, path.device)
+    masks = (flips, flips.roll(1)) if flipped else None
+    expected = compare(volumes, lam, index, donors=donors, flips=masks)
+    for target in (volumes, donors):
+        kept, own, other = target.clone(), volumes.clone(), donors.clone()
+        out = own if target is volumes else other
+        mixup3d(own, lam, index, donors=other, flips=masks, out=out)
+        assert torch.equal(out, expected) and torch.equal(target, kept)
+        untouched, before = (other, donors) if out is own else (own, volumes)
+        assert torch.equal(untouched, before)
+    both = volumes.clone()
+    expected = mixup3d(volumes, lam, index, donors=volumes, flips=masks)
+    assert torch.equal(mixup3d(both, lam, index, donors=both, flips=masks, out=both), expected)
+
+
+def test_out_in_other_memory(path):
+    volumes = make((3, 2, 3, 4, 8), torch.int16, path.device)
+    lam, index, flips = draw(3, path.device)
+    arguments = {"flips": flips, "window": WINDOW, "dtype": torch.bfloat16}
+    expected = mixup3d(volumes, lam, index, **arguments)
+    base = torch.full((4, 2, 3, 4, 8), math.nan, dtype=torch.bfloat16, device=path.device)
+    for out in (base[1:], base[:3].to(memory_format=torch.channels_last_3d), base.transpose(3, 4).clone().mT[1:]):
+        assert mixup3d(volumes, lam, index, out=out, **arguments) is out
+        assert torch.equal(out, expected)
+    assert base[0].isnan().all(), "wrote outside out"
+
+
+@pytest.mark.parametrize("size", [(4, 6, 16), (3, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8])
+def test_every_flip_equals_torch_flip(path, dtype, size):
+    flips = torch.arange(8, dtype=torch.uint8, device=path.device)
+    one, zero = torch.ones(8, device=path.device), torch.zeros(8, device=path.device)
+    index = torch.arange(8, device=path.device).flip(0)
+    volumes = make((8, 2, *size), dtype, path.device)
+    dims = [[axis for axis, bit in ((1, 1), (2, 2), (3, 4)) if mask & bit] for mask in range(8)]
+    flipped = torch.stack([volume.flip(axes) for volume, axes in zip(volumes, dims, strict=True)])
+    assert torch.equal(mixup3d(volumes, one, index, flips=flips), flipped)
+    assert torch.equal(mixup3d(volumes, zero, index, flips=flips), flipped.flip(0))
+    assert torch.equal(mixup3d(volumes, zero, index, flips=flips, out=volumes), flipped.flip(0))
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_lam_of_one_and_zero_copies_exactly(path, dtype):
+    volumes = make((3, 1, 2, 3, 5), dtype, path.device)
+    lam = torch.tensor([1.0, 0.0, 1.0], device=path.device)
+    index = torch.tensor([1, 2, 0], device=path.device)
+    assert torch.equal(mixup3d(volumes, lam, index), volumes[[0, 2, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_lam_of_any_float_type(path, dtype):
+    volumes = make((2, 1, 2, 2, 4), torch.float64, path.device)
+    lam, index = torch.tensor([0.7, 0.25], dtype=dtype, device=path.device), torch.tensor([1, 0], device=path.device)
+    result = compare(volumes, lam, index)
+    if dtype == torch.float64:  # 0.7 in double precision
+        assert_close(result[0], 0.7 * volumes[0] + (1 - 0.7) * volumes[1])
+
+
+def test_integers_round_to_even_and_saturate(path):
+    def mixed(a, b, lam, dtype=torch.int16, result=None):
+        volumes = torch.tensor([a, b], dtype=dtype, device=path.device).reshape(2, 1, 1, 1, -1)
+        lam = torch.full((2,), lam, device=path.device)
+        out = mixup3d(volumes, lam, torch.tensor([1, 0], device=path.device), dtype=result)
+        return out[0].flatten().tolist()
+
+    assert mixed([0, 1, 2, 3, -1, -2, -3, 7], [1, 2, 3, 4, 0, -1, -2, 7], 0.5) == [0, 2, 2, 4, 0, -2, -2, 7]
+    assert mixed([0, 1, 2, 253], [1, 2, 3, 254], 0.5, torch.uint8) == [0, 2, 2, 254]
+    assert mixed([32767, -32768, 32767], [32767, -32768, -32768], 0.3) == [32767, -32768, -13107]
+    assert mixed([32767, -32768, 20000], [-32768, 32767, 0], 2.0) == [32767, -32768, 32767]
+    assert mixed([255, 0, 1], [0, 255, 1], 1.5, torch.uint8) == [255, 0, 1]
+    assert mixed([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], 1.0, torch.float32, torch.uint8) == [255, 0, 255, 0]
+    for dtype in (torch.float32, torch.float64):
+        assert mixed([1e30, -1e30, math.nan], [0] * 3, 1.0, dtype, torch.int16) == [32767, -32768, 0]
+    assert mixed([16777217.5, 2.5], [0, 0], 1.0, torch.float64, torch.int16) == [32767, 2]
+
+
+def test_voxels_that_are_not_finite(path):
+    inf, nan = math.inf, math.nan
+    volumes = torch.tensor([[inf, -inf, nan, inf, 1, inf], [1, 2, 3, inf, nan, -inf]], device=path.device)
+    volumes = volumes.reshape(2, 1, 1, 1, 6)
+    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    for dtype in FLOATS:
+        compare(volumes.to(dtype), lam, index, window=(-1.0, 2.0))
+        result, exact = mixup3d(volumes.to(dtype), lam, index), reference.mixup3d(volumes, lam, index)
+        assert result[exact.isnan()].isnan().all()
+        assert torch.equal(result.isfinite(), exact.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_mixed_in_float32_and_rounded_once(path, dtype):
+    volumes = make((3, 1, 4, 5, 16), dtype, path.device)
+    lam, index, flips = draw(3, path.device)
+    for arguments in ({}, {"flips": flips}, {"window": WINDOW}):
+        exact = mixup3d(volumes.float(), lam, index, **arguments)
+        assert torch.equal(mixup3d(volumes, lam, index, **arguments), exact.to(dtype))
+        assert torch.equal(mixup3d(volumes, lam, index, dtype=torch.float32, **arguments), exact)
+
+
+def test_windows_far_from_zero_and_narrow(path):
+    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(2, 1, 2, 2, 4)
+    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    for window in ((30_000, 30_010), (30_000.25, 30_000.75), (-1e6, 1e6)):
+        compare(volumes, lam, index, window=window)
+
+
+def layouts(x):
+    return {
+        "channels last": x.to(memory_format=torch.channels_last_3d),
+        "permuted": x.permute(0, 4, 2, 1, 3),
+        "batch last": x.permute(1, 2, 3, 4, 0),
+        "sliced": x[:, :, 1:, ::2],
+        "every other": x[::2],
+        "expanded": x[:, :1, :1].expand(-1, 3, 5, -1, -1),
+        "expanded batch": x[:1].expand(4, -1, -1, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(4, 3, 4, 4, 4)))
+@pytest.mark.parametrize("flipped", [False, True])
+def test_strided_input(path, layout, flipped):
+    volumes = layouts(make((4, 3, 6, 5, 4), device=path.device))[layout]
+    donors = layouts(make((4, 3, 6, 5, 4), device=path.device, seed=1))[layout]
+    lam, index, flips = draw(len(volumes), path.device)
+    lam, index = torch.stack([lam, lam])[:, ::1].T[:, 0], index.repeat_interleave(2)[::2]
+    result = compare(volumes, lam, index, flips=flips if flipped else None)
+    compare(volumes, lam, index, donors=donors, flips=(flips, flips) if flipped else None)
+    compare(volumes, lam, index, donors=donors.contiguous(), flips=(None, flips) if flipped else None)
+    if not layout.startswith("expanded"):
+        before = volumes.clone(memory_format=torch.preserve_format)
+        base = volumes._base if volumes._base is not None else volumes
+        kept = base.clone()
+        assert mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes) is volumes
+        assert torch.equal(volumes, result)
+        volumes.copy_(before)
+        assert torch.equal(base, kept), "wrote between the elements of out"
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_dense_input_is_not_copied_and_keeps_its_memory_format(path, flipped, monkeypatch):
+    volumes = make((2, 3, 6, 5, 4), device=path.device).to(memory_format=torch.channels_last_3d)
+    lam, index, flips = draw(2, path.device)
+    monkeypatch.setattr(torch.Tensor, "copy_", None)
+    result = mixup3d(volumes, lam, index, flips=flips if flipped else None)
+    assert result.stride() == volumes.stride()
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)])
+def test_empty(path, shape):
+    volumes = make(shape, device=path.device).requires_grad_()
+    lam, index, flips = draw(shape[0], path.device)
+    result = mixup3d(volumes, lam, index, flips=flips, window=WINDOW)
+    assert result.shape == shape
+    result.sum().backward()
+    assert volumes.grad.shape == shape
+    out = torch.empty(shape, device=path.device)
+    assert mixup3d(volumes.detach(), lam, index, out=out) is out
+
+
+def test_gradient_where_no_sample_takes_a_donor(path):
+    donors = make((3, 1, 2, 2, 4), device=path.device).requires_grad_()
+    empty = torch.zeros(0, 1, 2, 2, 4, device=path.device)
+    lam, index, _ = draw(0, path.device)
+    mixup3d(empty, lam, index, donors=donors).sum().backward()
+    assert (donors.grad == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, BLOCK - 1, BLOCK + 1, 4 * BLOCK - 4, 4 * BLOCK, 4 * BLOCK + 4])
+def test_sizes_around_a_block(path, n):
+    volumes = make((2, 1, 1, 1, n), device=path.device)
+    lam, index, flips = draw(2, path.device)
+    for masks in (None, flips):
+        expected = compare(volumes, lam, index, flips=masks)
+        ours = volumes.clone()
+        assert torch.equal(mixup3d(ours, lam, index, flips=masks, out=ours), expected)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("rows", [8, 64, 256])  # 16 samples: too many for a program; too many for its shortest run; not
+def test_batches_too_large_for_a_program(path, flipped, rows, monkeypatch):
+    monkeypatch.setattr(kernels, "LARGEST_TILE", rows)
+    volumes = make((11, 1, 2, 2, 16), device=path.device)
+    lam, index, flips = draw(11, path.device)
+    expected = compare(volumes, lam, index, flips=flips if flipped else None)
+    assert torch.equal(mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes), expected)
+
+
+def test_volumes_larger_than_a_block_of_the_cpu_path():
+    for shape in ((3, 1, 130, 70, 64), (2, 2, 9, 200, 300), (2, 1, 1, 3, 400_001), (2, 1, 31, 257, 33)):
+        volumes = make(shape)
+        lam, index, flips = draw(shape[0])
+        for masks in (None, flips):
+            expected = compare(volumes, lam, index, flips=masks)
+            assert torch.equal(mixup3d(volumes, lam, index, flips=masks, out=volumes.clone()), expected)
+            ours = volumes.clone()
+            assert torch.equal(mixup3d(ours, lam, index, flips=masks, out=ours), expected)
+
+
+@pytest.mark.parametrize("voxels", [1, 7, 40, 300])
+def test_boxes_of_the_cpu_path(voxels, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK", voxels)
+    monkeypatch.setattr(cpu, "SMALLEST_BOX", 1)
+    volumes = make((3, 2, 3, 4, 9))
+    lam, index, flips = draw(3)
+    for masks in (None, flips, flips.flip(0)):
+        expected = compare(volumes, lam, index, flips=masks)
+        ours = volumes.clone()
+        assert torch.equal(mixup3d(ours, lam, index, flips=masks, out=ours), expected)
+
+
+def test_inputs_are_left_alone(path):
+    volumes, donors = make((3, 1, 2, 2, 4), device=path.device), make((2, 1, 2, 2, 4), device=path.device)
+    lam, index, flips = draw(3, path.device, donors=2)
+    tensors = volumes, donors, lam, index, flips
+    before = [x.clone() for x in tensors]
+    mixup3d(volumes, lam, index, donors=donors, flips=(flips, flips[:2]), window=WINDOW)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(function, volumes, donors, lam, index, upstream, **arguments):
+    sources = [x for x in (volumes, donors) if x is not None]
+    if function is reference.mixup3d:
+        sources = [x.double() for x in sources]
+    leaves = [x.detach().clone().requires_grad_() for x in sources]
+    if donors is not None:
+        arguments["donors"] = leaves[1]
+    result = function(leaves[0], lam, index, **arguments)
+    return torch.autograd.grad(result, leaves, upstream.to(result.dtype))
+
+
+@pytest.mark.parametrize("donors", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("window", [None, (-2.0, 3.0)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_match_the_reference(path, dtype, window, flipped, donors):
+    volumes = make((4, 2, 3, 2, 16), dtype, path.device)
+    pool = make((3, 2, 3, 2, 16), dtype, path.device, seed=1) if donors else None
+    lam, index, flips = draw(4, path.device, 3 if donors else None)
+    masks = ((flips, flips[:3]) if donors else flips) if flipped else None
+    upstream = make((4, 2, 3, 2, 16), device=path.device, seed=2)
+    ours = gradients(mixup3d, volumes, pool, lam, index, upstream, flips=masks, window=window)
+    exact = gradients(reference.mixup3d, volumes, pool, lam, index, upstream.to(dtype), flips=masks, window=window)
+    for gradient, expected in zip(ours, exact, strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient, expected)
+
+
+def test_gradcheck(path):
+    volumes = make((2, 1, 2, 1, 2), torch.float64, path.device).requires_grad_()
+    donors = make((2, 1, 2, 1, 2), torch.float64, path.device, seed=1).requires_grad_()
+    lam, index, flips = draw(2, path.device)
+    assert torch.autograd.gradcheck(lambda x: mixup3d(x, lam, index, window=(-2.0, 3.0)), (volumes,))
+    assert torch.autograd.gradcheck(
+        lambda x, y: mixup3d(x, lam, index, donors=y, flips=(flips, flips.flip(0))), (volumes, donors)
+    )
+
+
+def test_gradient_at_the_edges_of_the_window(path):
+    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(1, 1, 1, 1, 6)
+    values.requires_grad_()
+    one, index = torch.ones(1, device=path.device), torch.zeros(1, dtype=torch.int64, device=path.device)
+    mixup3d(values, one, index, window=(-1.0, 3.0)).sum().backward()
+    assert values.grad.flatten().tolist() == [0, 0.25, 0.25, 0.25, 0, 0]
+
+
+def test_gradient_through_a_cast_and_strided_tensors(path):
+    lam, index, flips = draw(4, path.device)
+    for layout in ("channels last", "sliced", "permuted"):
+        volumes = layouts(make((4, 3, 4, 4, 4), device=path.device))[layout].detach().requires_grad_()
+        result = mixup3d(volumes, lam, index, flips=flips, dtype=torch.bfloat16)
+        result.backward(torch.ones((), dtype=torch.bfloat16, device=path.device).expand(result.shape))
+        exact = volumes.detach().double().requires_grad_()
+        reference.mixup3d(exact, lam, index, flips=flips).sum().backward()
+        assert volumes.grad.dtype == torch.float32
+        assert_close(volumes.grad, exact.grad)
+
+
+def test_repeated_backward_is_the_same_bit_for_bit(path):
+    volumes = make((5, 1, 3, 3, 8), device=path.device).requires_grad_()
+    lam, index, flips = draw(5, path.device)
+    result = mixup3d(volumes, lam, index * 0, flips=flips, window=(-2.0, 3.0))
+    upstream = make(result.shape, device=path.device, seed=4)
+    first = torch.autograd.grad(result, volumes, upstream, retain_graph=True)[0]
+    for _ in range(3):
+        assert torch.equal(torch.autograd.grad(result, volumes, upstream, retain_graph=True)[0], first)
+
+
+def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
+    leaf = make((2, 1, 2, 2, 4), device=path.device).requires_grad_()
+    lam, index, _ = draw(2, path.device)
+    volumes = leaf * 1
+    result = mixup3d(volumes, lam, index)
+    volumes.zero_()
+    result.sum().backward()
+    volumes = leaf * 1
+    result = mixup3d(volumes, lam, index, window=(-2.0, 3.0))
+    volumes.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_gradients_only_where_they_are_asked_for(path):
+    volumes, donors = make((2, 1, 2, 2, 4), device=path.device), make((2, 1, 2, 2, 4), device=path.device, seed=1)
+    lam, index, _ = draw(2, path.device)
+    donors.requires_grad_()
+    result = mixup3d(volumes, lam, index, donors=donors)
+    (gradient,) = torch.autograd.grad(result.sum(), donors)
+    exact = torch.zeros(2, dtype=torch.float64).index_add_(0, index.cpu(), 1 - lam.cpu().double())
+    assert_close(gradient.double().mean((1, 2, 3, 4)).cpu(), exact, torch.float32)
+    with torch.no_grad():
+        assert not mixup3d(volumes, lam, index, donors=donors).requires_grad
+
+
+def test_second_derivative_raises(path):
+    volumes = make((2, 1, 2, 2, 4), device=path.device).requires_grad_()
+    lam, index, _ = draw(2, path.device)
+    result = mixup3d(volumes, lam, index).square()
+    (gradient,) = torch.autograd.grad(result.sum(), volumes, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# --- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("donors", [False, True])
+def test_opcheck(path, donors):
+    ops, volumes = torch.ops.fmkernels, make((3, 1, 2, 3, 4), device=path.device)
+    pool = make((2, 1, 2, 3, 4), device=path.device) if donors else None
+    lam, index, flips = draw(3, path.device, 2 if donors else None)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    common = (volumes, pool, lam, index, flips, flips[:2] if donors else None, (0, 1, 2, 4), (-2.0, 3.0))
+    torch.library.opcheck(ops.mixup3d.default, (*common, torch.bfloat16), test_utils=tests)
+    torch.library.opcheck(ops.mixup3d_into.default, (*common, torch.empty_like(volumes)), test_utils=tests)
+    upstream, sources = make(volumes.shape, device=path.device), 2 if donors else 3
+    arguments = (pool if donors else volumes, lam, index, flips[:sources], (0, 1, 2, 4), (-2.0, 3.0), sources)
+    torch.library.opcheck(
+        ops.mixup3d_gradient.default, (upstream, *arguments, torch.float32, not donors, True), test_utils=tests
+    )
+
+
+def test_compiles_without_graph_breaks(path):
+    def step(x, lam, index, flips, scale):
+        mixed = mixup3d(x * scale, lam, index, flips=flips, window=(-2.0, 3.0))
+        return mixup3d(mixed, lam, index, donors=x, dtype=torch.float16)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for n in (4, 6):  # the second size is compiled with symbolic ones
+        lam, index, flips = draw(3, path.device)
+        results = []
+        for function in (step, compiled):
+            x = make((3, 1, 3, n, 8), device=path.device).requires_grad_()
+            y = function(x, lam, index, flips, torch.ones((), device=path.device))
+            y.float().square().sum().backward()
+            results.append((y, x.grad))
+        assert_close(results[1][0], results[0][0])
+        assert_close(results[1][1], results[0][1], torch.float16)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_compiles_in_place(path, flipped):
+    def step(x, lam, index, flips):
+        mixup3d(x, lam, index, flips=flips, out=x)
+        return x + 1
+
+    torch._dynamo.reset()
+    volumes = make((3, 1, 3, 2, 8), device=path.device)
+    lam, index, flips = draw(3, path.device)
+    flips = flips if flipped else None
+    expected = mixup3d(volumes, lam, index, flips=flips)
+    ours = volumes.clone()
+    result = torch.compile(step, fullgraph=True, backend="aot_eager")(ours, lam, index, flips)
+    assert torch.equal(ours, expected) and torch.equal(result, expected + 1)
+
+
+def test_sample_and_mix_compile_together(path):
+    def step(x):
+        lam, index = sample_mixup(len(x), device=x.device)
+        return mixup3d(x, lam, index), lam, index
+
+    torch._dynamo.reset()
+    volumes = make((4, 1, 2, 2, 4), device=path.device)
+    result, lam, index = torch.compile(step, fullgraph=True, backend="aot_eager")(volumes)
+    assert_right(result, volumes, lam, index)
+
+
+# --- bad arguments ---------------------------------------------------------------------------------------------------
+
+X, LAM, INDEX = torch.zeros(2, 1, 2, 3, 4), torch.ones(2), torch.zeros(2, dtype=torch.int64)
+FLIPS = torch.zeros(2, dtype=torch.uint8)
+LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
+        (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
+        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)", {"volumes": X[..., 0]}),
+        (TypeError, "lam must be a tensor, got float", {"lam": 0.5}),
+        (TypeError, "lam must be float16 .*, got int64", {"lam": INDEX}),
+        (ValueError, r"lam must have shape \(2,\), got \(1,\)", {"lam": LAM[:1]}),
+        (ValueError, "lam must be on cpu", {"lam": LAM.to("meta")}),
+        (ValueError, "no gradient to lam", {"lam": LEAF[:, 0, 0, 0, 0]}),
+        (TypeError, "index must be a tensor, got a list of 2", {"index": [0, 1]}),
+        (TypeError, "index must be int64, got int32", {"index": INDEX.int()}),
+        (ValueError, r"index must have shape \(2,\), got \(2, 1\)", {"index": INDEX[:, None]}),
+        (ValueError, "index must be on cpu", {"index": INDEX.to("meta")}),
+        (TypeError, "donors must be a tensor", {"donors": 3}),
+        (TypeError, "donors must be float32, got float64", {"donors": X.double()}),
+        (ValueError, "donors must be on cpu", {"donors": X.to("meta")}),
+        (ValueError, r"donors must hold volumes of shape \(1, 2, 3, 4\), got", {"donors": X[:, :, :1]}),
+        (ValueError, "donors must hold volumes", {"donors": X[:0]}),
+        (ValueError, r"donors must be \[B, C, D, H, W\]", {"donors": X[0]}),
+        (TypeError, "flips must be a tensor, got a tuple of 2", {"flips": (FLIPS, FLIPS)}),
+        (TypeError, "flips must be uint8, got bool", {"flips": FLIPS.bool()}),
+        (ValueError, r"flips must have shape \(2,\), got \(3,\)", {"flips": torch.zeros(3, dtype=torch.uint8)}),
+        (ValueError, "flips must be on cpu", {"flips": FLIPS.to("meta")}),
+        (TypeError, "flips must be a pair where donors are given, got a tensor", {"flips": FLIPS, "donors": X}),
+        (TypeError, "flips must be a pair where donors are given", {"flips": (FLIPS,), "donors": X}),
+        (ValueError, r"flips of the donors must have shape \(1,\)", {"flips": (None, FLIPS), "donors": X[:1]}),
+        (TypeError, "flips of the volumes must be uint8", {"flips": (INDEX, None), "donors": X}),
+        (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
+        (TypeError, "window must be a pair of numbers", {"window": (1.0, 2.0, 3.0)}),
+        (TypeError, "window lo must be a number, got str", {"window": ("0", 1.0)}),
+        (ValueError, "window hi must be finite, got inf", {"window": (0.0, math.inf)}),
+        (ValueError, "window lo must be finite, got nan", {"window": (math.nan, 0.0)}),
+        (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
+        (ValueError, "window must have lo < hi", {"window": (2.0, 1.0)}),
+        (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
+        (TypeError, "dtype must be float16 .*, got float32", {"dtype": "float32"}),
+        (TypeError, "out must be a tensor", {"out": 1}),
+        (TypeError, "out must be float32, got float64", {"out": X.double()}),
+        (TypeError, "out must be int16, got float32", {"dtype": torch.int16, "out": X.clone()}),
+        (TypeError, "out must be float32, got int16", {"volumes": X.short(), "window": (0, 1), "out": X.short()}),
+        (ValueError, "out must be on cpu", {"out": X.to("meta")}),
+        (ValueError, r"out must have the shape of volumes, \(2, 1, 2, 3, 4\), got", {"out": X[:1].clone()}),
+        (ValueError, "out must have an element of its own", {"out": X[:1].expand(2, -1, -1, -1, -1)}),
+        (ValueError, "no gradient through out", {"volumes": LEAF, "out": X.clone()}),
+        (ValueError, "no gradient through out", {"donors": LEAF, "out": X.clone()}),
+        (ValueError, "no gradient through out", {"out": LEAF}),
+        (ValueError, "no gradient through torch.int16", {"volumes": LEAF, "dtype": torch.int16}),
+    ],
+)
+def test_bad_arguments(error, words, arguments):
+    with pytest.raises(error, match=f"mixup3d: {words}"):
+        mixup3d(**{"volumes": X, "lam": LAM, "index": INDEX, **arguments})
+
+
+@pytest.mark.parametrize("bad", [-1, 2])
+@pytest.mark.parametrize("donors", [False, True])
+def test_index_out_of_range_is_an_error(path, bad, donors):
+    if path.device.type == "cuda":
+        pytest.skip("a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process")
+    with pytest.raises((ValueError, AssertionError), match="mixup3d: index"):
+        mixup3d(X, LAM, INDEX + bad, donors=X.clone() if donors else None)
+
+
+def test_overlapping_memory_is_refused_or_right(path):
+    base = make((5, 1, 2, 3, 4), device=path.device)
+    lam, index, flips = draw(2, path.device)
+    for out in (base[1:3], base.flatten()[4:52].view(2, 1, 2, 3, 4)):
+        with pytest.raises(ValueError, match="mixup3d: out may be volumes itself but must not overlap it otherwise"):
+            mixup3d(base[:2], lam, index, out=out)
+    for donors in (base[:3], base[1:3], base[2:]):
+        with pytest.raises(ValueError, match="mixup3d: out may be donors itself"):
+            mixup3d(base[3:].clone(), lam, index, donors=donors, out=base[2:4] if donors is not base[2:] else base[:2])
+    kept = base.clone()
+    expected = mixup3d(kept[:2], lam, index, donors=kept[2:4], flips=(flips, flips))
+    mixup3d(base[:2], lam, index, donors=base[2:4], flips=(flips, flips), out=base[:2])
+    assert torch.equal(base[:2], expected) and torch.equal(base[2:], kept[2:])
+    base = kept.clone()
+    expected = mixup3d(kept[0:4:2], lam, index, flips=flips)
+    mixup3d(base[0:4:2], lam, index, flips=flips, out=base[1:5:2])
+    assert torch.equal(base[1:5:2], expected) and torch.equal(base[::2], kept[::2])
+    view = base[:2]
+    expected = mixup3d(view, lam, index, flips=flips)
+    mixup3d(view, lam, index, flips=flips, out=base[:2])
+    assert torch.equal(base[:2], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
+    volumes = make((2, 1, 1, 16, BLOCK), dtype)
+    lam, index, _ = draw(2)
+    right = mixup3d(volumes, lam, index)
+    block = BLOCK * 16 // dtype.itemsize
+    for wrong in (torch.zeros_like(right), right.flatten().roll(block).view_as(right), right.roll(1, 0)):
+        with pytest.raises(AssertionError):
+            assert_right(wrong, volumes, lam, index)
+
+
+# --- sample_mixup ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.05, 0.2, 1.0, 4.0])
+def test_lam_follows_its_distribution(eta):
+    stats = pytest.importorskip("scipy.stats")
+    lam, _ = sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(1))
+    assert lam.dtype == torch.float32 and lam.shape == (20_000,)
+    assert lam.min() >= 0.5 and lam.max() <= 1
+    below = lam.double().clamp(max=1 - 1e-6)  # float32 has few numbers left there, where many draws lie
+    share = lambda x: 2 * stats.beta.cdf(x, eta, eta) - 1  # P(max(l, 1 - l) <= x), l symmetric about 1/2  # noqa: E731
+    at = 1 - 1e-6
+    assert stats.kstest(below[below < at], lambda x: share(x) / share(at)).pvalue > 0.05
+    assert abs((below < at).double().mean() - share(at)) < 0.01
+    expected, _ = reference.sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(2))
+    assert stats.ks_2samp(below, expected.clamp(max=at)).pvalue > 0.05
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 7, 64])
+def test_index_is_a_permutation(batch):
+    lam, index = sample_mixup(batch, generator=torch.Generator().manual_seed(0))
+    assert index.dtype == torch.int64 and sorted(index.tolist()) == list(range(batch))
+    assert lam.shape == (batch,)
+
+
+def test_every_permutation_comes_up():
+    generator = torch.Generator().manual_seed(0)
+    seen = {tuple(sample_mixup(3, generator=generator)[1].tolist()) for _ in range(100)}
+    assert len(seen) == 6
+
+
+def test_same_generator_state_same_draw():
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    first = sample_mixup(6, generator=generator)
+    other = sample_mixup(6, generator=generator)
+    generator.set_state(state)
+    again = sample_mixup(6, generator=generator)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_a_generator_leaves_the_global_one_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sample_mixup(6, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(5)
+    first = sample_mixup(6)
+    torch.manual_seed(5)
+    assert torch.equal(sample_mixup(6)[0], first[0])
+
+
+@pytest.mark.parametrize("eta", [1e-300, 1e-8, 1e-3, 1e6])
+def test_extreme_eta_gives_numbers(eta):
+    lam, _ = sample_mixup(1000, eta=eta, generator=torch.Generator().manual_seed(0))
+    assert lam.isfinite().all() and lam.min() >= 0.5
+    assert (lam == 1).float().mean() > 0.9 if eta < 0.1 else lam.max() < 0.51
+
+
+def test_sample_mixup_on_a_device(path):
+    lam, index = sample_mixup(4, device=path.device)
+    assert lam.device.type == index.device.type == path.device.type
+    generator = torch.Generator(path.device).manual_seed(0)
+    assert sample_mixup(4, generator=generator)[0].device.type == path.device.type
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "batch_size must be an int, got float", {"batch_size": 2.0}),
+        (TypeError, "batch_size must be an int, got bool", {"batch_size": True}),
+        (ValueError, "batch_size must be >= 0, got -1", {"batch_size": -1}),
+        (TypeError, "eta must be a number, got str", {"eta": "1"}),
+        (ValueError, "eta must be > 0, got 0", {"eta": 0}),
+        (ValueError, "eta must be finite", {"eta": math.inf}),
+        (TypeError, "generator must be a torch.Generator, got int", {"generator": 3}),
+        (ValueError, "generator must be on meta, got cpu", {"generator": torch.Generator(), "device": "meta"}),
+    ],
+)
+def test_bad_arguments_of_sample_mixup(error, words, arguments):
+    with pytest.raises(error, match=f"sample_mixup: {words}"):
+        sample_mixup(**{"batch_size": 2, **arguments})
+
+
+# --- any case --------------------------------------------------------------------------------------------------------
+
+CASE = st.fixed_dictionaries(
+    {
+        "batch": st.sampled_from([0, 1, 2, 3, 5]),
+        "channels": st.sampled_from([1, 2, 3]),
+        "size": st.tuples(
+            st.sampled_from([0, 1, 2, 3, 4, 7]),
+            st.sampled_from([1, 2, 3, 5]),
+            st.sampled_from([1, 2, 4, 7, 8, 13, 16, 31, 32]),
+        ),
+        "dtype": st.sampled_from(VOXELS),
+        "result": st.sampled_from([None, *VOXELS]),
+        "window": st.sampled_from([None, WINDOW, (-1, 1), (0.0, 50)]),
+        "flipped": st.sampled_from(["no", "own", "both"]),
+        "donors": st.sampled_from([None, None, 1, 4, 7]),
+        "layout": st.sampled_from(["contiguous", "contiguous", *layouts(torch.zeros(4, 3, 4, 4, 4))]),
+        "out": st.sampled_from(["new", "new", "volumes", "donors", "other"]),
+        "lam": st.sampled_from(["random", "zero", "one"]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def make_case(case, device):
+    """volumes, lam, index; and the other arguments."""
+    volumes = make((case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"])
+    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(case["layout"], volumes)
+    batch, donors = len(volumes), None
+    if case["donors"]:
+        donors = make((case["donors"], *volumes.shape[1:]), case["dtype"], device, case["seed"] + 1)
+    lam, index, flips = draw(batch, device, case["donors"], case["seed"])
+    lam = {"random": lam, "zero": lam * 0, "one": lam * 0 + 1}[case["lam"]]
+    masks = None if case["flipped"] == "no" else flips
+    if donors is not None and masks is not None:
+        masks = flips, draw(len(donors), device, seed=case["seed"] + 2)[2] if case["flipped"] == "both" else None
+    return (volumes, lam, index), {"donors": donors, "flips": masks, "window": case["window"], "dtype": case["result"]}
+
+
+def check_values(case, device):
+    tensors, arguments = make_case(case, device)
+    expected = compare(*tensors, **arguments)
+    candidates = {"volumes": tensors[0], "donors": arguments["donors"], "other": torch.full_like(expected, 7)}
+    out = candidates.get(case["out"])
+    if out is None or (out.dtype, out.shape) != (expected.dtype, expected.shape) or 0 in out.stride():
+        return
+    assert mixup3d(*tensors, out=out, **arguments) is out
+    assert torch.equal(out, expected)
+
+
+def check_gradients(case, device):
+    (volumes, lam, index), arguments = make_case(case, device)
+    dtype, donors = arguments["dtype"] or volumes.dtype, arguments.pop("donors")
+    if not (len(volumes) and volumes.is_floating_point() and dtype.is_floating_point):
+        return
+    upstream = make(volumes.shape, dtype, device, seed=case["seed"] + 3)
+    ours = gradients(mixup3d, volumes, donors, lam, index, upstream, **arguments)
+    exact = gradients(reference.mixup3d, volumes, donors, lam, index, upstream, **arguments)
+    for gradient, expected in zip(ours, exact, strict=True):
+        assert_close(gradient, expected)
+
+
+@cases(2000)
+@given(case=CASE, voxels=st.sampled_from([32, 150, 1000, cpu.BLOCK]))
+def test_any_case_on_the_cpu_path(case, voxels):
+    """With boxes of about so many voxels."""
+    with mock.patch.multiple(cpu, BLOCK=voxels, SMALLEST_BOX=1):
+        check_values(case, "cpu")
+        check_gradients(case, "cpu")
+
+
+@pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
+def test_any_case_in_the_kernel(path):
+    @cases(300)
+    @given(case=CASE)
+    def check(case):
+        check_values(case, path.device)
+
+    check()

@@ -5,6 +5,7 @@ Importing this package imports neither triton nor SimpleITK and touches no devic
 
 from fmkernels import functional, nn
 from fmkernels.functional import (
+    crop_and_resize3d,
     mixup3d,
     predict_targets,
     sample_mixup,
@@ -14,6 +15,7 @@ from fmkernels.functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "crop_and_resize3d",
     "functional",
     "mixup3d",
     "nn",

@@ -22,17 +22,21 @@ from fmkernels.checks import (
     shape_of,
 )
 from fmkernels.dtypes import compute_dtype
+from fmkernels.ops import crop_and_resize3d as _crop
 from fmkernels.ops import mixup3d as _mixup
 from fmkernels.ops import predict_targets as _targets
 from fmkernels.ops import soft_target_focal_loss as _sfl
 
 __all__ = [
+    "crop_and_resize3d",
     "mixup3d",
     "predict_targets",
     "sample_mixup",
     "soft_target_focal_loss",
 ]
 
+_CLAMPS = ("box", "volume")
+_LONGEST_AXIS = 2**24  # voxels or samples: as far as float32 counts
 _UNITS = (*FLOATS, torch.uint8, torch.bool)
 _FLIP_BITS = (0, 1, 2, 4)  # of the axes C, D, H, W
 _ROW_ELEMENTS = 128  # a weight per sample is read as such where samples are at least this large, else expanded
@@ -528,3 +532,108 @@ def _check_overlap(name: str, argument: str, x: Tensor, out: Tensor) -> None:
         return
     if begin < start + out.numel() * out.element_size() and start < begin + x.numel() * x.element_size():
         raise ValueError(f"{name}: out may be {argument} itself but must not overlap it otherwise")
+
+
+def crop_and_resize3d(
+    volumes: Tensor,
+    boxes: Tensor,
+    output_size: Sequence[int],
+    *,
+    clamp: str = "box",
+    window: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Crop boxes out of volumes and resize each to one size by trilinear interpolation, all in one launch.
+
+    Sample i of n along an axis of a box [start, end) lies, in voxels whose centres are at 0, 1, 2 ..., at
+
+    .. math::
+        p_i = \mathrm{clamp}\left(\mathrm{start} + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n}
+              - \tfrac{1}{2}, \; \mathrm{first}, \; \mathrm{last}\right)
+
+    and is the mean of the 8 voxels around it, each weighted with (1 - |dz|) (1 - |dy|) (1 - |dx|). Coordinates are
+    float32; arithmetic on voxels is float32 (float64 for float64) whatever the storage.
+
+    Args:
+        volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides; axes of at most
+            2^24 voxels.
+        boxes: float32 [K, 7], (batch index, z1, y1, x1, z2, y2, x2) in voxels, half-open, voxel i covering [i, i + 1).
+            Any numbers, also beyond the volume. A box that is not finite (or whose extents are not, in float32), or
+            whose batch index is out of range, gives zeros.
+        output_size: (d, h, w), each >= 1.
+        clamp: "box": first and last are the first and the last voxel of the volume whose centre lies in the box, as in
+            a crop followed by a resize. Where there is none, in a box smaller than a voxel, outside of the volume or
+            with end <= start, both are the voxel nearest to the middle of the box. "volume": the first and the last
+            voxel of the volume, so that samples near a face of the box take from beyond it; with end < start the crop
+            is mirrored.
+        window: (lo, hi), finite, lo < hi, applied to every voxel before the interpolation: v becomes
+            clamp((v - lo) / (hi - lo), 0, 1). None keeps the values as they are.
+        dtype: type of the result: one of those of the volumes. By default that of the volumes, float32 for windowed
+            integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
+
+    Returns:
+        The crops, [K, C, d, h, w], contiguous.
+
+    The gradient flows to the volumes, gathered without atomics in the order of the boxes, so that it is the same in
+    every run; not to the boxes. No value is read back to the host.
+
+    Raises:
+        TypeError: an argument is of a wrong type or dtype.
+        ValueError: shapes, devices or values do not fit.
+
+    Equivalent PyTorch, for integer boxes inside their volumes and clamp "box"::
+
+        out = torch.cat([
+            F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], output_size, mode="trilinear")
+            for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
+        ])
+
+    clamp "volume" is F.grid_sample with padding_mode="border" and align_corners=False, and inside of the volumes
+    roi_align with aligned=True and one sample per bin.
+
+    Source: He et al., Mask R-CNN, ICCV 2017 (RoIAlign, of which this is the form for volumes).
+
+    Example:
+        >>> import torch
+        >>> ramp = torch.arange(16.0).expand(1, 1, 1, 1, 16)
+        >>> box = torch.tensor([[0.0, 0, 0, 8, 1, 1, 12]])
+        >>> crop_and_resize3d(ramp, box, (1, 1, 8)).flatten().tolist()
+        [8.0, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.0]
+        >>> crop_and_resize3d(ramp, box, (1, 1, 8), clamp="volume").flatten().tolist()
+        [7.75, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.25]
+    """
+    name = "crop_and_resize3d"
+    check_volumes(name, "volumes", volumes)
+    if any(size > _LONGEST_AXIS for size in volumes.shape[2:]):
+        raise ValueError(f"{name}: volumes must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(volumes)}")
+    _check_boxes(name, "boxes", boxes, volumes.device)
+    size = _check_output_size(name, output_size)
+    if clamp not in _CLAMPS:
+        raise ValueError(f"{name}: clamp must be one of {', '.join(map(repr, _CLAMPS))}, got {clamp!r}")
+    window = check_window(name, window)
+    dtype = result_dtype(name, dtype, volumes, window)
+    if torch.is_grad_enabled() and volumes.requires_grad and not dtype.is_floating_point:
+        raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes detached")
+    return _crop.crop_and_resize3d(volumes, boxes.contiguous(), size, clamp == "box", window, dtype)
+
+
+def _check_boxes(name: str, argument: str, boxes: object, device: torch.device) -> None:
+    check_tensor(name, argument, boxes)
+    check_dtype(name, argument, boxes, (torch.float32,))
+    check_device(name, argument, boxes, device)
+    if boxes.dim() != 2 or boxes.shape[1] != 7:
+        raise ValueError(
+            f"{name}: {argument} must be [K, 7], (batch index, z1, y1, x1, z2, y2, x2), got shape {shape_of(boxes)}"
+        )
+    check_no_grad(name, argument, boxes)
+
+
+def _check_output_size(name: str, output_size: object) -> list[int]:
+    if not isinstance(output_size, (list, tuple)) or len(output_size) != 3:
+        raise TypeError(f"{name}: output_size must be three ints (d, h, w), got {kind_of(output_size)}")
+    for axis, size in zip("dhw", output_size, strict=True):
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name}: output_size {axis} must be an int, got {kind_of(size)}")
+        if not 1 <= size <= _LONGEST_AXIS:
+            raise ValueError(f"{name}: output_size {axis} must be in [1, {_LONGEST_AXIS}], got {size}")
+    return list(output_size)

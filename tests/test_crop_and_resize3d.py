@@ -1,0 +1,737 @@
+"""crop_and_resize3d on the CPU path and through the kernels, against the float64 reference and outsiders."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from fmkernels import crop_and_resize3d
+from fmkernels.cpu import crop_and_resize3d as cpu
+from fmkernels.kernels import crop_and_resize3d as kernels
+from fmkernels.kernels import tuning
+from tests.conftest import Path
+from tests.support import on_gpu
+from tests.support.cases import cases
+from tests.support.tolerance import TOLERANCE, assert_close
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VOXELS = [*FLOATS, torch.int16, torch.uint8]
+CLAMPS = ["box", "volume"]
+WINDOW = (-20.5, 30.0)
+BOXES = [
+    [0, 0, 1, 1, 4, 5, 6],  # whole voxels
+    [1, 0.3, 1.7, -2.4, 4.9, 3.1, 9.8],
+    [1, 3.2, 2.6, 0.55, 3.4, 2.9, 5.5],  # smaller than a voxel
+    [0, 4.1, 0.2, 5.5, 1.3, 4.4, 2.5],  # partly inverted
+]
+
+
+@pytest.fixture(autouse=True)
+def two_layers_per_program(monkeypatch):
+    """The interpreter takes its time for each layer; the production number has tests of its own."""
+    if not on_gpu():
+        launch = tuning.Launch(block=2 * kernels.LANES, num_warps=4)
+        monkeypatch.setitem(tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: launch})
+
+
+def make(shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+    low = 0 if dtype == torch.uint8 else -50
+    return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
+
+
+def boxes_of(rows, device="cpu"):
+    return torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 7)
+
+
+def coordinate_error(shape, boxes):
+    """How far off, in voxels, samples of each box may lie because float32 holds coordinates, [K]."""
+    start, end = boxes[:, 1:4].double(), boxes[:, 4:].double()
+    edge = torch.tensor(shape[2:], device=boxes.device)
+    outside = (start - start.clamp(min=0).minimum(edge)).abs()
+    return (2.0**-22 * ((end - start).abs() + outside)).sum(1).clamp(max=1).nan_to_num(0)
+
+
+def spread(volumes, window=None):
+    """The largest difference between two voxels."""
+    finite = volumes.double().nan_to_num(0, 0, 0)
+    width = float(finite.max() - finite.min()) if finite.numel() else 0.0
+    return min(width / (window[1] - window[0]), 1.0) if window else width
+
+
+def assert_right(result, volumes, boxes, size, **arguments):
+    """Within the tolerance of its type; integers are the nearest ones to the exact value."""
+    arguments["dtype"] = torch.float64
+    exact = reference.crop_and_resize3d(volumes, boxes, size, **arguments)
+    slack = coordinate_error(volumes.shape, boxes)[:, None, None, None, None] * spread(volumes, arguments.get("window"))
+    error = (result.double() - exact).abs()
+    if result.dtype.is_floating_point:
+        single = result.dtype == torch.float64 and volumes.dtype != torch.float64  # arithmetic was float32
+        rtol, atol = TOLERANCE[torch.float32 if single else result.dtype]
+        limit = atol + rtol * exact.abs()
+    else:
+        limits = torch.iinfo(result.dtype)
+        error, limit = (result.double() - exact.clamp(limits.min, limits.max)).abs(), 0.5 + 1e-4
+    right = (error <= limit + slack) | (result == exact) | (result.isnan() & exact.isnan())
+    assert right.all(), f"off by {error[~right].max()}"
+
+
+def compare(volumes, boxes, size, **arguments):
+    result = crop_and_resize3d(volumes, boxes, size, **arguments)
+    assert result.shape == (len(boxes), volumes.shape[1], *size) and result.is_contiguous()
+    assert_right(result, volumes, boxes, size, **{k: v for k, v in arguments.items() if k != "dtype"})
+    return result
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_matches_reference(path, dtype, window, clamp):
+    volumes = make((2, 1, 5, 6, 7), dtype, path.device)
+    result = compare(volumes, boxes_of(BOXES, path.device), (2, 3, 5), window=window, clamp=clamp)
+    assert result.dtype == (torch.float32 if window and not dtype.is_floating_point else dtype)
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_float64_on_the_cpu_is_exact(clamp):
+    volumes, boxes = make((2, 2, 5, 6, 7), torch.float64), boxes_of(BOXES)
+    exact = reference.crop_and_resize3d(volumes, boxes, (4, 3, 5), clamp=clamp)
+    assert_close(crop_and_resize3d(volumes, boxes, (4, 3, 5), clamp=clamp), exact)
+
+
+@pytest.mark.parametrize("result", VOXELS)
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_every_pair_of_types(path, dtype, result):
+    volumes, boxes = make((1, 1, 3, 4, 5), dtype, path.device), boxes_of([[0, -0.4, 0.7, 1, 2.2, 3, 5.5]], path.device)
+    for window in (None, WINDOW):
+        assert compare(volumes, boxes, (2, 3, 3), window=window, dtype=result).dtype == result
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 5, 2), (7, 1, 1), (3, 13, 11), (2, 2, 131)])
+def test_sizes_of_crops(path, size, clamp):
+    """Of one voxel, of more layers than a program has, of more positions than a program has."""
+    compare(make((2, 2, 5, 6, 7), device=path.device), boxes_of(BOXES[1:3], path.device), size, clamp=clamp)
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (5, 1, 2), (1, 7, 1)])
+def test_sizes_of_volumes(path, shape, clamp):
+    compare(make((2, 1, *shape), device=path.device), boxes_of(BOXES, path.device), (2, 3, 2), clamp=clamp)
+
+
+@pytest.mark.parametrize("block", [launch.block for launch in tuning.TABLE["crop_and_resize3d"].values()])
+def test_production_launch_parameters(path, block, monkeypatch):
+    monkeypatch.setitem(tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: tuning.Launch(block=block, num_warps=4)})
+    compare(make((2, 1, 5, 6, 7), device=path.device), boxes_of(BOXES[1:2], path.device), (11, 12, 12))
+
+
+def test_coordinates_are_half_pixel(path):
+    """The box [8, 12) of a ramp, to 8 samples: the two conventions, to the last bit."""
+    expected = {
+        "box": [8, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11],
+        "volume": [7.75, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.25],
+    }
+    for axis in range(3):
+        shape, size, box = [1, 1, 1], [1, 1, 1], [0, 0, 0, 0, 1, 1, 1]
+        shape[axis], size[axis], box[1 + axis], box[4 + axis] = 16, 8, 8, 12
+        ramp = torch.arange(16.0, device=path.device).reshape(1, 1, *shape)
+        for clamp in CLAMPS:
+            crop = crop_and_resize3d(ramp, boxes_of([box], path.device), size, clamp=clamp)
+            assert crop.flatten().tolist() == expected[clamp]
+            mirrored = boxes_of([[*box[:1], *box[4:], *box[1:4]]], path.device)
+            back = crop_and_resize3d(ramp, mirrored, size, clamp=clamp).flatten().tolist()
+            assert back == (expected[clamp][::-1] if clamp == "volume" else [10.0] * 8)
+
+
+def test_clamps_at_the_ends_of_the_volume(path):
+    ramp = torch.arange(4.0, device=path.device).reshape(1, 1, 1, 1, 4)
+    boxes = boxes_of([[0, 0, 0, -2, 1, 1, 6], [0, 0, 0, -9, 1, 1, -5], [0, 0, 0, 7, 1, 1, 9]], path.device)
+    for clamp in CLAMPS:
+        crops = crop_and_resize3d(ramp, boxes, (1, 1, 8), clamp=clamp).flatten(1).tolist()
+        assert crops == [[0, 0, 0, 1, 2, 3, 3, 3], [0] * 8, [3] * 8]
+
+
+def test_a_centre_on_a_face_is_inside_at_the_start_only(path):
+    ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
+    crop = crop_and_resize3d(ramp, boxes_of([[0, 0, 0, 2.5, 1, 1, 5.5]], path.device), (1, 1, 6))
+    assert crop.flatten().tolist() == [2.25, 2.75, 3.25, 3.75, 4, 4]
+
+
+def test_boxes_without_a_centre_take_the_nearest_voxel(path):
+    ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
+    extents = {
+        (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3, (5, 2): 3, (6, 2): 4,
+        (0.59999996, 1.4): 0, (0.6, 1.4): 1, (-3, -2): 0, (8.5, 8.6): 7, (7.6, 9): 7, (-1, 0.5): 0, (30, -20): 5,
+    }  # fmt: skip
+    boxes = boxes_of([[0, 0, 0, start, 1, 1, end] for start, end in extents], path.device)
+    crops = compare(ramp, boxes, (1, 1, 2))
+    assert crops.flatten(1).tolist() == [[voxel, voxel] for voxel in extents.values()]
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_identity_crop_is_exact(path, dtype):
+    volumes = make((2, 1, 3, 4, 5), dtype, path.device)
+    if dtype.is_floating_point:
+        limit = torch.finfo(dtype)
+        volumes[0, 0, 0, 0, :5] = torch.tensor([math.inf, limit.max, limit.min, limit.tiny, -math.inf])
+        volumes[1, 0, 1, 1, 1] = math.nan
+    boxes = boxes_of([[1, 0, 0, 0, 3, 4, 5], [0, 0, 0, 0, 3, 4, 5]], path.device)
+    for clamp in CLAMPS:
+        crops = crop_and_resize3d(volumes, boxes, (3, 4, 5), clamp=clamp)
+        torch.testing.assert_close(crops, volumes[[1, 0]], rtol=0, atol=0, equal_nan=True)
+        part = crop_and_resize3d(volumes, boxes_of([[0, 1, 0, 2, 3, 4, 4]], path.device), (2, 4, 2), clamp=clamp)
+        assert torch.equal(part, volumes[:1, :, 1:3, :, 2:4])
+
+
+def test_scaling_volume_and_box_changes_nothing(path):
+    fine = (torch.arange(16.0, device=path.device) + 0.5) / 2 - 0.5
+    volumes = torch.arange(8.0, device=path.device).expand(1, 1, 8, 8, 8), fine.expand(1, 1, 16, 16, 16)
+    box = torch.tensor([[0, 2, 3, 1.5, 5, 6, 6.25]], device=path.device)
+    crops = [
+        crop_and_resize3d(volume, torch.cat([box[:, :1], box[:, 1:] * scale], 1), (2, 2, 5), clamp="volume")
+        for volume, scale in zip(volumes, (1, 2), strict=True)
+    ]
+    assert_close(*crops)
+
+
+# --- outsiders -------------------------------------------------------------------------------------------------------
+
+WHOLE = [[1, 0, 1, 2, 5, 6, 7], [0, 2, 0, 0, 3, 6, 4], [1, 1, 1, 1, 5, 4, 7], [0, 0, 0, 0, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(2, 3, 2), (2, 9, 17)])
+def test_equals_crop_and_interpolate(path, size, dtype):
+    volumes = make((2, 2, 5, 6, 7), dtype, path.device)
+    crops = crop_and_resize3d(volumes, boxes_of(WHOLE, path.device), size)
+    for (b, z1, y1, x1, z2, y2, x2), crop in zip(WHOLE, crops, strict=True):
+        expected = F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], size, mode="trilinear")
+        assert_close(crop[None], expected, torch.float32)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 2), (2, 5, 9)])
+def test_equals_grid_sample(path, size):
+    volumes = make((2, 2, 5, 6, 7), device=path.device)
+    boxes = boxes_of([*BOXES, [0, -9, 8, -3, 12, -7, 14]], path.device)
+    crops = crop_and_resize3d(volumes, boxes, size, clamp="volume")
+    for box, crop in zip(boxes.double(), crops, strict=True):
+        axes = [
+            2 * (start + (torch.arange(n, dtype=torch.float64, device=path.device) + 0.5) * (end - start) / n) / extent
+            - 1
+            for start, end, n, extent in zip(box[1:4], box[4:], size, volumes.shape[2:], strict=True)
+        ]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)
+        volume = volumes[int(box[0])].double()
+        expected = F.grid_sample(volume[None], grid[None], padding_mode="border", align_corners=False)
+        assert_close(crop[None], expected)
+
+
+@pytest.mark.parametrize("box", [[0, 0.3, 1.25, 0.5, 4.75, 4.5, 6.5], [0, 1.5, 2.25, 3.125, 3.5, 2.75, 5.75]])
+def test_equals_simple_itk(path, box):
+    sitk = pytest.importorskip("SimpleITK")
+    volume, size = make((1, 1, 5, 6, 7), torch.float64, path.device), (2, 3, 6)
+    steps = [(end - start) / n for start, end, n in zip(box[1:4], box[4:], size, strict=True)]
+    resample = sitk.ResampleImageFilter()
+    resample.SetInterpolator(sitk.sitkLinear)
+    resample.SetSize(size[::-1])
+    resample.SetOutputSpacing(steps[::-1])
+    resample.SetOutputOrigin([start + 0.5 * step - 0.5 for start, step in zip(box[1:4], steps, strict=True)][::-1])
+    expected = sitk.GetArrayFromImage(resample.Execute(sitk.GetImageFromArray(volume[0, 0].cpu().numpy())))
+    crops = crop_and_resize3d(volume, boxes_of([box], path.device), size, clamp="volume")
+    assert_close(crops[0, 0].cpu(), torch.from_numpy(expected), torch.float32)
+
+
+def test_equals_roi_align(path):
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed", exc_type=ImportError)
+    slices = make((2, 3, 6, 7), device=path.device)
+    boxes = boxes_of([[1, 0, 1.2, 0.7, 1, 4.9, 6.1], [0, 0, 2, 1, 1, 5, 4.5]], path.device)
+    rois = boxes[:, [0, 3, 2, 6, 5]]
+    expected = ops.roi_align(slices, rois, (3, 4), sampling_ratio=1, aligned=True)
+    assert_close(crop_and_resize3d(slices[:, :, None], boxes, (1, 3, 4), clamp="volume")[:, :, 0], expected)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_unusable_boxes_give_zeros(path, clamp):
+    inf, nan = math.inf, math.nan
+    whole = [0, 0, 0, 2, 3, 4]
+    bad = [[b, *whole] for b in (-1, 2, 3, -0.5, nan, inf, -inf, 1e30)]
+    for value in (nan, inf, -inf):
+        bad += [[0, *whole[:i], value, *whole[i + 1 :]] for i in (0, 2, 4)]
+    bad += [[0, -inf, 0, 0, inf, 3, 4], [0, inf, 0, 0, inf, 3, 4], [0, 0, -3e38, 0, 2, 3e38, 4]]
+    volumes = make((2, 1, 2, 3, 4), device=path.device).add_(9)
+    good = boxes_of([[1, *whole], [0.75, *whole]], path.device)
+    for rows in (torch.cat([good[:1], boxes_of(bad, path.device), good[1:]]), boxes_of(bad, path.device)):
+        leaf = volumes.clone().requires_grad_()
+        crops = crop_and_resize3d(leaf, rows, (2, 3, 4), clamp=clamp)
+        kept = torch.cat([crops[:1], crops[-1:]]) if len(rows) > len(bad) else crops[:0]
+        assert torch.equal(kept, volumes[[1, 0]] if len(kept) else kept)
+        assert (crops[len(kept) // 2 :][: len(bad)] == 0).all()
+        crops.sum().backward()
+        assert (leaf.grad == (1 if len(kept) else 0)).all()
+
+
+def test_huge_boxes(path):
+    """Finite, however large: what is far beyond the volume is its end."""
+    ramp = torch.arange(4.0, device=path.device).reshape(1, 1, 1, 1, 4)
+    boxes = boxes_of(
+        [[0, 0, 0, -1e38, 1, 1, 1e38], [0, 0, 0, 1e38, 1, 1, 2e38], [0, 0, 0, -3e38, 1, 1, -3e38]], path.device
+    )
+    for clamp in CLAMPS:
+        crops = crop_and_resize3d(ramp, boxes, (1, 1, 2), clamp=clamp)
+        assert crops.flatten(1).tolist() == [[0, 3], [3, 3], [0, 0]]
+
+
+def test_a_box_far_into_a_long_volume_keeps_its_fraction(path):
+    """Counted from 0, float32 would leave 1/128 of a voxel there."""
+    volume = torch.zeros(1, 1, 1, 1, 100_000, device=path.device)
+    volume[..., 99_990:] = torch.arange(10.0, device=path.device)
+    box = boxes_of([[0, 0, 0, 99_991, 1, 1, 99_998]], path.device)
+    crop = crop_and_resize3d(volume, box, (1, 1, 21))
+    expected = ((torch.arange(21, dtype=torch.float64) + 0.5) / 3 - 0.5).clamp(0, 6) + 1
+    torch.testing.assert_close(crop.flatten().double().cpu(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((0, 1, 2, 3, 4), 2), ((2, 0, 2, 3, 4), 2), ((2, 1, 0, 3, 4), 2), ((2, 1, 2, 3, 4), 0)]
+)
+def test_empty(path, shape, count):
+    volumes = make(shape, device=path.device).requires_grad_()
+    crops = crop_and_resize3d(volumes, boxes_of([[0, 0, 0, 0, 2, 3, 4]] * count, path.device), (2, 1, 3), window=WINDOW)
+    assert crops.shape == (count, shape[1], 2, 1, 3) and (crops == 0).all()
+    crops.sum().backward()
+    assert volumes.grad.shape == shape and (volumes.grad == 0).all()
+
+
+def layouts(x):
+    return {
+        "channels last": x.to(memory_format=torch.channels_last_3d),
+        "permuted": x.permute(0, 1, 4, 2, 3),
+        "sliced": x[:, :, 1:, ::2],
+        "flipped in memory": x.transpose(2, 4).contiguous().transpose(2, 4),
+        "expanded": x[:, :1, :1].expand(-1, 2, 5, -1, -1),
+        "expanded batch": x[:1].expand(2, -1, -1, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 5, 6, 7)))
+def test_strided_input(path, layout):
+    for dtype in (torch.float32, torch.int16):
+        volumes = layouts(make((2, 2, 5, 6, 7), dtype, path.device))[layout]
+        boxes = boxes_of(BOXES[:2], path.device).repeat_interleave(2, 0)[::2]
+        for window in (None, WINDOW):
+            before = volumes.clone()
+            crops = compare(volumes, boxes, (2, 3, 5), window=window)
+            assert torch.equal(volumes, before)
+            assert torch.equal(crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window))
+
+
+def test_strided_input_is_not_copied(path, monkeypatch):
+    if path.name != "kernel":
+        pytest.skip("the CPU path copies what it needs of a box")
+    volumes = make((2, 2, 5, 6, 7), device=path.device).to(memory_format=torch.channels_last_3d)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
+    crop_and_resize3d(volumes, boxes_of(BOXES[:1], path.device), (2, 3, 5))
+
+
+def test_integers_round_to_even_and_saturate(path):
+    def half_way(a, b, dtype, result=None):
+        volumes = torch.tensor([a, b], dtype=dtype, device=path.device).reshape(2, -1).T.reshape(1, 1, -1, 1, 2)
+        box = boxes_of([[0, 0, 0, 0, len(a), 1, 2]], path.device)
+        return crop_and_resize3d(volumes, box, (len(a), 1, 1), dtype=result).flatten().tolist()
+
+    assert half_way([0, 1, 2, 3, -1, -2], [1, 2, 3, 4, 0, -1], torch.int16) == [0, 2, 2, 4, 0, -2]
+    assert half_way([0, 1, 2, 253], [1, 2, 3, 254], torch.uint8) == [0, 2, 2, 254]
+    assert half_way([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], torch.float32, torch.uint8) == [255, 0, 255, 0]
+    big = [1e30, -1e30, math.inf, -math.inf, math.nan]
+    for dtype in (torch.float32, torch.float64):
+        assert half_way(big, big, dtype, torch.int16) == [32767, -32768, 32767, -32768, 0]
+
+
+def test_what_is_not_finite_stays_where_it_is(path):
+    volumes = make((1, 1, 4, 5, 6), device=path.device)
+    volumes[0, 0, 1, 2, 3] = math.nan
+    volumes[0, 0, 3, 4, 5] = math.inf
+    volumes[0, 0, 0, 0, 0] = -math.inf
+    boxes = boxes_of([[0, 0, 0, 0, 4, 5, 6], [0, 1, 1, 1, 4, 5, 6], [0, 0.25, -0.5, 0.125, 3.5, 5.25, 6]], path.device)
+    for dtype in FLOATS:
+        for window in (None, WINDOW):
+            crops = compare(volumes.to(dtype), boxes, (2, 5, 8), window=window)
+            assert not crops.isfinite().all() and crops.isfinite().sum() > crops.numel() / 2
+
+
+def test_windows_far_from_zero_and_narrow(path):
+    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(1, 1, 2, 2, 8)
+    boxes = boxes_of([[0, 0, 0, 1.3, 2, 1.7, 7.2]], path.device)
+    for window in ((30_000, 30_010), (30_000.25, 30_000.75), (-1e6, 1e6)):
+        compare(volumes, boxes, (2, 2, 5), window=window)
+
+
+def test_whole_voxels_of_every_face_but_one(monkeypatch):
+    """What torch's resize must not be given."""
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    whole, volumes = [0, 1, 1, 1, 4, 5, 6], make((1, 1, 5, 6, 7))
+    for face, bound in ((i, b) for i in range(1, 7) for b in (whole[i] - 0.4, whole[i] + 0.4, whole[i] + 9, -2)):
+        compare(volumes, boxes_of([[*whole[:face], bound, *whole[face + 1 :]]]), (2, 3, 2))
+
+
+def test_boxes_larger_than_a_product_of_the_cpu_path():
+    volumes = make((1, 2, 70, 7, 90))
+    rows = [[0, 0.3, 0.2, 5.1, 69.4, 6.8, 88.2], [0, 0, 0, 0, 70, 7, 90], [0, 66.5, 1, 0, 3.2, 6, 88]]
+    for size in ((3, 4, 5), (80, 3, 70)):
+        for clamp in CLAMPS:
+            compare(volumes, boxes_of(rows), size, clamp=clamp)
+            compare_gradients(volumes, boxes_of(rows), size, clamp=clamp)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(function, volumes, boxes, size, upstream, **arguments):
+    leaf = volumes.detach().clone().requires_grad_()
+    crops = function(leaf, boxes, size, **arguments)
+    if not crops.requires_grad:  # no box is usable
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(crops, leaf, upstream.to(crops.dtype))[0]
+
+
+def compare_gradients(volumes, boxes, size, **arguments):
+    upstream = make((len(boxes), volumes.shape[1], *size), volumes.dtype, volumes.device, seed=7)
+    ours = gradients(crop_and_resize3d, volumes, boxes, size, upstream, **arguments)
+    exact = gradients(reference.crop_and_resize3d, volumes.double(), boxes, size, upstream, **arguments)
+    assert ours.dtype == volumes.dtype and ours.shape == volumes.shape
+    slope = 1 / (arguments["window"][1] - arguments["window"][0]) if arguments.get("window") else 1.0
+    moved = (coordinate_error(volumes.shape, boxes) * upstream.double().abs().flatten(1).sum(1)).sum()
+    rtol, atol = TOLERANCE[volumes.dtype]
+    assert ((ours.double() - exact).abs() <= (atol * 4 + moved) * max(slope, 1) + rtol * exact.abs()).all()
+    return ours
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("window", [None, (-2.0, 3.0)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_match_the_reference(path, dtype, window, clamp):
+    volumes = make((2, 1, 5, 6, 7), dtype, path.device)
+    compare_gradients(volumes, boxes_of(BOXES, path.device), (2, 3, 5), window=window, clamp=clamp)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (6, 10, 2), (2, 3, 18)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 3)])
+def test_gradients_over_more_than_a_brick(path, shape, size):
+    rows = [[1, -1, 0.4, 0.2, 7, 9.7, 17.3], [1, 0, 0, 0, *shape], [0, 2.7, 9.3, 1.1, 0.6, 1.2, 16.2]]
+    for clamp in CLAMPS:
+        compare_gradients(make((2, 1, *shape), device=path.device), boxes_of(rows, path.device), size, clamp=clamp)
+
+
+def test_every_sample_is_given_away_whole(path):
+    """The shares of a sample add up to 1, so the gradient of a volume adds up to the samples taken from it."""
+    spans = [(1.3, 17.9), (0, 20), (2.1, 3.4), (-4.7, 13.3), (19, 0.6), (-30, 55), (7.5, 7.5), (-3, -3), (9, 9.0001)]
+    volumes = torch.zeros(len(spans), 1, 1, 1, 20, dtype=torch.float64, device=path.device, requires_grad=True)
+    rows = boxes_of([[k, 0, 0, start, 1, 1, end] for k, (start, end) in enumerate(spans)], path.device)
+    for n in (1, 7, 50):
+        for clamp in CLAMPS:
+            crops = crop_and_resize3d(volumes, rows, (1, 1, n), clamp=clamp)
+            (gradient,) = torch.autograd.grad(crops.sum(), volumes)
+            torch.testing.assert_close(gradient.flatten(1).sum(1).cpu(), torch.full((len(spans),), n).double())
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_gradients_of_flat_boxes(path, clamp):
+    rows = [[0, 1, 1, 1, 1, 1, 1], [0, 1.25, -9, 2.5, 1.25, -9, 2.5], [0, 0.5, 3.75, 99, 0.5, 3.75, 99]]
+    compare_gradients(make((1, 1, 3, 4, 5), device=path.device), boxes_of(rows, path.device), (2, 1, 3), clamp=clamp)
+
+
+def test_gradients_of_many_boxes(path, monkeypatch):
+    """More than one test of a brick takes, many over one another."""
+    monkeypatch.setattr(kernels, "BOXES", 4)
+    start = torch.rand(11, 3, generator=torch.Generator().manual_seed(0)) * 3
+    rows = torch.cat([torch.arange(11)[:, None] % 3, start, start + 2.5], 1).to(path.device)
+    compare_gradients(make((2, 2, 4, 5, 6), device=path.device), rows, (2, 1, 3))
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("window", [None, (-2.0, 3.0)])
+def test_gradcheck(path, window, clamp):
+    volumes = make((2, 1, 2, 2, 3), torch.float64, path.device).requires_grad_()
+    boxes = boxes_of([[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6], [2, 0, 0, 0, 1, 1, 1]], path.device)
+    call = lambda x: crop_and_resize3d(x, boxes, (1, 3, 2), window=window, clamp=clamp)  # noqa: E731
+    assert torch.autograd.gradcheck(call, volumes, fast_mode=path.name == "kernel")
+
+
+def test_gradcheck_of_the_reference():
+    volumes = make((2, 1, 2, 2, 3), torch.float64).requires_grad_()
+    boxes = boxes_of([[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6]])
+    for clamp in CLAMPS:
+        call = lambda x, clamp=clamp: reference.crop_and_resize3d(x, boxes, (1, 3, 2), clamp=clamp)  # noqa: E731
+        assert torch.autograd.gradcheck(call, volumes)
+
+
+def test_gradient_at_the_edges_of_the_window(path):
+    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(1, 1, 1, 1, 6)
+    values.requires_grad_()
+    box = boxes_of([[0, 0, 0, 0, 1, 1, 6]], path.device)
+    crop_and_resize3d(values, box, (1, 1, 6), window=(-1.0, 3.0)).sum().backward()
+    assert values.grad.flatten().tolist() == [0, 0.25, 0.25, 0.25, 0, 0]
+
+
+def test_an_infinite_gradient_stays_where_it_is(path):
+    volumes = make((1, 1, 3, 3, 4), device=path.device).requires_grad_()
+    for rows in ([0, 0, 0, 0, 3, 3, 4], [0, 0.5, 0.25, 0.5, 2.5, 2.75, 3.5]):
+        crops = crop_and_resize3d(volumes, boxes_of([rows], path.device), (3, 3, 4))
+        upstream = torch.ones_like(crops)
+        upstream[0, 0, 1, 1, 1] = math.inf
+        (gradient,) = torch.autograd.grad(crops, volumes, upstream)
+        exact = gradients(reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), upstream)
+        assert torch.equal(gradient.isfinite(), exact.isfinite()) and gradient.isfinite().sum() >= 28
+
+
+def test_gradient_through_a_cast_and_strided_tensors(path):
+    for layout in ("channels last", "sliced"):
+        volumes = layouts(make((2, 2, 5, 6, 7), device=path.device))[layout].detach().requires_grad_()
+        boxes = boxes_of(BOXES[1:2], path.device)
+        crops = crop_and_resize3d(volumes, boxes, (2, 3, 2), dtype=torch.bfloat16, window=(-2.0, 3.0))
+        crops.backward(torch.ones((), dtype=torch.bfloat16, device=path.device).expand(crops.shape))
+        exact = volumes.detach().double().requires_grad_()
+        reference.crop_and_resize3d(exact, boxes, (2, 3, 2), window=(-2.0, 3.0)).sum().backward()
+        assert volumes.grad.dtype == torch.float32
+        assert_close(volumes.grad, exact.grad)
+
+
+def test_repeated_backward_is_the_same_bit_for_bit(path):
+    volumes = make((2, 1, 5, 6, 7), device=path.device).requires_grad_()
+    boxes = boxes_of([*BOXES, *BOXES[:2]], path.device)
+    crops = crop_and_resize3d(volumes, boxes, (2, 3, 5), window=(-2.0, 3.0))
+    upstream = make(crops.shape, device=path.device, seed=4)
+    first = torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0]
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0], first)
+
+
+def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
+    leaf = make((1, 1, 2, 2, 4), device=path.device).requires_grad_()
+    box = boxes_of([[0, 0, 0, 0, 2, 2, 4]], path.device)
+    volumes = leaf * 1
+    crops = crop_and_resize3d(volumes, box, (2, 2, 4))
+    volumes.zero_()
+    crops.sum().backward()
+    volumes = leaf * 1
+    crops = crop_and_resize3d(volumes, box, (2, 2, 4), window=(-2.0, 3.0))
+    volumes.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        crops.sum().backward()
+
+
+def test_no_graph_where_no_gradient_is_asked_for(path):
+    volumes, box = make((1, 1, 2, 2, 4), device=path.device), boxes_of(BOXES[:1], path.device)
+    assert not crop_and_resize3d(volumes, box, (1, 1, 2)).requires_grad
+    with torch.no_grad():
+        assert not crop_and_resize3d(volumes.requires_grad_(), box, (1, 1, 2)).requires_grad
+
+
+def test_second_derivative_raises(path):
+    volumes = make((1, 1, 2, 2, 4), device=path.device).requires_grad_()
+    crops = crop_and_resize3d(volumes, boxes_of(BOXES[:1], path.device), (1, 1, 2)).square()
+    (gradient,) = torch.autograd.grad(crops.sum(), volumes, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# how the CPU path is made to go one of its ways with boxes that are otherwise too small or too large for it
+WAYS = {
+    "gathered": {"ENLARGED": 0},
+    "products": {"SMALL": 0, "ENLARGED": 0},
+    "interpolated": {"SMALL": 0, "ENLARGED": 0, "DENSE": 0},
+    "torch's resize": {"SMALL": 0, "ENLARGED": 10**9, "GROUP": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_the_cpu_path(way, monkeypatch):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(cpu, name, value)
+    path = Path("cpu", torch.device("cpu"))
+    for clamp in CLAMPS:
+        for window in (None, WINDOW):
+            for dtype in VOXELS:
+                test_matches_reference(path, dtype, window, clamp)
+            for dtype in FLOATS:
+                test_gradients_match_the_reference(path, dtype, window and (-2.0, 3.0), clamp)
+        test_float64_on_the_cpu_is_exact(clamp)
+    for layout in layouts(torch.zeros(2, 2, 5, 6, 7)):
+        test_strided_input(path, layout)
+    for dtype in VOXELS:
+        test_identity_crop_is_exact(path, dtype)
+    for size in ((2, 3, 2), (2, 9, 17)):
+        test_equals_crop_and_interpolate(path, size, torch.float32)
+    test_what_is_not_finite_stays_where_it_is(path)
+    test_an_infinite_gradient_stays_where_it_is(path)
+    test_repeated_backward_is_the_same_bit_for_bit(path)
+
+
+def test_products_of_less_precision_are_not_used(monkeypatch):
+    for name, value in WAYS["products"].items():
+        monkeypatch.setattr(cpu, name, value)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        test_identity_crop_is_exact(Path("cpu", torch.device("cpu")), torch.float32)
+        compare(make((1, 1, 20, 20, 20)), boxes_of([[0, 0.5, 0.25, 0.75, 18.5, 19.25, 20]]), (24, 24, 24))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# --- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clamp_box", [True, False])
+def test_opcheck(path, clamp_box):
+    ops, volumes, boxes = (
+        torch.ops.fmkernels,
+        make((2, 1, 3, 4, 5), device=path.device),
+        boxes_of(BOXES[:2], path.device),
+    )
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    rest = clamp_box, (-2.0, 3.0)
+    arguments = volumes, boxes, (2, 1, 3), *rest, torch.bfloat16
+    torch.library.opcheck(ops.crop_and_resize3d.default, arguments, test_utils=tests)
+    upstream = make((2, 1, 2, 1, 3), device=path.device)
+    for windowed in (volumes, None):
+        arguments = upstream, boxes, windowed, volumes.shape, *(rest if windowed is not None else (clamp_box, None))
+        torch.library.opcheck(ops.crop_and_resize3d_gradient.default, (*arguments, torch.float32), test_utils=tests)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(path, dynamic):
+    def step(x, boxes, scale):
+        crops = crop_and_resize3d(x * scale, boxes, (2, 1, 3), window=(-2.0, 3.0))
+        return crop_and_resize3d(crops, boxes, x.shape[2:], clamp="volume", dtype=torch.float16)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (2, 3):
+        boxes = boxes_of(BOXES[:n], path.device)
+        results = []
+        for function in (step, compiled):
+            x = make((2, 1, 2, n, 4), device=path.device).requires_grad_()
+            y = function(x, boxes, torch.ones((), device=path.device))
+            y.float().square().sum().backward()
+            results.append((y, x.grad))
+        assert_close(results[1][0], results[0][0])
+        assert_close(results[1][1], results[0][1], torch.float16)
+
+
+# --- bad arguments ---------------------------------------------------------------------------------------------------
+
+X, BOX = torch.zeros(2, 1, 2, 3, 4), torch.zeros(3, 7)
+LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
+        (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
+        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)", {"volumes": X[..., 0]}),
+        (
+            ValueError,
+            "volumes must have axes of at most 16777216 voxels",
+            {"volumes": X[..., :1].expand(2, 1, 2, 3, 2**25)},
+        ),
+        (TypeError, "boxes must be a tensor, got a list of 7", {"boxes": [0.0] * 7}),
+        (TypeError, "boxes must be float32, got float64", {"boxes": BOX.double()}),
+        (ValueError, r"boxes must be \[K, 7\], .*, got shape \(3, 6\)", {"boxes": BOX[:, :6]}),
+        (ValueError, r"boxes must be \[K, 7\], .*, got shape \(7,\)", {"boxes": BOX[0]}),
+        (ValueError, "boxes must be on cpu", {"boxes": BOX.to("meta")}),
+        (ValueError, "no gradient to boxes is offered", {"boxes": BOX.clone().requires_grad_()}),
+        (TypeError, r"output_size must be three ints \(d, h, w\), got int", {"output_size": 3}),
+        (TypeError, "output_size must be three ints .*, got a tuple of 2", {"output_size": (3, 3)}),
+        (TypeError, "output_size h must be an int, got float", {"output_size": (3, 3.0, 3)}),
+        (TypeError, "output_size w must be an int, got bool", {"output_size": (3, 3, True)}),
+        (ValueError, r"output_size d must be in \[1, 16777216\], got 0", {"output_size": (0, 3, 3)}),
+        (ValueError, "output_size w must be in .*, got -1", {"output_size": (3, 3, -1)}),
+        (ValueError, "clamp must be one of 'box', 'volume', got 'border'", {"clamp": "border"}),
+        (ValueError, "clamp must be one of 'box', 'volume', got None", {"clamp": None}),
+        (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
+        (ValueError, "window hi must be finite, got inf", {"window": (0.0, math.inf)}),
+        (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
+        (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
+        (ValueError, "no gradient through torch.int16", {"volumes": LEAF, "dtype": torch.int16}),
+    ],
+)
+def test_bad_arguments(error, words, arguments):
+    with pytest.raises(error, match=f"crop_and_resize3d: {words}"):
+        crop_and_resize3d(**{"volumes": X, "boxes": BOX, "output_size": (2, 2, 2), **arguments})
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
+    volumes, boxes, size = make((2, 1, 5, 6, 7), dtype).abs().add_(1), boxes_of(BOXES), (8, 16, 16)
+    right = crop_and_resize3d(volumes, boxes, size)
+    assert_right(right, volumes, boxes, size)
+    shifts = [right.flatten().roll(n).view_as(right) for n in (kernels.LANES, 8 * kernels.LANES, 1)]
+    for wrong in (torch.zeros_like(right), *shifts, right.roll(1, 0)):
+        with pytest.raises(AssertionError):
+            assert_right(wrong, volumes, boxes, size)
+
+
+# --- any case --------------------------------------------------------------------------------------------------------
+
+FINITE = st.floats(-4, 12, width=32)
+BOUND = st.one_of(FINITE, FINITE, FINITE.map(round), FINITE.map(lambda x: round(2 * x) / 2), st.floats(width=32))
+BATCH = st.one_of(st.integers(0, 2), st.integers(0, 1), st.sampled_from([-1.0, 0.5, 1.5, math.nan, math.inf, 1e9]))
+CASE = st.fixed_dictionaries(
+    {
+        "batch": st.sampled_from([0, 1, 2]),
+        "channels": st.sampled_from([1, 2]),
+        "shape": st.tuples(*[st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8]).map(lambda n: n or 1)] * 3),
+        "size": st.tuples(*[st.sampled_from([1, 2, 3, 4, 5, 7])] * 3),
+        "boxes": st.lists(st.tuples(BATCH, *[BOUND] * 6), max_size=3),
+        "dtype": st.sampled_from([*VOXELS, torch.float32]),
+        "result": st.sampled_from([None, None, *VOXELS]),
+        "window": st.sampled_from([None, None, WINDOW, (-1, 1)]),
+        "clamp": st.sampled_from(CLAMPS),
+        "layout": st.sampled_from(["contiguous", "contiguous", *layouts(torch.zeros(2, 2, 5, 6, 7))]),
+        "seed": st.integers(0, 2**16),
+        "way": st.sampled_from([*WAYS]),
+    }
+)
+
+
+def check_case(case, device="cpu"):
+    volumes = make((case["batch"], case["channels"], *case["shape"]), case["dtype"], device, case["seed"])
+    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(case["layout"], volumes)
+    boxes = boxes_of([list(box) for box in case["boxes"]], device)
+    arguments = {"clamp": case["clamp"], "window": case["window"]}
+    compare(volumes, boxes, case["size"], dtype=case["result"], **arguments)
+    if case["dtype"].is_floating_point and case["seed"] % 2:
+        compare_gradients(volumes, boxes, case["size"], **arguments)
+
+
+@cases(2000)
+@given(case=CASE)
+def test_any_case_on_the_cpu_path(case):
+    with mock.patch.multiple(cpu, **WAYS[case["way"]]):
+        check_case(case)
+
+
+@pytest.mark.kernel
+def test_any_case_in_the_kernel(path):
+    if path.name != "kernel":
+        pytest.skip("the CPU path has its own")
+
+    @cases(200)
+    @given(case=CASE)
+    def check(case):
+        size = tuple(min(n, most) for n, most in zip(case["size"], (2, 3, 4), strict=True))
+        check_case({**case, "channels": 1, "size": size, "boxes": case["boxes"][:2]}, path.device)
+
+    check()

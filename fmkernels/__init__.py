@@ -7,6 +7,7 @@ from fmkernels import functional, nn
 from fmkernels.functional import (
     crop_and_resize3d,
     mixup3d,
+    object_mixup3d,
     predict_targets,
     sample_mixup,
     soft_target_focal_loss,
@@ -19,6 +20,7 @@ __all__ = [
     "functional",
     "mixup3d",
     "nn",
+    "object_mixup3d",
     "predict_targets",
     "sample_mixup",
     "soft_target_focal_loss",

@@ -32,6 +32,9 @@ class Launch:
 DEFAULT = "default"
 
 TABLE: dict[str, dict[str, Launch]] = {
+    "object_mixup3d": {
+        DEFAULT: Launch(block=1024, num_warps=4, max_registers=160),
+        "gfx942": Launch(block=512, num_warps=4),
     },
     "predict_targets": {DEFAULT: Launch(block=1024, num_warps=4)},
     "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8)},

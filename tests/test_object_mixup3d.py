@@ -1,0 +1,642 @@
+"""object_mixup3d on the CPU path and through the kernels, against the float64 reference and against outsiders."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from fmkernels import object_mixup3d
+from fmkernels.kernels import object_mixup3d as kernels
+from tests.support.cases import cases
+from tests.support.tolerance import assert_close
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VOXELS = [*FLOATS, torch.int16, torch.uint8]
+WINDOW = (-20.5, 30.0)
+INF, NAN = math.inf, math.nan
+
+
+def make(shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    low = 0 if dtype == torch.uint8 else -50
+    return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
+
+
+def rows(*boxes, device="cpu"):
+    return torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 7)
+
+
+def draw(pairs, shape, device="cpu", seed=0, donor_shape=None):
+    """Boxes of any extent, inside volumes and across their borders, overlapping; and shares."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(shape):
+        size = torch.tensor(shape[2:], dtype=torch.float32)
+        start = torch.rand(pairs, 3, generator=generator) * (size + 2) - 2
+        extent = torch.rand(pairs, 3, generator=generator) * (size / 2 + 2)
+        batch = torch.randint(shape[0], (pairs, 1), generator=generator)
+        return torch.cat((batch, start, start + extent), 1).to(device)
+
+    return some(shape), some(donor_shape or shape), torch.rand(pairs, generator=generator).to(device)
+
+
+def assert_right(result, *arguments, **named):
+    """Within the tolerance of its type, that of float32 at best; integers are the nearest ones to the exact value."""
+    exact = reference.object_mixup3d(*arguments, **{**named, "dtype": torch.float64})
+    if result.dtype.is_floating_point:
+        assert_close(result, exact, torch.float32 if result.dtype == torch.float64 else None)
+    else:
+        limits = torch.iinfo(result.dtype)
+        error = result.double() - exact.clamp(limits.min, limits.max)
+        assert error.numel() == 0 or error.abs().max() <= 0.5 + 1e-3
+
+
+def compare(*arguments, **named):
+    """The result, once it agrees with the reference, and once the same comes out in place."""
+    result = object_mixup3d(*arguments, **named)
+    assert_right(result, *arguments, **{k: v for k, v in named.items() if k != "dtype"})
+    volumes = arguments[0]
+    if result.dtype == volumes.dtype:
+        ours = volumes.clone(memory_format=torch.preserve_format)
+        assert object_mixup3d(ours, *arguments[1:], **named, out=ours) is ours
+        assert torch.equal(ours.nan_to_num(), result.nan_to_num())
+    return result
+
+
+@pytest.mark.parametrize("donors", [False, True])
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_matches_reference(path, dtype, window, donors):
+    volumes = make((2, 2, 6, 5, 7), dtype, path.device)
+    pool = make((3, 2, 5, 9, 4), dtype, path.device, seed=1) if donors else None
+    boxes = draw(3, volumes.shape, path.device, donor_shape=pool.shape if donors else None)
+    result = compare(volumes, *boxes, donors=pool, window=window)
+    assert result.dtype == (torch.float32 if window and not dtype.is_floating_point else dtype)
+    assert result.is_contiguous() and result.data_ptr() != volumes.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+@pytest.mark.parametrize("donor_dtype", VOXELS)
+def test_donors_of_another_type_are_windowed_alone(path, dtype, donor_dtype):
+    volumes, donors = make((2, 1, 5, 6, 7), dtype, path.device), make((2, 1, 6, 4, 8), donor_dtype, path.device, seed=1)
+    boxes = draw(3, volumes.shape, path.device, donor_shape=donors.shape)
+    for window in (None, WINDOW):
+        result = compare(volumes, *boxes, donors=donors, window=window)
+        if dtype != donor_dtype:
+            assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("result", VOXELS)
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_every_pair_of_types(path, dtype, result):
+    volumes = make((1, 1, 4, 5, 6), dtype, path.device)
+    boxes = rows((0, 1, 1, 1, 4, 5, 4), device=path.device), rows((0, 0.3, 0.2, 1, 3, 5, 6), device=path.device)
+    for window in (None, WINDOW):
+        arguments = volumes, *boxes, torch.full((1,), 0.3, device=path.device)
+        ours = object_mixup3d(*arguments, window=window, dtype=result)
+        assert ours.dtype == result
+        assert_right(ours, *arguments, window=window)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (1, 7, 5), (16, 16, 16), (9, 12, 11), (13, 10, 17), (2, 3, 300), (20, 1, 1)]
+)
+def test_shapes(path, size):
+    """Planes of one tile and of several, slices around a multiple of a program's."""
+    volumes = make((2, 1, *size), device=path.device)
+    whole = rows((0, 0, 0, 0, *size), (1, 0, 0, 0, *size), device=path.device)
+    compare(volumes, whole, whole.flip(0), torch.tensor([0.25, 0.75], device=path.device))
+    compare(volumes, *draw(4, volumes.shape, path.device))
+
+
+def test_a_program_takes_several_tiles(path, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    volumes = make((1, 2, 20, 12, 14), device=path.device)
+    whole = rows((0, 0, 0, 0, 20, 12, 14), (0, 2, 1, 1, 19, 12, 13), device=path.device)
+    compare(volumes, whole, draw(2, volumes.shape, path.device)[1], torch.tensor([0.5, 0.7], device=path.device))
+
+
+def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
+    monkeypatch.setattr(kernels, "BOXES", 4)
+    volumes = make((2, 1, 4, 5, 5), device=path.device)
+    for pairs in (4, 5, 9):
+        compare(volumes, *draw(pairs, volumes.shape, path.device, seed=pairs))
+
+
+# --- semantics -------------------------------------------------------------------------------------------------------
+
+
+def test_a_voxel_belongs_to_a_box_if_its_centre_does(path):
+    volumes, donors = torch.zeros(1, 1, 1, 1, 8, device=path.device), torch.ones(1, 1, 1, 1, 8, device=path.device)
+    source, zero = rows((0, 0, 0, 0, 1, 1, 8), device=path.device), torch.zeros(1, device=path.device)
+    for start, end, voxels in (
+        (2, 5, [2, 3, 4]),
+        (2.5, 5.5, [2, 3, 4]),
+        (2.50001, 5.50001, [3, 4, 5]),
+        (2.6, 3.4, []),
+        (2.4, 2.6, [2]),
+        (-9, 1.5, [0]),
+        (6.5, 1e30, [6, 7]),
+        (7.5, 7.5, []),
+        (-3, 0.5, []),
+        (5, 2, []),
+        (8, 9, []),
+    ):
+        result = object_mixup3d(
+            volumes, rows((0, 0, 0, start, 1, 1, end), device=path.device), source, zero, donors=donors
+        )
+        assert result.flatten().nonzero().flatten().tolist() == voxels, (start, end)
+
+
+BAD = {
+    "empty": (0, 2, 2, 2, 2, 4, 4),
+    "inverted": (0, 4, 1, 1, 2, 4, 4),
+    "outside": (0, 9, 1, 1, 12, 4, 4),
+    "before": (0, -5, 1, 1, 0, 4, 4),
+    "NaN": (0, 1, NAN, 1, 4, 4, 4),
+    "infinite": (0, 1, 1, 1, INF, 4, 4),
+    "infinite start": (0, -INF, 1, 1, 4, 4, 4),
+    "batch below": (-1, 1, 1, 1, 4, 4, 4),
+    "batch above": (2, 1, 1, 1, 4, 4, 4),
+    "batch NaN": (NAN, 1, 1, 1, 4, 4, 4),
+    "batch infinite": (INF, 1, 1, 1, 4, 4, 4),
+}
+
+
+def test_a_pair_with_an_unusable_box_changes_nothing(path):
+    """Neither alone, nor where its box would overlap others."""
+    volumes = make((2, 1, 6, 5, 5), device=path.device)
+    good, other = (1, 1, 1, 1, 4, 4, 4), (1, 2, 2, 2, 6, 5, 5)
+    bad = list(BAD.values())
+    targets = rows(*bad, *[good] * len(bad), device=path.device)
+    sources = rows(*[good] * len(bad), *bad, device=path.device)
+    lam = torch.full((len(targets),), 0.25, device=path.device)
+    assert torch.equal(compare(volumes, targets, sources, lam), volumes)
+    first, last = rows(good, device=path.device), rows(other, device=path.device)
+    result = compare(
+        volumes, torch.cat((first, targets, last)), torch.cat((last, sources, first)), torch.cat((lam, lam[:2]))
+    )
+    assert torch.equal(result, object_mixup3d(volumes, torch.cat((first, last)), torch.cat((last, first)), lam[:2]))
+
+
+def test_huge_boxes_are_clipped(path):
+    volumes = make((2, 1, 5, 4, 6), device=path.device)
+    huge = rows((0, *[-3e38] * 3, *[3e38] * 3), device=path.device)
+    whole, half = rows((1, 0, 0, 0, 5, 4, 6), device=path.device), torch.full((1,), 0.5, device=path.device)
+    result = compare(volumes, huge, whole, half)
+    assert torch.equal(result[0], 0.5 * volumes[0] + 0.5 * volumes[1]) and torch.equal(result[1], volumes[1])
+    compare(volumes, whole, huge, half)
+
+
+def test_a_donor_smaller_than_a_voxel_is_its_nearest_voxel(path):
+    volumes = make((1, 1, 6, 6, 6), device=path.device)
+    target, zero = rows((0, 0, 0, 0, 3, 3, 3), device=path.device), torch.zeros(1, device=path.device)
+    result = compare(volumes, target, rows((0, 3.1, 4.6, 5.0, 3.2, 4.9, 5.4), device=path.device), zero)
+    assert (result[0, 0, :3, :3, :3] == volumes[0, 0, 3, 4, 5]).all()
+
+
+def test_donors_are_read_as_they_were(path):
+    """A swap, a chain and a cycle in place: every donor is itself a target."""
+    volumes = make((3, 1, 4, 4, 4), device=path.device)
+    boxes = rows(*((k, 0, 0, 0, 4, 4, 4) for k in range(3)), device=path.device)
+    for order in ([1, 0, 2], [1, 2, 2], [1, 2, 0], [2, 0, 1]):
+        ours = volumes.clone()
+        zero = torch.zeros(3, device=path.device)
+        assert torch.equal(object_mixup3d(ours, boxes, boxes[order], zero, out=ours), volumes[order])
+    ours = volumes.clone()
+    left, right = (0, 0, 0, 0, 4, 4, 2), (0, 0, 0, 2, 4, 4, 4)
+    pair = rows(left, right, device=path.device)
+    object_mixup3d(ours, pair, pair.flip(0), torch.zeros(2, device=path.device), out=ours)
+    assert torch.equal(ours[0], volumes[0].roll(2, 3))
+    halves = rows((1, 0, 0, 0, 4, 4, 3), (1, 0, 0, 1, 4, 4, 4), device=path.device)  # a box that overlaps its donor
+    compare(volumes, halves, halves.flip(0), torch.full((2,), 0.5, device=path.device))
+
+
+def test_overlapping_targets_are_applied_in_list_order(path):
+    volumes = torch.zeros(1, 1, 1, 1, 6, device=path.device)
+    donors = torch.tensor([1.0, 2.0, 3.0], device=path.device).reshape(3, 1, 1, 1, 1)
+    boxes = rows((0, 0, 0, 0, 1, 1, 3), (0, 0, 0, 1, 1, 1, 5), (0, 0, 0, 2, 1, 1, 6), device=path.device)
+    sources = rows(*((k, 0, 0, 0, 1, 1, 1) for k in range(3)), device=path.device)
+    half = torch.full((3,), 0.5, device=path.device)
+    result = compare(volumes, boxes, sources, half, donors=donors)
+    assert result.flatten().tolist() == [0.5, 1.25, 2.125, 2, 2, 1.5]
+    result = compare(volumes, boxes.flip(0), sources.flip(0), half, donors=donors)
+    assert result.flatten().tolist() == [0.5, 1, 1.375, 1.75, 1.75, 1.5]
+
+
+def test_overlaps_are_rounded_once(path):
+    volumes = torch.zeros(1, 1, 1, 1, 4, dtype=torch.int16, device=path.device)
+    donors = torch.tensor([1, 3], dtype=torch.int16, device=path.device).reshape(2, 1, 1, 1, 1)
+    boxes = rows((0, 0, 0, 0, 1, 1, 4), (0, 0, 0, 0, 1, 1, 4), device=path.device)
+    sources = rows((0, 0, 0, 0, 1, 1, 1), (1, 0, 0, 0, 1, 1, 1), device=path.device)
+    lam = torch.tensor([0.5, 0.75], device=path.device)
+    assert (compare(volumes, boxes, sources, lam, donors=donors) == 1).all()  # 0.75 * 0.5 + 0.25 * 3 = 1.125
+
+
+def test_many_boxes_on_one_place(path):
+    volumes = make((1, 1, 5, 5, 5), device=path.device)
+    boxes, sources, lam = draw(24, volumes.shape, path.device, seed=5)
+    compare(volumes, boxes * torch.tensor([1] + [0.5] * 6, device=path.device), sources, 0.5 + lam / 2)
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_lam_of_one_and_zero(path, dtype):
+    volumes = make((2, 1, 4, 5, 6), dtype, path.device)
+    boxes = rows((0, 0, 0, 0, 4, 5, 6), (1, 0, 0, 0, 4, 5, 6), device=path.device)
+    result = object_mixup3d(volumes, boxes, boxes.flip(0), torch.tensor([1.0, 0.0], device=path.device))
+    assert torch.equal(result, volumes[[0, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_lam_of_any_float_type(path, dtype):
+    volumes = make((2, 1, 4, 5, 6), torch.float64, path.device)
+    boxes, sources, lam = draw(3, volumes.shape, path.device)
+    compare(volumes, boxes, sources, lam.to(dtype))
+
+
+def test_integers_saturate_and_nan_becomes_zero(path):
+    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device).reshape(1, 1, 1, 1, 4)
+    whole = rows((0, 0, 0, 0, 1, 1, 4), device=path.device)
+    lam = torch.tensor([2.0], device=path.device)
+    donors = torch.tensor([-32000, 32000, 5, 4], dtype=torch.int16, device=path.device).reshape(1, 1, 1, 1, 4)
+    assert object_mixup3d(volumes, whole, whole, lam, donors=donors).flatten().tolist() == [32767, -32768, 5, 6]
+    floats = torch.tensor([1e30, -INF, NAN, 2.5], device=path.device).reshape(1, 1, 1, 1, 4)
+    none = rows(device=path.device)
+    result = object_mixup3d(floats, none, none, lam[:0], dtype=torch.int16)
+    assert result.flatten().tolist() == [32767, -32768, 0, 2]
+
+
+def test_not_finite_voxels_stay_where_they_are(path):
+    """They show in the samples next to them, and in no other ones of a row."""
+    volumes = make((2, 1, 4, 4, 9), device=path.device)
+    volumes[1, 0, 2, 2, 7], volumes[0, 0, 3, 3, 8] = INF, NAN
+    boxes = rows((0, 0, 0, 0, 4, 3, 7), (1, 0, 0, 0, 4, 3, 8), device=path.device)
+    sources, half = rows((1, 0, 0, 0, 4, 4, 9), (0, 0, 0, 0, 4, 4, 9), device=path.device), torch.full((2,), 0.5)
+    half = half.to(path.device)
+    for dtype in FLOATS:
+        result = compare(volumes.to(dtype), boxes, sources, half)
+        assert result[0, 0, :, :3, :4].isfinite().all() and result[1, 0, :, :3, :4].isfinite().all()
+        compare(volumes.to(dtype), boxes, sources, half, window=(-1.0, 2.0))
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_voxels_in_no_box(path, window):
+    """Copied, windowed and converted out of place; in place left alone, but for the window."""
+    volumes = make((2, 2, 9, 33, 35), torch.int16, path.device)
+    target, half = rows((1, 2, 3, 4, 6, 9, 9), device=path.device), torch.full((1,), 0.5, device=path.device)
+    result = compare(volumes, target, target, half, window=window, dtype=torch.int16)
+    outside = torch.ones(volumes.shape, dtype=torch.bool, device=path.device)
+    outside[1, :, 2:6, 3:9, 4:9] = False
+    plain = object_mixup3d(volumes, target[:0], target[:0], half[:0], window=window, dtype=torch.int16)
+    assert torch.equal(result[outside], plain[outside])
+    if window is None:
+        assert torch.equal(plain, volumes)
+
+
+# --- outsiders -------------------------------------------------------------------------------------------------------
+
+
+def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
+    volumes = make((3, 1, 8, 9, 10), device=path.device)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(2):
+        low = torch.randint(0, 4, (5, 2, 3), generator=generator)
+        high = low + torch.randint(1, 5, (5, 2, 3), generator=generator)
+        batch = torch.randint(3, (5, 2, 1), generator=generator)
+        both, lam = torch.cat((batch, low, high), 2), torch.rand(5, generator=generator)
+        expected = volumes.double()
+        for (b, z1, y1, x1, z2, y2, x2), (j, *source), share in zip(*both.transpose(0, 1).tolist(), lam, strict=True):
+            d1, h1, w1, d2, h2, w2 = source
+            crop = volumes[j, None, :, d1:d2, h1:h2, w1:w2].double()
+            donor = torch.nn.functional.interpolate(crop, (z2 - z1, y2 - y1, x2 - x1), mode="trilinear")[0]
+            region = expected[b, :, z1:z2, y1:y2, x1:x2]
+            region.copy_(torch.lerp(donor, region, share.double().to(path.device)))
+        targets, sources = both.float().unbind(1)
+        result = object_mixup3d(volumes, targets.to(path.device), sources.to(path.device), lam.to(path.device))
+        assert_close(result, expected)
+
+
+def test_equals_simpleitk_where_samples_stay_inside_the_box(path):
+    sitk = pytest.importorskip("SimpleITK")
+    volumes, donors = make((1, 1, 8, 8, 8)), make((1, 1, 20, 22, 24), seed=1)
+    source = torch.tensor([1.3, 2.7, 0.9, 18.2, 21.4, 23.1])
+    result = object_mixup3d(
+        volumes.to(path.device), rows((0, 1, 2, 3, 7, 6, 8), device=path.device),
+        torch.cat((torch.zeros(1), source))[None].to(path.device), torch.tensor([0.3], device=path.device),
+        donors=donors.to(path.device),
+    )  # fmt: skip
+    n = torch.tensor([6, 4, 5])
+    step = (source[3:].double() - source[:3].double()) / n
+    first = source[:3].double() + 0.5 * step - 0.5
+    image = sitk.GetImageFromArray(donors[0, 0].double().numpy())
+    donor = sitk.Resample(
+        image, n.flip(0).tolist(), sitk.Transform(), sitk.sitkLinear, first.flip(0).tolist(), step.flip(0).tolist(),
+        image.GetDirection(),
+    )  # fmt: skip
+    expected = volumes.double()
+    region = expected[0, 0, 1:7, 2:6, 3:8]
+    region.copy_(0.3 * region + 0.7 * torch.from_numpy(sitk.GetArrayFromImage(donor)))
+    assert_close(result.cpu(), expected)
+
+
+def test_same_size_is_not_resampled(path):
+    volumes = make((2, 1, 9, 10, 11), device=path.device)
+    target = rows((0, 1, 2, 3, 8, 9, 10), device=path.device)
+    source, zero = rows((1, 2, 1, 0, 9, 8, 7), device=path.device), torch.zeros(1, device=path.device)
+    result = object_mixup3d(volumes, target, source, zero)
+    assert torch.equal(result[0, :, 1:8, 2:9, 3:10], volumes[1, :, 2:9, 1:8, 0:7])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def layouts(x):
+    return {
+        "channels last": x.to(memory_format=torch.channels_last_3d),
+        "permuted": x.permute(0, 1, 4, 2, 3),
+        "batch last": x.permute(1, 2, 3, 4, 0),
+        "sliced": x[:, :, 1:, ::2],
+        "every other": x[::2],
+        "expanded": x[:, :1, :1].expand(-1, 3, 5, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(4, 3, 4, 4, 4)))
+def test_strided_input(path, layout):
+    volumes = layouts(make((4, 3, 4, 5, 4), device=path.device))[layout]
+    donors = layouts(make((4, 3, 4, 5, 4), device=path.device, seed=1))[layout]
+    boxes, sources, lam = draw(3, volumes.shape, path.device)
+    boxes, lam = torch.cat((boxes, boxes), 1)[:, :7], torch.stack((lam, lam), 1)[:, 0]
+    result = object_mixup3d(volumes, boxes, sources, lam)
+    assert_right(result, volumes, boxes, sources, lam)
+    assert_right(
+        object_mixup3d(volumes, boxes, sources, lam, donors=donors), volumes, boxes, sources, lam, donors=donors
+    )
+    if layout != "expanded":
+        base = volumes._base if volumes._base is not None else volumes
+        before, kept = volumes.clone(), base.clone()
+        for window in (None, (-1.0, 2.0)):
+            expected = object_mixup3d(volumes, boxes, sources, lam, window=window)
+            assert object_mixup3d(volumes, boxes, sources, lam, window=window, out=volumes) is volumes
+            assert torch.equal(volumes, expected)
+            volumes.copy_(before)
+            assert torch.equal(base, kept), "wrote between the elements of out"
+
+
+def test_memory_format_is_kept(path):
+    volumes = make((2, 3, 6, 5, 7), torch.int16, path.device).to(memory_format=torch.channels_last_3d)
+    result = compare(volumes, *draw(4, volumes.shape, path.device), window=WINDOW)
+    assert result.stride() == volumes.stride()
+
+
+def test_out_in_other_memory(path):
+    volumes = make((3, 2, 3, 4, 8), torch.int16, path.device)
+    boxes = draw(4, volumes.shape, path.device)
+    arguments = {"window": WINDOW, "dtype": torch.bfloat16}
+    expected = object_mixup3d(volumes, *boxes, **arguments)
+    base = torch.full((4, 2, 3, 4, 8), NAN, dtype=torch.bfloat16, device=path.device)
+    for out in (base[1:], base[:3].to(memory_format=torch.channels_last_3d), base.transpose(3, 4).clone().mT[1:]):
+        assert object_mixup3d(volumes, *boxes, out=out, **arguments) is out
+        assert torch.equal(out, expected)
+    assert base[0].isnan().all(), "wrote outside out"
+
+
+def test_out_may_share_memory_with_the_donors(path):
+    for window in (None, (-1.0, 2.0)):
+        base = make((5, 1, 4, 3, 5), device=path.device)
+        boxes, sources, lam = draw(3, (2, 1, 4, 3, 5), path.device)
+        for donors in (lambda x: x[:2], lambda x: x[1:4], lambda x: x[3:], lambda x: x[:1, :, 1:3], lambda x: x):
+            ours = base.clone()
+            expected = object_mixup3d(base[:2], boxes, sources, lam, donors=donors(base), window=window)
+            object_mixup3d(ours[:2], boxes, sources, lam, donors=donors(ours), window=window, out=ours[:2])
+            assert torch.equal(ours[:2], expected) and torch.equal(ours[2:], base[2:])
+            ours = base.clone()
+            object_mixup3d(base[:2].clone(), boxes, sources, lam, donors=donors(ours), window=window, out=ours[1:3])
+            assert torch.equal(ours[1:3], expected) and torch.equal(ours[3:], base[3:])
+
+
+def test_overlapping_volumes_are_refused_or_right(path):
+    base = make((5, 1, 3, 4, 4), device=path.device)
+    boxes = draw(2, (2, 1, 3, 4, 4), path.device)
+    with pytest.raises(ValueError, match="object_mixup3d: out may be volumes itself but must not overlap it otherwise"):
+        object_mixup3d(base[:2], *boxes, out=base[1:3])
+    kept = base.clone()
+    expected = object_mixup3d(kept[:2].mT, *boxes)
+    object_mixup3d(base[:2].mT, *boxes, out=base[1:3])
+    assert torch.equal(base[1:3], expected) and torch.equal(base[3:], kept[3:])
+
+
+def test_inputs_are_left_alone(path):
+    volumes, donors = make((2, 1, 6, 5, 7), device=path.device), make((3, 1, 4, 4, 4), device=path.device)
+    tensors = volumes, donors, *draw(4, volumes.shape, path.device, donor_shape=donors.shape)
+    before = [x.clone() for x in tensors]
+    object_mixup3d(volumes, *tensors[2:], donors=donors, window=WINDOW)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)])
+def test_empty(path, shape):
+    volumes = make(shape, device=path.device)
+    boxes = rows((0, 0, 0, 0, 2, 2, 2), device=path.device)
+    one = torch.ones(1, device=path.device)
+    for window in (None, WINDOW):
+        assert object_mixup3d(volumes, boxes, boxes, one, window=window).shape == shape
+        assert object_mixup3d(volumes, boxes, boxes, one, window=window, out=volumes) is volumes
+    full = make((2, shape[1], 4, 4, 4), device=path.device)
+    assert torch.equal(object_mixup3d(full, boxes, boxes, one * 0.5, donors=volumes), full)
+    none = boxes[:0]
+    assert torch.equal(object_mixup3d(full, none, none, one[:0]), full)
+    assert torch.equal(object_mixup3d(full.clone(), none, none, one[:0], out=full), full)
+
+
+def test_same_bits_every_time(path):
+    volumes = make((2, 1, 5, 6, 7), device=path.device)
+    boxes = draw(4, volumes.shape, path.device)
+    first = object_mixup3d(volumes, *boxes)
+    for _ in range(3):
+        assert torch.equal(object_mixup3d(volumes, *boxes), first)
+        ours = volumes.clone()
+        assert torch.equal(object_mixup3d(ours, *boxes, out=ours), first)
+
+
+# --- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("donors", [False, True])
+def test_opcheck(path, donors):
+    volumes = make((2, 2, 5, 6, 7), device=path.device)
+    pool = make((3, 2, 4, 4, 4), device=path.device) if donors else None
+    boxes = draw(3, volumes.shape, path.device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    ops = torch.ops.fmkernels
+    for x in (volumes, volumes.to(memory_format=torch.channels_last_3d)):
+        torch.library.opcheck(
+            ops.object_mixup3d.default, (x, pool, *boxes, *[(-2.0, 3.0)] * 2, torch.bfloat16), test_utils=tests
+        )
+        torch.library.opcheck(
+            ops.object_mixup3d_into.default, (x, pool, *boxes, None, None, torch.empty_like(x)), test_utils=tests
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(path, dynamic):
+    def step(x, boxes, sources, lam):
+        mixed = object_mixup3d(x * 2, boxes, sources, lam, window=(-2.0, 3.0))
+        object_mixup3d(x, boxes, sources, lam, out=x)
+        return object_mixup3d(mixed, boxes, sources, lam, donors=x, dtype=torch.float16)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (5, 6):
+        volumes = make((2, 1, 4, n, 8), device=path.device)
+        boxes = draw(n, volumes.shape, path.device)
+        results = []
+        for function in (step, compiled):
+            x = volumes.clone()
+            results.append((function(x, *boxes), x))
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+# --- bad arguments ---------------------------------------------------------------------------------------------------
+
+X, BOXES, LAM = torch.zeros(2, 1, 3, 4, 5), torch.zeros(2, 7), torch.ones(2)
+LEAF = torch.zeros(2, 1, 3, 4, 5, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
+        (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
+        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 3, 4\)", {"volumes": X[..., 0]}),
+        (ValueError, "no gradient to volumes is offered", {"volumes": LEAF}),
+        (ValueError, "volumes must have axes of at most", {"volumes": torch.empty(1, 1, 1, 1, 2**24 + 1)}),
+        (TypeError, "boxes must be a tensor, got a list of 0", {"boxes": []}),
+        (TypeError, "boxes must be float32, got float64", {"boxes": BOXES.double()}),
+        (ValueError, r"boxes must be \[K, 7\], .*, got shape \(2, 6\)", {"boxes": BOXES[:, :6]}),
+        (ValueError, "boxes must be on cpu", {"boxes": BOXES.to("meta")}),
+        (ValueError, "no gradient to boxes", {"boxes": BOXES.clone().requires_grad_()}),
+        (TypeError, "donor_boxes must be float32, got int64", {"donor_boxes": BOXES.long()}),
+        (ValueError, r"donor_boxes must be \[K, 7\]", {"donor_boxes": BOXES[0]}),
+        (ValueError, r"donor_boxes must be as many as boxes, 2, got shape \(1, 7\)", {"donor_boxes": BOXES[:1]}),
+        (ValueError, "no gradient to donor_boxes", {"donor_boxes": BOXES.clone().requires_grad_()}),
+        (TypeError, "lam must be a tensor, got float", {"lam": 0.5}),
+        (TypeError, "lam must be float16 .*, got int64", {"lam": LAM.long()}),
+        (ValueError, r"lam must have shape \(2,\), got \(3,\)", {"lam": torch.ones(3)}),
+        (ValueError, "lam must be on cpu", {"lam": LAM.to("meta")}),
+        (ValueError, "no gradient to lam", {"lam": LAM.clone().requires_grad_()}),
+        (TypeError, "donors must be a tensor, got int", {"donors": 3}),
+        (TypeError, "donors must be float16 or .* got int64", {"donors": X.long()}),
+        (ValueError, r"donors must be \[B, C, D, H, W\]", {"donors": X[0]}),
+        (ValueError, "donors must be on cpu", {"donors": X.to("meta")}),
+        (ValueError, r"donors must have the channels of volumes, 1, got shape", {"donors": X.expand(2, 3, 3, 4, 5)}),
+        (ValueError, "no gradient to donors", {"donors": LEAF}),
+        (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
+        (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
+        (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
+        (TypeError, "out must be a tensor", {"out": 1}),
+        (TypeError, "out must be float32, got float64", {"out": X.double()}),
+        (TypeError, "out must be float32, got int16", {"volumes": X.short(), "window": (0, 1), "out": X.short()}),
+        (ValueError, "out must be on cpu", {"out": X.to("meta")}),
+        (ValueError, r"out must have the shape of volumes, \(2, 1, 3, 4, 5\), got", {"out": X[:1].clone()}),
+        (ValueError, "out must have an element of its own", {"out": X[:1].expand(2, -1, -1, -1, -1)}),
+        (ValueError, "no gradient through out", {"out": LEAF}),
+    ],
+)
+def test_bad_arguments(error, words, arguments):
+    with pytest.raises(error, match=f"object_mixup3d: {words}"):
+        object_mixup3d(**{"volumes": X, "boxes": BOXES, "donor_boxes": BOXES, "lam": LAM, **arguments})
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
+    volumes = make((2, 1, 16, 16, 16), dtype)
+    boxes = rows((0, 0, 0, 0, 16, 16, 16), (1, 2, 2, 2, 14, 14, 14))
+    arguments = volumes, boxes, boxes.flip(0), torch.tensor([0.5, 0.25])
+    right = object_mixup3d(*arguments)
+    assert_right(right, *arguments)
+    shifts = [right.flatten().roll(n).view_as(right) for n in (1, kernels.LANES, 8 * kernels.LANES)]
+    for wrong in (torch.zeros_like(right), volumes, right.roll(1, 0), *shifts):
+        with pytest.raises(AssertionError):
+            assert_right(wrong, *arguments)
+
+
+# --- any case --------------------------------------------------------------------------------------------------------
+
+BOUND = st.one_of(
+    st.sampled_from([-2.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0]),
+    st.floats(-3, 12, width=32),
+    st.sampled_from([NAN, INF, -INF, 3e38, -3e38, 2.4, 2.6]),
+)
+BATCH = st.sampled_from([0, 0, 0, 1, 1, 2, 0.5, -0.5, -1, 7, NAN])
+BOX = st.tuples(BATCH, *[BOUND] * 6)
+SIZE = st.tuples(st.sampled_from([1, 2, 3, 5, 9]), st.sampled_from([1, 2, 4, 7]), st.sampled_from([0, 1, 3, 8, 11]))
+
+
+@st.composite
+def boxes_mostly_usable(draw, pairs):
+    """Two bounds in order, but for one time in four."""
+    result = []
+    for _ in range(pairs):
+        batch, *bounds = draw(BOX)
+        if draw(st.integers(0, 3)):
+            lows, highs = zip(*(sorted(pair) for pair in zip(bounds[:3], bounds[3:], strict=True)), strict=True)
+            bounds = [*lows, *highs]
+        result.append((batch, *bounds))
+    return result
+
+
+CASE = st.integers(0, 4).flatmap(
+    lambda pairs: st.fixed_dictionaries(
+        {
+            "boxes": boxes_mostly_usable(pairs),
+            "donor_boxes": boxes_mostly_usable(pairs),
+            "batch": st.sampled_from([1, 2, 3]),
+            "channels": st.sampled_from([1, 1, 2]),
+            "size": SIZE,
+            "donors": st.none() | SIZE,
+            "dtype": st.sampled_from(VOXELS),
+            "result": st.sampled_from([None, None, *VOXELS]),
+            "window": st.sampled_from([None, None, WINDOW, (-1, 1)]),
+            "layout": st.sampled_from(["contiguous", "contiguous", "channels last", "permuted", "sliced"]),
+            "lam": st.sampled_from(["random", "random", "zero", "one"]),
+            "seed": st.integers(0, 99),
+        }
+    )
+)
+
+
+def check_case(case, device="cpu"):
+    volumes = make((case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"])
+    volumes = {"contiguous": volumes, **layouts(volumes)}[case["layout"]]
+    donors = None
+    if case["donors"]:
+        donors = make((2, case["channels"], *case["donors"]), case["dtype"], device, case["seed"] + 1)
+    boxes, sources = rows(*case["boxes"], device=device), rows(*case["donor_boxes"], device=device)
+    lam = torch.rand(len(boxes), generator=torch.Generator().manual_seed(case["seed"])).to(device)
+    lam = {"random": lam, "zero": lam * 0, "one": lam * 0 + 1}[case["lam"]]
+    compare(volumes, boxes, sources, lam, donors=donors, window=case["window"], dtype=case["result"])
+
+
+@cases(2000)
+@given(case=CASE)
+def test_any_case_on_the_cpu_path(case):
+    check_case(case)
+
+
+@pytest.mark.kernel
+def test_any_case_in_the_kernel(path):
+    if path.name != "kernel":
+        pytest.skip("the CPU path has its own")
+
+    @cases(200)
+    @given(case=CASE)
+    def check(case):
+        check_case(case, path.device)
+
+    check()

@@ -1,6 +1,6 @@
-# make train | test | bench | lint       in an environment of its own (.venv), made at first use with exact versions
-# make train PYTHON=python               in the active environment (a GPU build of torch, say): adds what is missing
-# make gpu                               on a machine with a GPU: nothing is installed
+# make train | test | bench | lint | floor   in an environment of its own (.venv), made at first use with exact versions
+# make train PYTHON=python                   in the active environment (a GPU build of torch, say): adds what is missing
+# make gpu                                   on a machine with a GPU: nothing is installed
 
 VENV ?= .venv
 DATA ?= data/phantoms
@@ -33,6 +33,9 @@ bench: $(READY)
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+floor: $(READY)
+	$(PYTHON) -m tests.support.floor
 
 gpu: PYTHON := $(if $(filter environment-in-use,$(READY)),$(PYTHON),python3)
 gpu:

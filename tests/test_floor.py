@@ -1,0 +1,66 @@
+"""Every kernel that production launches compiles without spills, and no figure of docs/floor.md gets worse."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import triton
+
+from tests.support import floor, on_gpu
+from tests.support.plan import run_plan
+
+pytestmark = pytest.mark.skipif(on_gpu(), reason="without a GPU: the interpreter counts, the compilers report")
+
+COMMITTED = json.loads((floor.DOCS / "floor.json").read_text(encoding="utf-8"))
+AGAIN = "If this is meant, write the table anew with `make floor` and commit it."
+
+
+@pytest.mark.parametrize("op", floor.plans())
+def test_no_figure_gets_worse(op):
+    for variant in run_plan(f"tests.plans.{op}").variants:
+        for target, code in variant.on.items():
+            assert code.spill_bytes == code.stack_bytes == 0, f"{variant.kernel} ({variant.case}) on {target}"
+    committed = {row["case"]: row for row in COMMITTED["rows"] if row["op"] == op}
+    rows = floor.rows(op)
+    assert [row.case for row in rows] == list(committed), AGAIN
+    same = triton.__version__ == COMMITTED["triton"]
+    complaints = {row.case: floor.worse(row, committed[row.case], same) for row in rows}
+    assert not any(complaints.values()), f"{ {k: v for k, v in complaints.items() if v} }\n{AGAIN}"
+
+
+@pytest.mark.parametrize("name", floor.FIGURES)
+def test_a_worse_figure_is_noticed(name):
+    (old,) = [row for row in COMMITTED["rows"] if row["case"] == "64M elements float32"]
+    old |= {"moved": 12.0, "distinct": 12.0}
+    row = floor.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in old.items()})
+    value = getattr(row, name)
+    higher = (*value[:-1], value[-1] + 1) if isinstance(value, tuple) else value + 1
+    lower = (*value[:-1], value[-1] - 1) if isinstance(value, tuple) else value - 1
+    bad, good = (lower, higher) if name == "width" else (higher, lower)
+    assert floor.worse(row, old) == floor.worse(replace(row, **{name: good}), old) == []
+    assert len(floor.worse(replace(row, **{name: bad}), old)) == 1
+    assert len(floor.worse(replace(row, **{name: bad}), old, same_compiler=False)) == (name not in floor.COMPILED)
+
+
+FLAWS = {
+    "read twice": "moved",
+    "24 steps": "instructions",
+    "crowded": "spills",
+    "turned": "conversions",
+    "masked torch.float32": "width",
+    "launched twice": "launches",
+}
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return {row.case: row for row in floor.rows("planted", "tests.support")}
+
+
+@pytest.mark.parametrize("case", FLAWS)
+def test_planted_flaws_are_found(case, planted):
+    """Against a healthy kernel of the same kind the flaw, and not only it, is reported."""
+    healthy = planted["8 steps"]
+    assert floor.worse(healthy, asdict(healthy)) == []
+    assert any(line.startswith(FLAWS[case]) for line in floor.worse(planted[case], asdict(healthy)))
+    assert planted["masked torch.float32"].variants == 4 and healthy.variants == 2

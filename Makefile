@@ -16,13 +16,16 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test bench lint floor gpu clean environment-in-use
+.PHONY: train test coverage bench lint floor gpu clean environment-in-use
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
 	$(PYTHON) -m fmkernels train "$(DATA)" --out "$(RUN)" --resume
 
 test: $(READY)
+	$(PYTHON) -m pytest -n auto
+
+coverage: $(READY)
 	$(PYTHON) -m pytest -n auto --cov=fmkernels --cov-report=term
 
 bench: $(READY)

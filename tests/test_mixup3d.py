@@ -786,7 +786,7 @@ def test_any_case_on_the_cpu_path(case, voxels):
 
 @pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
 def test_any_case_in_the_kernel(path):
-    @cases(300)
+    @cases(200)
     @given(case=CASE)
     def check(case):
         check_values(case, path.device)

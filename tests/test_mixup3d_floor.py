@@ -218,7 +218,6 @@ INSTRUCTIONS = {
     "in place, flips float32": 17,
     "in place, flips bfloat16": 14,
     "in place, flips int16": 19,
-    "in place, batch of 64": 13,
     "in place, batch of 4096": 14,
     "in place, flips, batch of 512": 17,
     "out of place float32": 13,
@@ -227,7 +226,6 @@ INSTRUCTIONS = {
     "window int16 bfloat16": 15,
     "window, flips int16 float32": 37,
     "gradient float32": 15,
-    "gradient to volumes float32": 10,
     "gradient to donors float32": 13,
     "gradient, window, flips bfloat16": 30,
 }

@@ -48,6 +48,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name, add, text in (
         ("phantom", _add_phantom, "write a synthetic data set in LUNA16's layout"),
         ("train", _add_train, "train a detector and evaluate it on the test scans"),
+        ("compare", _add_compare, "train both methods over seeds and print the paper's table"),
         ("detect", _add_detect, "find nodules in scans with a trained detector"),
         ("evaluate", _add_evaluate, "compute FROC and CPM of candidates by LUNA16's rules"),
     ):
@@ -87,17 +88,33 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    from fmkernels.focalmix.config import PRESETS, Config
+    from fmkernels.focalmix.config import PRESETS
 
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
     parser.add_argument("--out", metavar="RUN", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--preset", choices=PRESETS, help="settings that the options below change (default: demo)")
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
     parser.add_argument("--profile", action="store_true", help="wait for the GPU at every stage, to time each")
+    _add_settings(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The fields of a configuration as options, which leave nothing behind where they are not given."""
+    from fmkernels.focalmix.config import Config
+
     settings = parser.add_argument_group("settings", "Lists are separated by commas, those of three are z,y,x.")
     hints = typing.get_type_hints(Config)
-    for option in fields(Config):
+    for option in (option for option in fields(Config) if option.name not in without):
         default = "none" if option.default is None else _written(option.default)
+        if hints[option.name] is bool:
+            settings.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{option.metadata['help']} (demo: {'yes' if option.default else 'no'})",
+            )
+            continue
         settings.add_argument(
             f"--{option.name.replace('_', '-')}",
             type=_reader(hints[option.name]),
@@ -105,19 +122,58 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             help=f"{option.metadata['help']} (demo: {default})".replace("%", "%%"),
         )
-    parser.set_defaults(run=_train)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fmkernels.focalmix.config import Config
+
+    return {option.name: value for option in fields(Config) if (value := vars(arguments).get(option.name)) is not None}
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.config import PRESETS, Config, load_config
+    from fmkernels.focalmix.config import PRESETS, load_config
     from fmkernels.focalmix.train import train
 
-    given = {option.name: value for option in fields(Config) if (value := vars(arguments).get(option.name)) is not None}
     stored = load_config(arguments.out) if arguments.resume and arguments.preset is None else None
-    config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
+    config = replace(stored or PRESETS[arguments.preset or "demo"], **_given(arguments))
     evaluation = train(config, arguments.data, arguments.out, resume=arguments.resume, profile=arguments.profile)
     if evaluation is not None and int(os.environ.get("RANK", 0)) == 0:
         print(evaluation)
+    return 0
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    from fmkernels.focalmix.compare import ABLATIONS
+    from fmkernels.focalmix.config import PRESETS
+
+    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="takes the runs and the tables")
+    parser.add_argument("--labeled", metavar="N", type=_at_least(1), nargs="+", required=True, help="labelled scans")
+    parser.add_argument(
+        "--seeds", metavar="N", type=_at_least(1), default=5, help="seeds of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--without", choices=ABLATIONS, nargs="+", default=[], help="parts to leave out, a row for each"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings that the options below change")
+    _add_settings(parser, without=("labeled", "seed", "method"))
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fmkernels.focalmix.compare import as_text, compare
+    from fmkernels.focalmix.config import PRESETS
+
+    given = {name: value for name, value in _given(arguments).items() if name != "labeled"}
+    rows = compare(
+        replace(PRESETS[arguments.preset], **given),
+        arguments.data,
+        arguments.out,
+        labeled=arguments.labeled,
+        seeds=arguments.seeds,
+        without=arguments.without,
+    )
+    print(as_text(rows), end="")
     return 0
 
 

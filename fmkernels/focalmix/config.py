@@ -50,7 +50,23 @@ class Config:
     train_subsets: tuple[int, ...] = _option((0, 1, 2, 3, 4, 5, 6), "subsets to train on")
     validation_subsets: tuple[int, ...] = _option((7,), "subsets to detect and evaluate on from time to time")
     test_subsets: tuple[int, ...] = _option((8, 9), "subsets to detect and evaluate on at the end")
-    labeled: int | None = _option(None, "train on so many scans only, drawn by the seed")
+    labeled: int | None = _option(None, "use the labels of so many training scans only, drawn by the seed")
+    method: str = _option("supervised", "supervised, or focalmix: with the other training scans, unlabelled")
+    unlabeled_batch_size: int = _option(16, "focalmix: unlabelled patches a step, over all processes")
+    unlabeled_weight: float = _option(1.0, "focalmix: of the loss of unlabelled images, once it has risen")
+    burn_in: int = _option(600, "focalmix: steps with labelled patches alone before the others come in")
+    ramp: int = _option(300, "focalmix: steps over which the unlabelled weight rises")
+    teacher: str = _option("ema", "focalmix: weights that predict targets: ema (averaged) or current")
+    views: int = _option(4, "focalmix: flipped views that a target is predicted from, 1 to 8")
+    temperature: float = _option(0.7, "focalmix: of the sharpening, in (0, 1]; 1 leaves targets as they are")
+    pseudo_labels: str = _option("soft", "focalmix: soft, or hard (0 or 1)")
+    loss: str = _option("soft", "soft (soft-target focal loss), or plain (that of hard targets, to compare)")
+    image_mixup: bool = _option(True, "focalmix: mix whole images")
+    object_mixup: bool = _option(True, "focalmix: mix objects")
+    eta: float = _option(0.2, "focalmix: of the Beta distribution that shares are drawn from")
+    confidence: float = _option(0.8, "focalmix: target from which a predicted box counts as an object")
+    objects: int = _option(4, "focalmix: objects of an image that are mixed, at most")
+    groups: int = _option(1, "focalmix: parts of the joint batch that are mixed each within itself, some per process")
     search_size: tuple[int, ...] = _option((32, 32, 32), "voxels of the patches in which a whole scan is searched")
     overlap: int = _option(12, "voxels that these patches share")
     nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
@@ -90,16 +106,26 @@ class Config:
         expect("diameters", all(0 < d < math.inf for d in self.diameters), "positive numbers")
         expect("overlap", 0 <= self.overlap < min(self.search_size), f"0 to {min(self.search_size) - 1}")
         expect("blocks", all(count >= 0 for count in self.blocks), "0 or more")
-        for name in ("batch_size", "steps", "log_every", "validate_every", "checkpoint_every"):
+        whole = ("batch_size", "unlabeled_batch_size", "steps", "log_every", "validate_every", "checkpoint_every")
+        for name in (*whole, "objects", "groups"):
             expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("batch_size", "unlabeled_batch_size") if self.method == "focalmix" else ():
+            expect(name, getattr(self, name) % self.groups == 0, f"a multiple of the {self.groups} groups")
+        expect("method", self.method in ("supervised", "focalmix"), "supervised or focalmix")
+        expect("teacher", self.teacher in ("ema", "current"), "ema or current")
+        expect("pseudo_labels", self.pseudo_labels in ("soft", "hard"), "soft or hard")
+        expect("loss", self.loss in ("soft", "plain"), "soft or plain")
+        expect("views", 1 <= self.views <= 8, "1 to 8")
+        expect("temperature", 0 < self.temperature <= 1, "more than 0, at most 1")
         expect("seed", self.seed < 2**63, "less than 2^63")
         for name in ("train_subsets", "validation_subsets", "test_subsets"):
             expect(name, set(getattr(self, name)) <= set(range(10)), "numbers of 0 to 9")
-        for name in ("weight_decay", "warmup", "gamma", "box_weight", "workers", "seed"):
+        counted = ("weight_decay", "warmup", "gamma", "box_weight", "workers", "seed", "unlabeled_weight", "burn_in")
+        for name in (*counted, "ramp"):
             expect(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "eta"):
             expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("positive", "ema_decay", "alpha0", "alpha1", "nms_threshold"):
+        for name in ("positive", "ema_decay", "alpha0", "alpha1", "nms_threshold", "confidence"):
             expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         expect("schedule", self.schedule in ("cosine", "step"), "cosine or step")
         expect("amp", self.amp in ("auto", "off", "bf16", "fp16"), "auto, off, bf16 or fp16")
@@ -124,7 +150,7 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_typed(name, typing.get_args(hint)[0], part) for part in value)
     kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
-    if typing.get_origin(hint) is tuple or isinstance(value, bool) or not isinstance(value, kind):
+    if typing.get_origin(hint) is tuple or isinstance(value, bool) != (hint is bool) or not isinstance(value, kind):
         wanted = "a list" if typing.get_origin(hint) is tuple else f"of type {hint.__name__}"
         raise InputError(f"{name}: expected {wanted}, got {value!r}")
     return hint(value)

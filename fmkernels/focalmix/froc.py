@@ -166,12 +166,14 @@ class Froc:
     """95 % bootstrap interval of the CPM; None without bootstraps."""
     band: np.ndarray | None = field(repr=False)
     """float64 [2, 61]: lower and upper ends of the 95 % bootstrap interval of the sensitivity at the `BAND_RATES`."""
+    samples: np.ndarray | None = field(repr=False)
+    """float64 [bootstraps, 61]: the sensitivities; with one seed, row i draws the same scans for all curves."""
     n_scans: int
     n_nodules: int
     n_bootstraps: int
 
     def to_dict(self) -> dict[str, object]:
-        """Everything but the band between the operating points, as plain numbers that strict JSON can hold."""
+        """Everything but samples and the band between operating points, as plain numbers that strict JSON can hold."""
         points = [
             {"fps_per_scan": rate, "sensitivity": sensitivity}
             for rate, sensitivity in zip(OPERATING_POINTS, self.operating_sensitivities, strict=True)
@@ -272,7 +274,7 @@ def evaluate(
     events = _Events.of([_score_scan(*scan) for scan in zip(marks_of, nodules_of, excluded_of, strict=True)])
     fps, hits = events.count(np.ones(len(scans)))
     operating = _interpolate(np.array(OPERATING_POINTS) * len(scans), fps, hits) / n_nodules.sum()
-    interval = band = None
+    interval = band = samples = None
     if bootstraps:
         samples = _bootstrap(events, n_nodules, bootstraps, np.random.default_rng(seed))
         band = np.quantile(samples, (0.025, 0.975), axis=0)
@@ -286,6 +288,7 @@ def evaluate(
         cpm=float(operating.mean()),
         interval=interval,
         band=band,
+        samples=samples,
         n_scans=len(scans),
         n_nodules=int(n_nodules.sum()),
         n_bootstraps=bootstraps,

@@ -99,6 +99,30 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
         )
 
 
+def draw_comparison(path: str | Path, points: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> None:
+    """Draw the CPM of methods over the number of labelled scans.
+
+    Args:
+        path: the picture to write.
+        points: name for the legend -> labelled scans, CPM and the ends of its 95 % interval, point by point.
+    """
+    with _figure(path, (6.4, 4.6 + 0.2 * len(points))) as figure:
+        axes = figure.add_subplot()
+        for number, (name, rows) in enumerate(points.items()):
+            labeled, cpm, lower, upper = np.array(rows, dtype=float).T
+            shifted = labeled * 2 ** (0.03 * (number - (len(points) - 1) / 2))  # side by side
+            errors = 100 * np.array([cpm - lower, upper - cpm]).clip(0)
+            marks = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLORS[number % len(_COLORS)]}
+            axes.errorbar(shifted, 100 * cpm, errors, label=name, capsize=3, **marks)
+        ticks = sorted({row[0] for rows in points.values() for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set(xlabel="Labelled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans")
+        figure.legend(
+            loc="outside lower center", ncols=3, title="bars: 95 %, over scans and seeds", title_fontsize="small"
+        )
+
+
 def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
     """Draw the losses, the learning rate and, where it was measured, the CPM on the validation scans over the steps.
 

@@ -8,26 +8,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, config_of
 from .detector import Detector
 from .errors import InputError
 from .files import atomic_write
+from .losses import Losses
 
 CHECKPOINT = "checkpoint.pt"
-
-
-class Losses(NamedTuple):
-    """Scalars of a step whose sums over the processes are those of the joint batch."""
-
-    classification: Tensor
-    box: Tensor
-    positives: Tensor
 
 
 class State:

@@ -5,11 +5,12 @@ with the same weights and the same metrics, bit for bit, as one that was never s
 """
 
 import contextlib
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,46 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fmkernels.functional import soft_target_focal_loss
-
 from . import froc, report
-from .anchors import encode_boxes, match
 from .config import CONFIG, Config, load_config
 from .detection import Detections, detect
-from .detector import apply_window
 from .errors import InputError
 from .files import atomic_write
+from .losses import Losses, draw, focalmix_loss, supervised_loss
 from .luna16 import LUNA16, Volume
 from .monitor import METRICS, Interrupt, Metrics, Stopwatch
 from .patches import PatchDataset, patch_loader
 from .processes import any_process, choose_device, place, process_group, sum_of_ranks
-from .state import CHECKPOINT, Losses, State, autocast
-
-
-def supervised_loss(model: nn.Module, batch: Mapping[str, Any], config: Config) -> Losses:
-    """Focal loss of every anchor and smooth L1 loss of the boxes of the positive ones, on the device of the batch."""
-    logits, deltas = model(apply_window(batch["image"], config.window))
-    anchors = config.anchors
-    matches = match(anchors, config.patch_size, batch["boxes"], batch["ignore"])
-    positives = matches.positive.sum().float()
-    normalizer = sum_of_ranks(positives).clamp(min=1)
-    classification = soft_target_focal_loss(
-        logits,
-        matches.targets,
-        alpha0=config.alpha0,
-        alpha1=config.alpha1,
-        gamma=config.gamma,
-        normalizer=normalizer,
-    )
-    flat = torch.cat([level.movedim(2, -1).reshape(len(level), -1, 6) for level in deltas], 1)
-    wanted = encode_boxes(matches.boxes, anchors.boxes(config.patch_size, flat.device)[matches.anchor])
-    error = F.smooth_l1_loss(flat[matches.image, matches.anchor].float(), wanted, reduction="none", beta=0.1).sum(1)
-    return Losses(classification, (error * matches.positive).sum() / normalizer, positives)
+from .state import CHECKPOINT, State, autocast
 
 
 def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
@@ -74,10 +50,14 @@ def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
         )
 
 
+CANDIDATES, EVALUATION = "candidates.csv", "evaluation.json"
+
+
 class Scans(NamedTuple):
     """Series ids by their part in a run."""
 
     train: list[str]
+    unlabeled: list[str]
     validation: list[str]
     test: list[str]
 
@@ -124,35 +104,26 @@ def _fit(
 ) -> None:
     """The training loop."""
     (rank, world), device = place(), stopwatch.device
-    patches = PatchDataset(
-        data,
-        scans.train,
-        patch_size=config.patch_size,
-        positive=config.positive,
-        length=config.steps * config.batch_size,
-        seed=config.seed,
-    )
-    loader = patch_loader(
-        patches,
-        batch_size=config.batch_size // world,
-        start=state.step,
-        workers=config.workers,
-        rank=rank,
-        world_size=world,
-    )
     model = DistributedDataParallel(state.model) if world > 1 else state.model
     forward = state.model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
     metrics = Metrics(out, state.step)
-    bar = tqdm(loader, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
+    batches = _batches(config, data, scans, state.step)
+    bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
     began = time.monotonic() - state.seconds
     with contextlib.closing(metrics), contextlib.closing(bar):
         stopwatch.start()
-        for batch in bar:
-            batch = _to_device(batch, device)
+        for labeled, unlabeled in bar:
+            labeled = _to_device(labeled, device)
+            unlabeled = None if unlabeled is None else unlabeled["image"].to(device, non_blocking=True)
             stopwatch.lap("data")
 
             with autocast(config, device):
-                losses = supervised_loss(model, batch, config)
+                if unlabeled is None:
+                    losses = supervised_loss(model, labeled, config)
+                else:
+                    teacher = state.average.module if config.teacher == "ema" else state.model
+                    drawn = draw(config, state.step, rank, world).to(device)
+                    losses = focalmix_loss(model, teacher, labeled, unlabeled, config, drawn)
             loss = losses.classification + config.box_weight * losses.box
             stopwatch.lap("loss")
 
@@ -197,6 +168,30 @@ def _fit(
     forward.remove()
 
 
+def _batches(
+    config: Config, data: LUNA16, scans: Scans, start: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Labelled and unlabelled patches of every step from ``start`` on; of the latter None until they come in."""
+    rank, world = place()
+
+    def loader(series: Sequence[str], positive: float, size: int, first: int, seed: int) -> Iterator[dict[str, Any]]:
+        patches = PatchDataset(
+            data, series, patch_size=config.patch_size, positive=positive, length=config.steps * size, seed=seed
+        )
+        share = {"batch_size": size // world, "rank": rank, "world_size": world}
+        return iter(patch_loader(patches, start=first, workers=config.workers, **share))
+
+    labeled = loader(scans.train, config.positive, config.batch_size, start, config.seed)
+    if config.method == "supervised" or config.burn_in >= config.steps:
+        yield from zip(labeled, itertools.repeat(None))
+        return
+    yield from zip(itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None))
+    first = max(start, config.burn_in)
+    yield from zip(
+        labeled, loader(scans.unlabeled, 0.0, config.unlabeled_batch_size, first, config.seed + 2**62), strict=True
+    )
+
+
 def _report(
     config: Config, state: State, data: LUNA16, scans: Scans, out: Path, stopwatch: Stopwatch
 ) -> froc.Froc | None:
@@ -211,10 +206,10 @@ def _report(
     found = _search_all(config, state.average.module, data, scans.test)
     evaluation = _evaluate(found, data, scans.test)
     if first:
-        froc.write_candidates(out / "candidates.csv", {uid: found[uid].candidates for uid in scans.test})
-        _write_json(out / "evaluation.json", evaluation.to_dict())
+        froc.write_candidates(out / CANDIDATES, {uid: found[uid].candidates for uid in scans.test})
         report.draw_froc(out / "froc.png", {"test scans": evaluation})
         report.draw_sheet(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
+        _write_json(out / EVALUATION, evaluation.to_dict())  # the last: what has it is finished
     return evaluation
 
 
@@ -284,8 +279,9 @@ def _on_finding(point: np.ndarray, findings: np.ndarray) -> bool:
 def _claim(out: Path, config: Config, resume: bool) -> None:
     """Make the run's folder, or see that it holds this very run."""
     world = place()[1]
-    if config.batch_size % world:
-        raise InputError(f"batch_size: expected a multiple of the {world} processes, got {config.batch_size}")
+    for name in ("batch_size", "unlabeled_batch_size", "groups") if config.method == "focalmix" else ("batch_size",):
+        if (value := getattr(config, name)) % world:
+            raise InputError(f"{name}: expected a multiple of the {world} processes, got {value}")
     out.mkdir(parents=True, exist_ok=True)
     begun = (out / CHECKPOINT).exists()
     stored = load_config(out) if begun else None
@@ -313,16 +309,19 @@ def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
     if config.labeled is not None:
         if config.labeled > len(parts["train"]):
             raise InputError(f"labeled: expected at most {len(parts['train'])} training scans, got {config.labeled}")
-        drawn = np.random.default_rng(config.seed).permutation(len(parts["train"]))[: config.labeled]
-        parts["train"] = [parts["train"][i] for i in sorted(drawn)]
-    for part, series in parts.items():
+        drawn = set(np.random.default_rng(config.seed).permutation(len(parts["train"]))[: config.labeled].tolist())
+        parts["unlabeled"] = [uid for i, uid in enumerate(parts["train"]) if i not in drawn]
+        parts["train"] = [uid for i, uid in enumerate(parts["train"]) if i in drawn]
+    if config.method == "focalmix" and not parts.get("unlabeled"):
+        raise InputError(f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}")
+    for part, series in ((part, parts[part]) for part in wanted):
         if series and not any(len(data.nodules(uid)) for uid in series):
             raise InputError(f"{part}_subsets: expected at least one nodule in {root}, found none in {wanted[part]}")
     if place()[0] == 0:
         data.prepare()
     if dist.is_initialized():
         dist.barrier()
-    return data, Scans(**parts)
+    return data, Scans(**{"unlabeled": [], **parts})
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -49,6 +49,9 @@ TINY = Config(
     workers=0,
     device="cpu",
 )
+FOCALMIX = replace(
+    TINY, method="focalmix", train_subsets=(0, 1, 2), labeled=2, unlabeled_batch_size=4, burn_in=2, ramp=2, objects=2
+)
 FILES = {CHECKPOINT, CONFIG, METRICS, "timing.json", "training.png", "candidates.csv", "evaluation.json", "froc.png"}
 
 
@@ -235,14 +238,16 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
         train(replace(TINY, labeled=4), luna_folder, tmp_path / "many")
 
 
-def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path):
-    config = replace(TINY, batch_size=4, steps=6, positive=1.0)
+@pytest.mark.parametrize("method", ["supervised", "focalmix"])
+def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path, method):
+    config = replace(TINY if method == "supervised" else FOCALMIX, batch_size=4, steps=6, positive=1.0, groups=2)
     train(config, luna_folder, tmp_path / "one")
     (tmp_path / "rank.py").write_text(
-        "import sys; from pathlib import Path; from dataclasses import replace\n"
-        "from tests.focalmix.test_train import TINY; from fmkernels.focalmix.train import train\n"
+        "import sys; from pathlib import Path\n"
+        "from fmkernels.focalmix.config import load_config; from fmkernels.focalmix.train import train\n"
         "if __name__ == '__main__':\n"
-        "    train(replace(TINY, batch_size=4, steps=6, positive=1.0), Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "    one, luna, two = map(Path, sys.argv[1:])\n"
+        "    train(load_config(one), luna, two)\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -256,6 +261,7 @@ def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, 
             "--nproc-per-node=2",
             f"--master-port={port}",
             str(tmp_path / "rank.py"),
+            str(tmp_path / "one"),
             str(luna_folder),
             str(tmp_path / "two"),
         ],
@@ -272,6 +278,31 @@ def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, 
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-4) for name in a)
     assert (tmp_path / "two" / "evaluation.json").exists()
+
+
+def test_focalmix_resumed_equals_uninterrupted(luna_folder, tmp_path, monkeypatch):
+    train(FOCALMIX, luna_folder, tmp_path / "whole")
+    stock, calls = loop.focalmix_loss, []
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(*args)
+
+    monkeypatch.setattr(loop, "focalmix_loss", step)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 5 of 8"):
+        train(FOCALMIX, luna_folder, tmp_path / "stopped")
+    monkeypatch.undo()
+    train(FOCALMIX, luna_folder, tmp_path / "stopped", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+
+
+def test_focalmix_needs_scans_without_labels(luna_folder, tmp_path):
+    for labeled in (None, 4):
+        with pytest.raises(InputError, match="labeled: expected fewer than the 4 training scans"):
+            train(replace(FOCALMIX, labeled=labeled), luna_folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -324,6 +355,13 @@ def test_schedules():
         ("spacing", "1,1,1"),
         ("blocks", (1, -1, 1)),
         ("device", 3),
+        ("method", "magic"),
+        ("teacher", "none"),
+        ("pseudo_labels", "loud"),
+        ("views", 9),
+        ("temperature", 0.0),
+        ("eta", 0.0),
+        ("image_mixup", 1),
     ],
 )
 def test_bad_configurations(field, value):

@@ -55,12 +55,10 @@ def cases() -> Iterator[Case]:
     yield case("in place, flips float64", Mixup(F64, flips=True).in_place())
     yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
     yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
-    yield case("out of place, flips bfloat16", Mixup(BF16, flips=True).out_of_place(BF16))
     yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
     yield case("window, flips int16 bfloat16", Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16), floor=4)
     yield case("window, flips int16 float32", Mixup(I16, flips=True, window=WINDOW).out_of_place(F32), floor=6)
     yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
-    yield case("donors, flips, in place float32", Mixup(F32, flips=True, donors=5).in_place())
     into_donors = Mixup(F32, flips=True, donors=8)
     yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
     last = (8, 64, 64, 64, 4)
@@ -70,13 +68,11 @@ def cases() -> Iterator[Case]:
         "odd size, flips int16 bfloat16", Mixup(I16, shape=odd, flips=True, window=WINDOW).out_of_place(BF16), odd
     )
     yield case("odd size, in place float32", Mixup(F32, shape=odd).in_place(), odd)
-    for batch in (1, 5, 64, 4096):
+    for batch in (1, 4096):
         shape = (batch, 1, 8, 16, 16)
         yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
-    for batch in (16, 512):
-        shape = (batch, 1, 8, 16, 16)
-        yield case(f"in place, flips, batch of {batch}", Mixup(F32, shape=shape, flips=True).in_place(), shape)
+    shape = (512, 1, 8, 16, 16)
+    yield case("in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape)
     yield case("gradient float32", Mixup(F32).gradient(True, True), floor=8)
     yield case("gradient, window, flips bfloat16", Mixup(BF16, flips=True, window=WINDOW).gradient(True, True), floor=6)
-    yield case("gradient to volumes float32", Mixup(F32, donors=8).gradient(True, False))
     yield case("gradient to donors float32", Mixup(F32, donors=8).gradient(False, True))

@@ -1,0 +1,167 @@
+"""FocalMix against the supervised baseline and against itself without one of its parts: the paper's table.
+
+Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
+where it was.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import froc, report
+from .config import Config, load_config
+from .errors import InputError
+from .files import atomic_write
+from .luna16 import LUNA16
+from .train import CANDIDATES, EVALUATION, train
+
+BASELINE, FOCALMIX = "supervised", "FocalMix"
+ABLATIONS = {
+    "image-mixup": ("no image MixUp", {"image_mixup": False}),
+    "object-mixup": ("no object MixUp", {"object_mixup": False}),
+    "soft-labels": ("hard pseudo-labels", {"pseudo_labels": "hard"}),
+    "soft-loss": ("plain focal loss", {"loss": "plain"}),
+    "views": ("K = 1", {"views": 1}),
+    "sharpening": ("T = 1", {"temperature": 1.0}),
+}
+"""What can be left out of FocalMix: the row's name and the settings."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one number of labelled scans; means over the seeds."""
+
+    labeled: int
+    method: str
+    sensitivities: tuple[float, ...]
+    """At the seven operating points."""
+    cpm: float
+    interval: tuple[float, float]
+    """95 % of the CPM, over scans and seeds drawn with replacement."""
+    gain: float | None
+    """Of the CPM over the baseline, relative; None for the baseline."""
+    gain_interval: tuple[float, float] | None
+    """95 %, the same scans and seeds drawn for both."""
+
+
+def compare(
+    config: Config,
+    root: str | Path,
+    out: str | Path,
+    *,
+    labeled: Sequence[int],
+    seeds: int,
+    without: Sequence[str] = (),
+    bootstraps: int = 1000,
+) -> list[Row]:
+    """Train what is not yet trained, and write ``table.txt``, ``table.md``, ``table.csv`` and ``cpm.png`` to ``out``.
+
+    Args:
+        config: of all runs; method, labelled scans and seed are set here. Both methods take as many steps.
+        root: a folder in LUNA16's layout.
+        out: the folder of the comparison.
+        labeled: numbers of labelled scans; a seed draws the same scans for every method.
+        seeds: 0 ... seeds - 1.
+        without: names of `ABLATIONS`, for each a row more.
+        bootstraps: of scans and seeds.
+
+    Raises:
+        InputError: as `train`, or there are no test subsets.
+    """
+    if not config.test_subsets:
+        raise InputError("test_subsets: expected at least one, got none")
+    out = Path(out)
+    methods = {BASELINE: {"method": "supervised"}, FOCALMIX: {"method": "focalmix"}}
+    methods |= {name: {"method": "focalmix", **changes} for name, changes in (ABLATIONS[part] for part in without)}
+    runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
+    results: dict[tuple[int, str], list[froc.Froc]] = {}
+    for number, (count, name, seed) in enumerate(runs, start=1):
+        folder = out / f"{count} labelled" / name / f"seed {seed}"
+        tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
+        chosen = replace(config, **methods[name], labeled=count, seed=seed)
+        if not (folder / EVALUATION).exists() or load_config(folder) != chosen:
+            train(chosen, root, folder, resume=True)
+        results.setdefault((count, name), []).append(_evaluate(chosen, root, folder, bootstraps))
+    rows = [
+        _row(count, name, results[count, name], results[count, BASELINE], bootstraps)
+        for count in labeled
+        for name in methods
+    ]
+    for name, text in {"table.txt": as_text(rows), "table.md": as_markdown(rows), "table.csv": as_csv(rows)}.items():
+        with atomic_write(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    points = {name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name] for name in methods}
+    report.draw_comparison(out / "cpm.png", points)
+    return rows
+
+
+def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
+    data = LUNA16(root, subsets=config.test_subsets)
+    nodules, excluded = ({uid: of(uid) for uid in data.series} for of in (data.nodules, data.excluded))
+    return froc.evaluate(froc.read_candidates(run / CANDIDATES), nodules, excluded, data.series, bootstraps=bootstraps)
+
+
+def _row(labeled: int, name: str, runs: Sequence[froc.Froc], baseline: Sequence[froc.Froc], bootstraps: int) -> Row:
+    """All runs were bootstrapped with the same draws of scans; here seeds are drawn on top of them."""
+    drawn = np.random.default_rng(0).integers(len(runs), size=(len(runs), bootstraps))
+
+    def cpms(of: Sequence[froc.Froc]) -> np.ndarray:
+        samples = np.stack([run.samples[:, ::10].mean(1) for run in of])  # [seeds, bootstraps]
+        return np.take_along_axis(samples, drawn, 0).mean(0)
+
+    def interval(values: np.ndarray) -> tuple[float, float]:
+        lower, upper = np.quantile(values, (0.025, 0.975)).tolist()
+        return lower, upper
+
+    sensitivities = tuple(np.mean([run.operating_sensitivities for run in runs], 0).tolist())
+    cpm, least = np.mean(sensitivities).item(), np.mean([run.cpm for run in baseline]).item()
+    ours, theirs = cpms(runs), cpms(baseline)
+    gain = gain_interval = None
+    if name != BASELINE and least > 0:
+        gain = cpm / least - 1
+        gain_interval = interval(ours / np.maximum(theirs, 1e-9) - 1)
+    return Row(labeled, name, sensitivities, cpm, interval(ours), gain, gain_interval)
+
+
+_HEAD = ("labelled", "method", "1/8", "1/4", "1/2", "1", "2", "4", "8", "CPM", "95 %", "gain", "95 % of the gain")
+
+
+def _cells(row: Row) -> list[str]:
+    percent = [f"{100 * value:.1f}" for value in (*row.sensitivities, row.cpm)]
+    cells = [str(row.labeled), row.method, *percent, "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval))]
+    if row.gain is None or row.gain_interval is None:
+        return [*cells, "", ""]
+    return [*cells, f"{100 * row.gain:+.1f} %", "{:+.1f} to {:+.1f} %".format(*(100 * v for v in row.gain_interval))]
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """The table for a terminal: sensitivities in % at false positives per scan."""
+    lines = [_HEAD, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    line = "  ".join(f"{{:{'<' if i == 1 else '>'}{width}}}" for i, width in enumerate(widths))
+    return "".join(line.format(*cells).rstrip() + "\n" for cells in lines)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    lines = [_HEAD, ["---"] * len(_HEAD), *map(_cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The table for machines: shares instead of percent, intervals in two columns."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    bounds = ("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper")
+    writer.writerow(
+        ["labeled", "method", *(f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS), "cpm", *bounds]
+    )
+    for row in rows:
+        gains = (row.gain, *(row.gain_interval or (None, None)))
+        writer.writerow([row.labeled, row.method, *row.sensitivities, row.cpm, *row.interval, *gains])
+    return text.getvalue()

@@ -1,0 +1,138 @@
+"""The comparison of methods: what is run, what is run again, and the table."""
+
+import csv
+import io
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fmkernels.focalmix import compare as comparison
+from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.compare import ABLATIONS, BASELINE, FOCALMIX, as_csv, as_markdown, as_text, compare
+from fmkernels.focalmix.config import load_config
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.froc import evaluate
+from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.test_train import TINY
+
+CONFIG = replace(
+    TINY, train_subsets=(0, 1, 2), steps=2, unlabeled_batch_size=2, burn_in=0, ramp=0, objects=1, views=2, warmup=0
+)
+
+
+@pytest.fixture(scope="module")
+def luna_folder(tmp_path_factory):
+    return write_luna(tmp_path_factory.mktemp("compare") / "luna", SCANS)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What is trained, as (labelled scans, method, seed, other changes)."""
+    calls, stock = [], comparison.train
+
+    def train(config, *args, **named):
+        calls.append(config)
+        return stock(config, *args, **named)
+
+    monkeypatch.setattr(comparison, "train", train)
+    return calls
+
+
+def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
+    rows = compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, without=["views"], bootstraps=50)
+    assert [(row.labeled, row.method) for row in rows] == [(2, BASELINE), (2, FOCALMIX), (2, "K = 1")]
+    assert [(c.method, c.seed, c.views, c.labeled) for c in trained] == [
+        *[("supervised", 0, 2, 2), ("focalmix", 0, 2, 2), ("focalmix", 0, 1, 2)],
+        *[("supervised", 1, 2, 2), ("focalmix", 1, 2, 2), ("focalmix", 1, 1, 2)],
+    ]
+    assert {c.steps for c in trained} == {2}
+    assert (tmp_path / "cpm.png").read_bytes().startswith(b"\x89PNG")
+    for name, text in (("table.txt", as_text), ("table.md", as_markdown), ("table.csv", as_csv)):
+        assert (tmp_path / name).read_text() == text(rows)
+    trained.clear()
+    assert compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, bootstraps=50) == rows[:2]
+    assert not trained
+
+
+def test_goes_on_where_it_was_stopped(luna_folder, tmp_path, trained, monkeypatch):
+    stock = comparison._evaluate
+
+    def stop(*args):
+        if len(trained) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stock(*args)
+
+    monkeypatch.setattr(comparison, "_evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, bootstraps=10)
+    monkeypatch.setattr(comparison, "_evaluate", stock)
+    compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, bootstraps=10)
+    assert [(c.method, c.seed) for c in trained] == [
+        *[("supervised", 0), ("focalmix", 0)],
+        *[("supervised", 1), ("focalmix", 1)],
+    ]
+
+
+def test_another_configuration_is_refused(luna_folder, tmp_path):
+    compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
+    with pytest.raises(InputError, match=r"gamma: expected 2.0 as in the run it holds, got 1.0"):
+        compare(replace(CONFIG, gamma=1.0), luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
+    with pytest.raises(InputError, match="test_subsets: expected at least one"):
+        compare(replace(CONFIG, test_subsets=()), luna_folder, tmp_path, labeled=[2], seeds=1)
+
+
+def froc(hits: int):
+    """Of 20 scans with a nodule each, so many found and nothing wrong."""
+    scans = [f"{i}" for i in range(20)]
+    found = {uid: [[0, 0, 0, 0.5]] for uid in scans[:hits]}
+    return evaluate(found, {uid: [[0, 0, 0, 6]] for uid in scans}, {}, scans, bootstraps=200)
+
+
+def test_gains_are_paired():
+    """The draws of scans that make one curve high make the other one high."""
+    row = comparison._row(4, FOCALMIX, [froc(12), froc(12)], [froc(10), froc(10)], 200)
+    assert row.cpm == pytest.approx(0.6) and row.gain == pytest.approx(0.2)
+    lower, upper = row.gain_interval
+    assert 0 <= lower < 0.2 < upper  # never below zero: FocalMix finds all that the baseline finds
+    unpaired = row.interval[0] / 0.5 - 1
+    assert unpaired < lower
+    alone = comparison._row(4, BASELINE, [froc(10)], [froc(10)], 200)
+    assert alone.gain is None and alone.gain_interval is None
+    same = comparison._row(4, FOCALMIX, [froc(10), froc(4)], [froc(10), froc(4)], 200)
+    assert same.gain == pytest.approx(0) and same.gain_interval == (0, 0)
+
+
+def test_seeds_are_drawn_too():
+    apart = comparison._row(4, FOCALMIX, [froc(20), froc(0)], [froc(10), froc(10)], 200)
+    assert np.allclose(apart.interval, (0, 1))
+
+
+def test_tables_say_the_same():
+    rows = [
+        comparison._row(4, BASELINE, [froc(10)], [froc(10)], 200),
+        comparison._row(4, FOCALMIX, [froc(12)], [froc(10)], 200),
+    ]
+    (_, first, second) = as_text(rows).splitlines()
+    assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0 %" in second
+    table = as_markdown(rows).splitlines()
+    assert len({line.count("|") for line in table}) == 1 and "| FocalMix | 60.0 |" in table[3]
+    parsed = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert float(parsed[1]["gain"]) == pytest.approx(0.2) and parsed[0]["gain"] == ""
+
+
+def test_command(luna_folder, tmp_path, capsys):
+    settings = ["--patch-size=16,16,16", "--strides=2,4", "--diameters=6,12", "--widths=4,8", "--blocks=0,1"]
+    settings += ["--channels=4", "--batch-size=2", "--unlabeled-batch-size=2", "--steps=1", "--burn-in=0", "--views=2"]
+    settings += ["--train-subsets=0,1,2", "--validation-subsets=", "--test-subsets=9", "--overlap=4", "--workers=0"]
+    settings += ["--spacing=2.5,2,2", "--device=cpu"]
+    command = ["compare", str(luna_folder), "--out", str(tmp_path / "out"), "--seeds=1", "--labeled", "2", *settings]
+    assert main([*command, "--without", *ABLATIONS]) == 0
+    table = capsys.readouterr().out
+    assert table.endswith("\n" + (tmp_path / "out" / "table.txt").read_text())
+    assert all(name in table for name, _ in ABLATIONS.values())
+    for name, changes in ABLATIONS.values():
+        config = load_config(tmp_path / "out" / "2 labelled" / name / "seed 0")
+        assert all(getattr(config, option) == value for option, value in changes.items())

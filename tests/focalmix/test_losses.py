@@ -1,0 +1,177 @@
+"""The losses of a step: what FocalMix draws, predicts, pairs and compares."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fmkernels import soft_target_focal_loss
+from fmkernels.focalmix.anchors import box_iou
+from fmkernels.focalmix.config import Config
+from fmkernels.focalmix.detector import apply_window
+from fmkernels.focalmix.losses import draw, focalmix_loss, pair_objects, plain_focal_loss, predict, supervised_loss
+from fmkernels.focalmix.state import build_model
+
+TINY = Config(
+    patch_size=(16, 16, 16),
+    strides=(2, 4),
+    diameters=(6.0, 12.0),
+    widths=(4, 8),
+    blocks=(0, 1),
+    channels=4,
+    search_size=(16, 16, 16),
+    overlap=4,
+    batch_size=2,
+    unlabeled_batch_size=4,
+    method="focalmix",
+    labeled=1,
+    burn_in=0,
+    ramp=0,
+    objects=3,
+    confidence=0.3,
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = build_model(TINY)
+    nn.init.normal_(model.logits.weight, std=0.5)  # probabilities of all kinds
+    nn.init.constant_(model.logits.bias, 0.0)
+    return model
+
+
+def images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1200, 600, (count, 1, 16, 16, 16), generator=generator, dtype=torch.int16)
+
+
+def labeled(seed=0):
+    boxes = [torch.tensor([[2.0, 3, 4, 7, 8, 9], [9, 9, 9, 14, 14, 14]]), torch.tensor([[4.0, 4, 4, 10, 10, 10]])]
+    return {"image": images(2, seed), "boxes": boxes, "ignore": [torch.empty(0, 6)] * 2}
+
+
+class TestDraw:
+    def test_is_decided_by_seed_and_step(self):
+        first = draw(TINY, 5)
+        assert all(torch.equal(a, b) for a, b in zip(first, draw(TINY, 5), strict=True))
+        assert not torch.equal(first.lam, draw(TINY, 6).lam)
+        assert not torch.equal(first.lam, draw(replace(TINY, seed=1), 5).lam)
+
+    def test_has_one_view_that_is_not_flipped_and_others_that_differ(self):
+        for views in range(1, 9):
+            flips = draw(replace(TINY, views=views), 3).flips
+            assert flips.dtype == torch.uint8 and flips[0] == 0 and len(set(flips.tolist())) == views
+
+    def test_mixes_within_groups_and_is_the_same_for_one_process_and_for_two(self):
+        config = replace(TINY, groups=2)
+        whole, halves = draw(config, 7), [draw(config, 7, rank, 2) for rank in range(2)]
+        for rank, half in enumerate(halves):
+            members = torch.tensor([rank, 2 + 2 * rank, 3 + 2 * rank])  # of the joint batch of 2 + 4
+            assert torch.equal(half.lam, whole.lam[members])
+            assert torch.equal(members[half.index], whole.index[members])
+            slots = (members[:, None] * config.objects + torch.arange(config.objects)).flatten()
+            assert torch.equal(half.object_lam, whole.object_lam[slots])
+            assert torch.equal(half.preference, whole.preference[slots[:, None], slots])
+            others = torch.ones(len(whole.preference), dtype=torch.bool).index_fill(0, slots, False)
+            assert (whole.preference[slots][:, others] < 0).all()
+        assert torch.equal(halves[0].flips, whole.flips)
+
+    def test_the_weight_of_unlabelled_images_rises(self):
+        config = replace(TINY, burn_in=10, ramp=3, unlabeled_weight=2.0)
+        assert [draw(config, step).unlabeled_weight.item() for step in range(10, 15)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+class TestPredict:
+    def test_targets_are_the_mean_of_the_views_sharpened(self, model):
+        flips, axes = torch.tensor([0, 1, 6, 7], dtype=torch.uint8), [(), (2,), (3, 4), (2, 3, 4)]
+        targets, _ = predict(model, images(2), TINY, flips)
+        expected = [0.0, 0.0]
+        for dims in axes:
+            logits, _ = model(apply_window(images(2), TINY.window).flip(dims))
+            expected = [e + level.sigmoid().flip(dims) / 4 for e, level in zip(expected, logits, strict=True)]
+        for ours, mean in zip(targets, expected, strict=True):
+            up, down = mean ** (1 / TINY.temperature), (1 - mean) ** (1 / TINY.temperature)
+            assert not ours.requires_grad
+            torch.testing.assert_close(ours, (up / (up + down)).detach(), rtol=1e-4, atol=1e-6)
+
+    def test_hard_targets_are_zero_or_one(self, model):
+        targets, _ = predict(model, images(1), replace(TINY, pseudo_labels="hard"), draw(TINY, 0).flips)
+        assert {v for level in targets for v in level.unique().tolist()} == {0.0, 1.0}
+
+    def test_objects_are_probable_and_apart(self, model):
+        _, objects = predict(model, images(3), TINY, draw(TINY, 0).flips)
+        assert objects.shape == (3, TINY.objects, 6) and objects.isfinite().any()
+        for own in objects:
+            own = own[own.isfinite().all(1)]
+            overlap = box_iou(own[:, None], own[None]).fill_diagonal_(0)
+            assert (overlap <= TINY.nms_threshold).all()
+        _, none = predict(model, images(3), replace(TINY, confidence=1.0), draw(TINY, 0).flips)
+        assert none.isnan().all()
+
+
+def test_objects_are_paired_with_the_most_wanted_other_one():
+    objects = torch.full((2, 2, 6), torch.nan)
+    objects[0, 0], objects[0, 1], objects[1, 0] = torch.zeros(6), torch.ones(6), torch.full((6,), 2.0)
+    preference = torch.tensor(
+        [[-1, 0.1, 0.3, 0.9], [0.5, -1, 0.2, 0.9], [-1.0, -1, -1, 0.9], [0.4, 0.3, 0.2, -1]]
+    )  # the fourth place is empty; nobody is there for the third object
+    boxes, donors = pair_objects(objects, preference)
+    assert boxes[:3, 0].tolist() == [0, 0, 1] and boxes[:3, 1].tolist() == [0, 1, 2]
+    assert donors[:2, :2].tolist() == [[1, 2], [0, 0]]
+    assert donors[2].isnan().all() and boxes[3, 1:].isnan().all()
+
+
+def test_the_plain_loss_is_ours_for_hard_targets_and_another_for_soft_ones():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 1, 2, 2, 2, generator=generator), torch.randint(-1, 2, (3, 1, 2, 2, 2), generator=generator)
+    mix = torch.tensor([0.7, 0.6, 1.0]), torch.tensor([0, 1, 2])  # each with itself
+    rest = {"alpha0": 0.25, "alpha1": 0.75, "gamma": 2.0, "normalizer": torch.tensor(3.0), "mix": mix}
+    rest["weight"] = torch.tensor([1.0, 0.5, 2.0]).view(-1, 1, 1, 1, 1)
+    hard = [y.float()]
+    torch.testing.assert_close(plain_focal_loss([x], hard, **rest), soft_target_focal_loss([x], hard, **rest))
+    soft = [torch.full_like(x, 0.5)]
+    assert not torch.isclose(plain_focal_loss([x], soft, **rest), soft_target_focal_loss([x], soft, **rest), rtol=0.1)
+
+
+class TestFocalMixLoss:
+    def test_without_mixing_and_unlabelled_weight_is_the_supervised_loss(self, model):
+        config = replace(TINY, image_mixup=False, object_mixup=False, unlabeled_weight=0.0)
+        ours = focalmix_loss(model, model, labeled(), images(4, 1), config, draw(config, 0))
+        for a, b in zip(ours, supervised_loss(model, labeled(), config), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("part", ["image_mixup", "object_mixup"])
+    def test_each_kind_of_mixing_changes_the_loss(self, model, part):
+        without = replace(TINY, image_mixup=False, object_mixup=False)
+        losses = [
+            focalmix_loss(model, model, labeled(), images(4, 1), config, draw(TINY, 0)).classification
+            for config in (without, replace(without, **{part: True}))
+        ]
+        assert losses[0] != losses[1]
+
+    def test_gradients_reach_the_model_and_not_the_teacher(self, model):
+        teacher = build_model(TINY)
+        losses = focalmix_loss(model, teacher, labeled(), images(4, 1), TINY, draw(TINY, 0))
+        (losses.classification + losses.box).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert all(p.grad is None for p in teacher.parameters())
+
+    def test_images_mixed_with_themselves_stay_what_they_are(self, model):
+        config = replace(TINY, object_mixup=False)
+        drawn = draw(config, 0)
+        ours = focalmix_loss(model, model, labeled(), images(4, 1), config, drawn._replace(index=torch.arange(6)))
+        plain = focalmix_loss(model, model, labeled(), images(4, 1), replace(config, image_mixup=False), drawn)
+        torch.testing.assert_close(ours.classification, plain.classification, rtol=1e-4, atol=1e-6)
+
+    def test_images_and_targets_are_mixed_alike(self, model):
+        """Against the mixing written out: images as floats, targets level by level, the loss given them mixed."""
+        config = replace(TINY, object_mixup=False)
+        drawn = draw(config, 0)
+        seen = []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        focalmix_loss(model, build_model(TINY), labeled(), images(4, 1), config, drawn)
+        x = apply_window(torch.cat([images(2), images(4, 1)]), TINY.window)
+        lam = drawn.lam.view(-1, 1, 1, 1, 1)
+        torch.testing.assert_close(seen[-1], lam * x + (1 - lam) * x[drawn.index])

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LARGEST = torch.finfo(torch.float32).max
+NARROWEST = 1e-30  # a window whose inverse float32 holds, with room
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VOXELS = (*FLOATS, torch.int16, torch.uint8)
 
@@ -27,6 +29,7 @@ def check_tensor(name: str, argument: str, x: object) -> None:
 
 def check_volumes(name: str, argument: str, x: object) -> None:
     check_tensor(name, argument, x)
+    check_no_tangent(name, argument, x)
     check_dtype(name, argument, x, VOXELS)
     if x.dim() != 5:
         raise ValueError(f"{name}: {argument} must be [B, C, D, H, W], got shape {shape_of(x)}")
@@ -42,6 +45,8 @@ def check_window(name: str, window: object) -> tuple[float, float] | None:
         check_number(name, f"window {bound}", value)
     if not window[0] < window[1]:
         raise ValueError(f"{name}: window must have lo < hi, got ({window[0]}, {window[1]})")
+    if window[1] - window[0] < NARROWEST:
+        raise ValueError(f"{name}: window must be at least {NARROWEST} wide, got ({window[0]}, {window[1]})")
     return float(window[0]), float(window[1])
 
 
@@ -51,7 +56,8 @@ def result_dtype(name: str, dtype: object, volumes: Tensor, window: object) -> t
         return torch.float32 if window is not None and not volumes.is_floating_point() else volumes.dtype
     if dtype not in VOXELS:
         expected = " or ".join(str(d).removeprefix("torch.") for d in VOXELS)
-        raise TypeError(f"{name}: dtype must be {expected}, got {str(dtype).removeprefix('torch.')}")
+        got = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise TypeError(f"{name}: dtype must be {expected}, got {got}")
     return dtype
 
 
@@ -60,7 +66,16 @@ def check_device(name: str, argument: str, x: Tensor, device: torch.device) -> N
         raise ValueError(f"{name}: {argument} must be on {device} as the first tensor is, got {x.device}")
 
 
+def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
+    """No op has a derivative in forward mode: a tangent would be dropped without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode")
+
+
 def check_no_grad(name: str, argument: str, x: Tensor) -> None:
+    check_no_tangent(name, argument, x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: no gradient to {argument} is offered, pass {argument} detached")
 

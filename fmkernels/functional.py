@@ -3,16 +3,19 @@
 Arguments are checked here once; everything below trusts them. No check reads a value from the device.
 """
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fmkernels.checks import (
     FLOATS,
     check_device,
     check_dtype,
     check_no_grad,
+    check_no_tangent,
     check_number,
     check_tensor,
     check_volumes,
@@ -22,6 +25,7 @@ from fmkernels.checks import (
     shape_of,
 )
 from fmkernels.dtypes import compute_dtype
+from fmkernels.layout import arrange, memory_order, restore
 from fmkernels.ops import crop_and_resize3d as _crop
 from fmkernels.ops import mixup3d as _mixup
 from fmkernels.ops import object_mixup3d as _objects
@@ -120,6 +124,7 @@ def soft_target_focal_loss(
         )
     first = xs[0]
     for x, y in zip(xs, ys, strict=True):
+        check_no_tangent(name, "logits", x)
         check_dtype(name, "logits", x, (first.dtype,) if first.dtype in FLOATS else FLOATS)
         check_dtype(name, "targets", y, (ys[0].dtype,) if ys[0].dtype in _UNITS else _UNITS)
         check_device(name, "logits", x, first.device)
@@ -145,19 +150,24 @@ def soft_target_focal_loss(
     if rows == 0:
         rows, lam, index = 1, None, None
     per_row = (bool(weights) and all(w.numel() == 1 for w in weights)) or (per_sample and rows > 1)
-    orders = [_memory_order(x, batch_first=rows > 1) for x in xs]
+    orders = [memory_order(x) for x in xs]
     dense_weights = [
-        w.reshape(-1).expand(rows).contiguous() if per_row else _arrange(w.expand(x.shape), order)
+        w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
         for w, x, order in zip(weights, xs, orders, strict=bool(weights))
     ]
-    dense = [_arrange(x, order) for x, order in zip(xs, orders, strict=True)]
-    dense_targets = [_arrange(y, order) for y, order in zip(ys, orders, strict=True)]
+    dense = [arrange(x, order) for x, order in zip(xs, orders, strict=True)]
+    dense_targets = [arrange(y, order) for y, order in zip(ys, orders, strict=True)]
     formula = _sfl.Formula(rows, float(alpha0), float(alpha1), float(gamma))
     if reduction != "none":
         return _sfl.reduced(dense, dense_targets, dense_weights, divisor, lam, index, formula, reduction == "mean")
     losses = _sfl.elementwise(dense, dense_targets, dense_weights, lam, index, formula)
-    losses = [_restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
-    return losses[0] if isinstance(logits, Tensor) else tuple(losses) if isinstance(logits, tuple) else losses
+    losses = [restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
+    return _like(logits, losses)
+
+
+def _like(levels: Tensor | Sequence[Tensor], results: list[Tensor]) -> Tensor | Sequence[Tensor]:
+    """The results in the structure of the argument."""
+    return results[0] if isinstance(levels, Tensor) else tuple(results) if isinstance(levels, tuple) else results
 
 
 def _levels(name: str, argument: str, value: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -228,24 +238,6 @@ def _is_per_sample(w: Tensor, x: Tensor) -> bool:
     return w.numel() == 1 or (0 < w.dim() == x.dim() and w.shape[0] == x.shape[0] == w.numel())
 
 
-def _memory_order(x: Tensor, *, batch_first: bool) -> list[int] | None:
-    """The permutation that makes a dense but permuted tensor (channels_last_3d, say) contiguous; None for the rest."""
-    if x.is_contiguous():
-        return None
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    if (batch_first and order[0] != 0) or not x.permute(order).is_contiguous():
-        return None
-    return order
-
-
-def _arrange(x: Tensor, order: list[int] | None) -> Tensor:
-    return (x if order is None else x.permute(order)).contiguous()
-
-
-def _restore(x: Tensor, order: list[int] | None) -> Tensor:
-    return x if order is None else x.permute(sorted(range(len(order)), key=order.__getitem__))
-
-
 def predict_targets(
     view_logits: Tensor | Sequence[Tensor], flips: Tensor, *, temperature: float = 0.7
 ) -> Tensor | Sequence[Tensor]:
@@ -260,7 +252,7 @@ def predict_targets(
     Args:
         view_logits: raw logits of the views, [K, B, A, D, H, W]; float16, bfloat16, float32 or float64; any strides,
             channels_last_3d views included, without a copy. Or a sequence of such tensors, the levels of a feature
-            pyramid.
+            pyramid. There are 8 flips: the kernel, whose code grows with K, is made for about as many views.
         flips: uint8 [K] on the same device: how each view was flipped, as a bit mask, 1 = D, 2 = H, 4 = W; other bits
             are not looked at. Never read back to the host.
         temperature: T in (0, 1]; 1 leaves the mean as it is.
@@ -296,6 +288,7 @@ def predict_targets(
     levels = _levels(name, "view_logits", view_logits)
     first = levels[0]
     for x in levels:
+        check_no_tangent(name, "view_logits", x)
         check_dtype(name, "view_logits", x, (first.dtype,) if first.dtype in FLOATS else FLOATS)
         check_device(name, "view_logits", x, first.device)
         if x.dim() != 6 or x.shape[0] == 0 or x.shape[0] != first.shape[0]:
@@ -320,7 +313,7 @@ def predict_targets(
     targets = [
         y.movedim(5, 2).squeeze(1) if last else y.squeeze(5) for y, last in zip(results, anchors_last, strict=True)
     ]
-    return targets[0] if isinstance(view_logits, Tensor) else type(view_logits)(targets)
+    return _like(view_logits, targets)
 
 
 def sample_mixup(
@@ -338,7 +331,8 @@ def sample_mixup(
     Args:
         batch_size: number of samples B, >= 0.
         eta: both parameters of the Beta distribution, > 0; the smaller, the less is mixed.
-        generator: source of randomness, on the device; the same state gives the same draw. Torch's own by default.
+        generator: source of randomness, on the device; the same state gives the same draw. Torch's own by default;
+            ``torch.compile`` can trace no other.
         device: where the result lies; that of the generator, else torch's default device.
 
     Returns:
@@ -363,7 +357,7 @@ def sample_mixup(
         (True, [0, 1, 2, 3])
     """
     name = "sample_mixup"
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: batch_size must be an int, got {kind_of(batch_size)}")
     if batch_size < 0:
         raise ValueError(f"{name}: batch_size must be >= 0, got {batch_size}")
@@ -380,7 +374,7 @@ def sample_mixup(
     # l = g1 / (g1 + g2) of two Gamma(eta) draws, each Gamma(eta + 1) u^(1 / eta): in logarithms nothing underflows
     shape = torch.full((2, batch_size), eta + 1.0, dtype=torch.float64, device=device)
     log_gamma = torch._standard_gamma(shape, generator=generator).log()
-    log_uniform = torch.rand(shape.shape, generator=generator, dtype=torch.float64, device=device).neg().log1p()
+    log_uniform = torch.empty_like(shape).uniform_(generator=generator).neg().log1p()
     logit = log_gamma[0] - log_gamma[1] + (log_uniform[0] - log_uniform[1]) / eta
     index = torch.randperm(batch_size, generator=generator, device=device)
     return torch.sigmoid(logit.abs()).float(), index
@@ -417,7 +411,8 @@ def mixup3d(
             integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
         out: where to write, of the shape and type of the result; ``volumes`` or ``donors`` to mix in place, right for
             any index map and any flips. It may share memory with them in no other way. On a GPU that takes one launch
-            and no further memory for up to 4096 volumes, 512 with flips; beyond, a copy of the size of ``out``.
+            and no further memory for up to 4096 volumes, 512 with flips; beyond, or with strides other than contiguous
+            or channels_last_3d, a copy of the size of ``out``.
 
     Returns:
         The mixed volumes, in the memory format of ``volumes``; ``out`` where given.
@@ -467,13 +462,13 @@ def mixup3d(
     if differentiable and not dtype.is_floating_point:
         raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached")
 
-    order = _memory_order(volumes, batch_first=True)
+    order = memory_order(volumes)
     axes = _FLIP_BITS if order is None else [_FLIP_BITS[d - 1] for d in order[1:]]
-    sources = {argument: _arrange(x, order) for argument, x in inputs.items()}
+    sources = {argument: arrange(x, order) for argument, x in inputs.items()}
     mix = _mixup.Mix(lam.contiguous(), index.contiguous(), own_flips, donor_flips, axes, window)
     arguments = sources["volumes"], sources.get("donors"), mix
     if out is None:
-        return _restore(_mixup.mixed(*arguments, dtype), order)
+        return restore(_mixup.mixed(*arguments, dtype), order)
     _check_out(name, out, volumes, dtype, differentiable)
     target = out if order is None else out.permute(order)
     if target.is_contiguous():
@@ -481,7 +476,7 @@ def mixup3d(
             _check_overlap(name, argument, x, target)
         _mixup.mixed_into(*arguments, target)
     else:
-        out.copy_(_restore(_mixup.mixed(*arguments, dtype), order))
+        out.copy_(restore(_mixup.mixed(*arguments, dtype), order))
     return out
 
 
@@ -526,11 +521,11 @@ def _check_out(name: str, out: object, volumes: Tensor, dtype: torch.dtype, diff
 
 
 def _check_overlap(name: str, argument: str, x: Tensor, out: Tensor) -> None:
-    """Of contiguous tensors: the same memory or apart. What is traced has no addresses."""
-    if torch.compiler.is_compiling() or x is out:
+    """Of contiguous tensors: the same voxels or apart. What is traced or has no data has no addresses."""
+    if torch.compiler.is_compiling() or x is out or x.is_meta or {type(x), type(out)} - {Tensor, Parameter}:
         return
     begin, start = x.data_ptr(), out.data_ptr()
-    if begin == start and x.shape == out.shape:
+    if begin == start and x.shape == out.shape and x.element_size() == out.element_size():
         return
     if begin < start + out.numel() * out.element_size() and start < begin + x.numel() * x.element_size():
         raise ValueError(f"{name}: out may be {argument} itself but must not overlap it otherwise")
@@ -675,8 +670,8 @@ def object_mixup3d(
             default.
         window: (lo, hi), finite, lo < hi: every voxel v of volumes and donors counts as
             clamp((v - lo) / (hi - lo), 0, 1), and so do voxels in no box, in place as well. None keeps the values.
-            Donors of another type than the volumes are windowed alone: objects in int16 HU are mixed into volumes that
-            are windowed already.
+            Integer donors of floating volumes are windowed alone: objects in int16 HU are mixed into volumes that are
+            windowed already. Other donors with a window have the type of the volumes.
         dtype: type of the result: one of those of the volumes. By default that of the volumes, float32 for windowed
             integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
         out: where to write, of the shape and type of the result; ``volumes`` to mix in place, in which case, without a
@@ -686,8 +681,9 @@ def object_mixup3d(
     Returns:
         The mixed volumes; channels_last_3d where ``volumes`` are, else contiguous. ``out`` where given.
 
-    No gradient is offered. Where ``out`` shares memory with the donors, a scratch as large as ``out`` is allocated and
-    there are two launches, else one; of the scratch, only the voxels in boxes are touched.
+    No gradient is offered. On a GPU, where ``out`` shares memory with the donors, a scratch as large as ``out`` is
+    allocated and there are two launches, else one; of the scratch, only the voxels in boxes are touched. The CPU keeps
+    the voxels in boxes until all are mixed.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
@@ -738,13 +734,18 @@ def object_mixup3d(
             raise ValueError(f"{name}: {argument} must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(x)}")
     donor_window = check_window(name, window)
     window = donor_window if donors is None or donors.dtype == volumes.dtype else None
+    if donor_window != window and (donors.is_floating_point() or not volumes.is_floating_point()):
+        raise ValueError(
+            f"{name}: window must be None for donors of another type than volumes, unless integers are mixed into "
+            f"floats, got {donors.dtype} for {volumes.dtype}"
+        )
     dtype = result_dtype(name, dtype, volumes, window)
     arguments = donors, boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous(), window, donor_window
     if out is None:
         dense = volumes.is_contiguous() or volumes.is_contiguous(memory_format=torch.channels_last_3d)
         return _objects.mixed(volumes if dense else volumes.contiguous(), *arguments, dtype)
     _check_out(name, out, volumes, dtype, False)
-    if volumes.stride() == out.stride():
+    if volumes.is_contiguous() and out.is_contiguous():
         _check_overlap(name, "volumes", volumes, out)
     _objects.mixed_into(volumes, *arguments, out)
     return out

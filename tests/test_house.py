@@ -18,10 +18,11 @@ PACKAGE = ROOT / "fmkernels"
 ALLOWED = {
     "checks": set(),
     "dtypes": set(),
+    "layout": set(),
     "cpu": {"cpu", "dtypes"},
     "kernels": {"kernels", "dtypes"},
     "ops": {"ops", "dtypes"},
-    "functional": {"ops", "checks", "dtypes"},
+    "functional": {"ops", "checks", "dtypes", "layout"},
     "nn": {"functional"},
     "focalmix": {"focalmix", "functional", "nn"},
     "__init__": {"functional", "nn"},

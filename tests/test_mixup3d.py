@@ -565,7 +565,7 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
         (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
         (ValueError, "window must have lo < hi", {"window": (2.0, 1.0)}),
         (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
-        (TypeError, "dtype must be float16 .*, got float32", {"dtype": "float32"}),
+        (TypeError, "dtype must be float16 .*, got 'float32'", {"dtype": "float32"}),
         (TypeError, "out must be a tensor", {"out": 1}),
         (TypeError, "out must be float32, got float64", {"out": X.double()}),
         (TypeError, "out must be int16, got float32", {"dtype": torch.int16, "out": X.clone()}),

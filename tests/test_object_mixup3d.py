@@ -82,13 +82,16 @@ def test_matches_reference(path, dtype, window, donors):
 
 @pytest.mark.parametrize("dtype", VOXELS)
 @pytest.mark.parametrize("donor_dtype", VOXELS)
-def test_donors_of_another_type_are_windowed_alone(path, dtype, donor_dtype):
+def test_donors_of_another_type(path, dtype, donor_dtype):
     volumes, donors = make((2, 1, 5, 6, 7), dtype, path.device), make((2, 1, 6, 4, 8), donor_dtype, path.device, seed=1)
     boxes = draw(3, volumes.shape, path.device, donor_shape=donors.shape)
-    for window in (None, WINDOW):
-        result = compare(volumes, *boxes, donors=donors, window=window)
-        if dtype != donor_dtype:
-            assert result.dtype == dtype
+    assert compare(volumes, *boxes, donors=donors).dtype == dtype
+    if dtype == donor_dtype or (dtype.is_floating_point and not donor_dtype.is_floating_point):
+        result = compare(volumes, *boxes, donors=donors, window=WINDOW)
+        assert result.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    else:
+        with pytest.raises(ValueError, match="window must be None for donors of another type"):
+            object_mixup3d(volumes, *boxes, donors=donors, window=WINDOW)
 
 
 @pytest.mark.parametrize("result", VOXELS)
@@ -465,6 +468,39 @@ def test_same_bits_every_time(path):
 
 
 # --- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+def test_half_of_a_tensor_may_be_mixed_into_the_other_half():
+    whole = make((1, 1, 4, 5, 16))
+    volumes, out = whole[..., :8], whole[..., 8:]
+    boxes = draw(2, volumes.shape)
+    expected = object_mixup3d(volumes.clone(), *boxes)
+    assert torch.equal(object_mixup3d(volumes, *boxes, out=out), expected)
+
+
+def test_memory_of_another_width_is_refused():
+    volumes = make((2, 1, 4, 4, 4))
+    out = volumes.view(torch.bfloat16).flatten()[:128].view(2, 1, 4, 4, 4)
+    with pytest.raises(ValueError, match="must not overlap"):
+        object_mixup3d(volumes, *draw(2, volumes.shape), dtype=torch.bfloat16, out=out)
+
+
+def test_in_place_is_out_of_place_for_large_objects_of_any_layout():
+    volumes = make((2, 1, 11, 9, 13)).transpose(-1, -2)
+    boxes = draw(6, volumes.shape)
+    expected = object_mixup3d(volumes, *boxes)
+    assert torch.equal(object_mixup3d(volumes, *boxes, out=volumes), expected)
+
+
+def test_is_as_exact_where_the_user_allows_less_of_products():
+    volumes = make((1, 1, 24, 24, 24))
+    boxes = rows((0, 1, 1, 1, 21, 22, 23)), rows((0, 2.5, 3.5, 4.5, 12, 14, 16)), torch.tensor([0.3])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert_right(object_mixup3d(volumes, *boxes), volumes, *boxes)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("donors", [False, True])

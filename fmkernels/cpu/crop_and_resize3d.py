@@ -24,7 +24,7 @@ _resize = torch.ops.aten.upsample_trilinear3d.out
 _resize_back = torch.ops.aten.upsample_trilinear3d_backward
 
 
-def _products_are_exact() -> bool:
+def products_are_exact() -> bool:
     """Whether torch multiplies float32 matrices in float32, and not in less by the user's leave."""
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
@@ -80,7 +80,7 @@ class _Group:
         whole = ((low == start) & (high + 1 == end)).all(1)  # a crop of whole voxels, clamped at its faces
         first = torch.where(whole[:, None], low, torch.minimum(*ends).floor())
         sizes = torch.where(whole[:, None], high, torch.maximum(*ends).ceil()) - first + 1
-        dense = ((sizes <= DENSE) & (sizes <= SPARSE * n)).all(1) & _products_are_exact()
+        dense = ((sizes <= DENSE) & (sizes <= SPARSE * n)).all(1) & products_are_exact()
         resized = whole & ((n.prod() <= ENLARGED * sizes.prod(1)) | ~dense)
         self.rows, self.volumes = rows, boxes[:, 0].int().tolist()
         self.dense, self.resized = dense.tolist(), resized.tolist()

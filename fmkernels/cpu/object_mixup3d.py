@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmkernels.cpu.crop_and_resize3d import launch_crop_and_resize3d
+from fmkernels.cpu.crop_and_resize3d import launch_crop_and_resize3d, products_are_exact
 from fmkernels.cpu.voxels import store, window_voxels
 from fmkernels.dtypes import compute_dtype
 
@@ -57,7 +57,8 @@ def _group(numbers: Tensor, rows: Tensor, begin: Tensor, end: Tensor, sources: T
     step = (stop - start) / n
     low = (start + 0.5 * step - 0.5).clamp(first, last).floor()  # of the voxels with a share
     high = (start + (n - 0.5) * step - 0.5).clamp(first, last).ceil()
-    large = (torch.maximum(n, high - low + 1) > DENSE).any(1).tolist()
+    large = (torch.maximum(n, high - low + 1) > DENSE).any(1) | (not products_are_exact())
+    large = large.tolist()
     most = min(DENSE, int(torch.maximum(n, high - low + 1).max()))
     places = torch.arange(most, dtype=torch.float64)
     positions = (start - 0.5)[:, :, None] + (places + 0.5) * step[:, :, None]
@@ -79,7 +80,7 @@ def _group(numbers: Tensor, rows: Tensor, begin: Tensor, end: Tensor, sources: T
 def _donor(pair: _Pair, donors: Tensor, window: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
     """[C, d, h, w]: the donor, resized to its target."""
     if pair.weights is not None:
-        part = donors[pair.taken].to(dtype, copy=window is not None)
+        part = donors[pair.taken].to(dtype, copy=window is not None).contiguous()
         part = part if window is None else window_voxels(part, window)
         z, y, x = pair.weights
         part = torch.matmul(y, torch.matmul(part, x.T))  # [C, m, h, w]

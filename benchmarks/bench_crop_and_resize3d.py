@@ -40,7 +40,7 @@ class Workload:
     def __str__(self) -> str:
         types = str(self.dtype) if self.result == self.dtype else f"{self.dtype} to {self.result}"
         kind = "whole voxels" if self.whole else "fractions"
-        window = "" if self.dtype.is_floating_point else ", window"
+        window = ", window" if not self.dtype.is_floating_point else "" if self.gradient else ", without gradient"
         low, high = self.extents
         return f"{types.replace('torch.', '')} {self.boxes} boxes of {low}-{high} to {self.size}^3, {kind}{window}"
 

@@ -34,8 +34,9 @@ def test_a_worse_figure_is_noticed(name):
     old |= {"moved": 12.0, "distinct": 12.0}
     row = floor.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in old.items()})
     value = getattr(row, name)
-    higher = (*value[:-1], value[-1] + 1) if isinstance(value, tuple) else value + 1
-    lower = (*value[:-1], value[-1] - 1) if isinstance(value, tuple) else value - 1
+    step = 1 + 0.1 * (value[-1] if isinstance(value, tuple) else value)
+    higher = (*value[:-1], value[-1] + step) if isinstance(value, tuple) else value + step
+    lower = (*value[:-1], value[-1] - step) if isinstance(value, tuple) else value - step
     bad, good = (lower, higher) if name == "width" else (higher, lower)
     assert floor.worse(row, old) == floor.worse(replace(row, **{name: good}), old) == []
     assert len(floor.worse(replace(row, **{name: bad}), old)) == 1

@@ -149,14 +149,19 @@ def _width(path: MainPath) -> int:
     return min(bits for bits, n in counts.items() if 6 * bits * n >= total)
 
 
+# now and then a compiler makes another code of one kernel: 147 instructions instead of 142, once in four runs
+NOISE = {"instructions": 1.05, "steady": 1.05, "registers": 1.1}
+
+
 def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
-    """The figures of a row that are worse than the committed ones."""
+    """The figures of a row that are worse than the committed ones, beyond the compilers' own noise."""
     found = []
     for name in FIGURES if same_compiler else [n for n in FIGURES if n not in COMPILED]:
         new, old = getattr(row, name), committed[name]
         pairs = zip(new, old, strict=True) if isinstance(new, tuple) else [(new, old)]
         for a, b in pairs:
-            if (a is None) != (b is None) or (a is not None and (a < b if name == "width" else a > b)):
+            limit = b if b is None else b * NOISE.get(name, 1)
+            if (a is None) != (b is None) or (a is not None and (a < limit if name == "width" else a > limit)):
                 found.append(f"{name} {new}, was {old}")
                 break
     return found

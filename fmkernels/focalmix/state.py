@@ -61,7 +61,9 @@ class State:
         buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
         torch.save(checkpoint, buffer)
         with atomic_write(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+            temporary.write_bytes(
+                buffer.getvalue()
+            )  # a view of it in an error's frames crashes Python 3.12's collector
 
     def load(self, path: Path, series: Sequence[str]) -> None:
         """Take over a checkpoint.

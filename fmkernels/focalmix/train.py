@@ -110,7 +110,7 @@ def _fit(
     batches = _batches(config, data, scans, state.step)
     bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
     began = time.monotonic() - state.seconds
-    with contextlib.closing(metrics), contextlib.closing(bar):
+    with contextlib.closing(metrics), contextlib.closing(batches), contextlib.closing(bar):
         stopwatch.start()
         for labeled, unlabeled in bar:
             labeled = _to_device(labeled, device)

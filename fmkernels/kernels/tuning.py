@@ -39,11 +39,14 @@ TABLE: dict[str, dict[str, Launch]] = {
     "predict_targets": {DEFAULT: Launch(block=1024, num_warps=4)},
     "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8)},
     "crop_and_resize3d": {DEFAULT: Launch(block=1024, num_warps=4), "gfx942": Launch(block=1024, num_warps=2)},
-    "crop_and_resize3d_gradient": {DEFAULT: Launch(block=512, num_warps=4), "gfx942": Launch(block=512, num_warps=2)},
+    "crop_and_resize3d_gradient": {
+        DEFAULT: Launch(block=512, num_warps=4, max_registers=128),
+        "gfx942": Launch(block=512, num_warps=2),
+    },
     # counted in vectors of 16 bytes
     "mixup3d": {DEFAULT: Launch(block=512, num_warps=4)},
     "mixup3d_in_place": {DEFAULT: Launch(block=512, num_warps=4)},
-    "mixup3d_in_place_flipped": {DEFAULT: Launch(block=1024, num_warps=4), "gfx942": Launch(block=1024, num_warps=2)},
+    "mixup3d_in_place_flipped": {DEFAULT: Launch(block=1024, num_warps=4)},
 }
 
 

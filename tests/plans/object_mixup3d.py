@@ -4,27 +4,17 @@ In place, every volume is one box that fills its tiles; where voxels in no box a
 """
 
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
-import triton
 
 from fmkernels.kernels import object_mixup3d as kernels
-from fmkernels.kernels.tuning import DEFAULT, TABLE, Launch
-from tests.support.driver import Case, RecordingDriver
+from tests.support.driver import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
 WINDOW = (-1200.0, 600.0)
 CUBES = (4, 1, 16, 16, 16)
 LARGE = (2, 1, 64, 64, 64)
-
-
-def _launch_parameters(op: str, _: torch.device) -> Launch:
-    """The row of the recorded target, whatever device the tensors are on."""
-    driver = triton.runtime.driver._active
-    arch = driver.target.arch if isinstance(driver, RecordingDriver) else DEFAULT
-    return TABLE[op].get(arch, TABLE[op][DEFAULT])
 
 
 class Objects:
@@ -41,11 +31,7 @@ class Objects:
         return self.volumes, self.donors, self.boxes, donor_boxes, self.lam, *self.windows
 
     def case(self, name: str, launch: Callable, last, floor: float | None) -> Case:
-        def call():
-            with mock.patch.object(kernels, "launch_parameters", _launch_parameters):
-                launch(*self.arguments(), last)
-
-        return Case(name, call, self.volumes.numel(), floor)
+        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), floor)
 
     def new(self, name: str, dtype: torch.dtype, floor: float | None = None) -> Case:
         return self.case(name, kernels.launch_object_mixup, dtype, floor)

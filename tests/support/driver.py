@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
+from fmkernels.kernels import tuning
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -124,7 +126,8 @@ def recording(target: str = "sm_90") -> Iterator[Recording]:
     triton.runtime.driver.set_active(driver)
     triton.compiler.compile = lambda source, **kwargs: triton.runtime.driver.active.compile(source, **kwargs)
     try:
-        yield driver.recording
+        with mock.patch.object(tuning, "_architecture", lambda device: target):
+            yield driver.recording
     finally:
         triton.runtime.driver._active, triton.compiler.compile = active, compile_
 

@@ -145,15 +145,15 @@ def soft_target_focal_loss(
 
     inner = [x.numel() // x.shape[0] if x.dim() and x.shape[0] else 0 for x in xs]
     same_batch = first.dim() > 0 and all(x.shape[:1] == first.shape[:1] for x in xs)
-    per_sample = bool(weights) and same_batch and all(map(_is_per_sample, weights, xs))
+    per_sample = len(weights) > 0 and same_batch and all(map(_is_per_sample, weights, xs))
     rows = first.shape[0] if lam is not None or (per_sample and max(inner) >= _ROW_ELEMENTS) else 1
     if rows == 0:
         rows, lam, index = 1, None, None
-    per_row = (bool(weights) and all(w.numel() == 1 for w in weights)) or (per_sample and rows > 1)
+    per_row = (len(weights) > 0 and all(w.numel() == 1 for w in weights)) or (per_sample and rows > 1)
     orders = [memory_order(x) for x in xs]
     dense_weights = [
         w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
-        for w, x, order in zip(weights, xs, orders, strict=bool(weights))
+        for w, x, order in zip(weights, xs, orders, strict=len(weights) > 0)
     ]
     dense = [arrange(x, order) for x, order in zip(xs, orders, strict=True)]
     dense_targets = [arrange(y, order) for y, order in zip(ys, orders, strict=True)]

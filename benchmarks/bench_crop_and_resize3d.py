@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, PHASES, Comparison, Provider
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels import crop_and_resize3d
 
 WINDOW = (-1200.0, 600.0)
@@ -125,8 +125,6 @@ def interpolate_loop(workload: Workload) -> Callable[..., Tensor]:
     """The crop of each box, resized."""
 
     def run(volumes, boxes):
-        if not workload.whole:
-            pytest.skip("takes boxes of whole voxels")
         crops = [
             F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], workload.output_size, mode="trilinear")
             for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
@@ -140,8 +138,6 @@ def monai(workload: Workload) -> Callable[..., Tensor]:
     """The crop of each box, resized by MONAI's transform."""
 
     def run(volumes, boxes):
-        if not workload.whole:
-            pytest.skip("takes boxes of whole voxels")
         resize = pytest.importorskip("monai.transforms").Resize(workload.output_size, mode="trilinear")
         crops = [
             resize(volumes[b, :, z1:z2, y1:y2, x1:x2]).as_tensor() for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
@@ -169,8 +165,6 @@ def grid_sample(workload: Workload) -> Callable[..., Tensor]:
     """One call, for which each box has a copy of its volume."""
 
     def run(volumes, boxes):
-        if workload.whole:
-            pytest.skip("clamps at the volume")
         x = _windowed(workload, volumes)
         return _grid_sample(x[boxes[:, 0].long()], _grid(workload, boxes)).to(workload.result)
 
@@ -181,8 +175,6 @@ def grid_sample_loop(workload: Workload) -> Callable[..., Tensor]:
     """One call for each box."""
 
     def run(volumes, boxes):
-        if workload.whole:
-            pytest.skip("clamps at the volume")
         x, grid = _windowed(workload, volumes), _grid(workload, boxes)
         batch = boxes[:, 0].int().tolist()
         return torch.cat([_grid_sample(x[b : b + 1], grid[k : k + 1]) for k, b in enumerate(batch)]).to(workload.result)
@@ -215,8 +207,6 @@ def simple_itk(workload: Workload) -> Callable[..., Tensor]:
     """ResampleImageFilter for each box, which computes coordinates in double precision."""
 
     def run(volumes, boxes):
-        if workload.gradient or workload.whole or workload.window or DEVICE.type != "cpu":
-            pytest.skip("forward only, of windowless volumes on the CPU, clamped at the volume")
         sitk = pytest.importorskip("SimpleITK")
         images = [sitk.GetImageFromArray(volume[0].numpy()) for volume in volumes]
         resample = sitk.ResampleImageFilter()
@@ -234,21 +224,20 @@ def simple_itk(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-PROVIDERS = {
-    OURS: ours,
-    "interpolate loop": interpolate_loop,
-    "MONAI": monai,
-    "grid_sample": grid_sample,
-    "grid_sample loop": grid_sample_loop,
-    "formula": formula,
-    "torch.compile": formula,
-    "SimpleITK": simple_itk,
-}
+def providers(workload: Workload) -> list[Provider]:
+    """Resizing takes boxes of whole voxels, grid_sample clamps at the volume; so does SimpleITK, forward on the CPU."""
+    functions = {OURS: ours}
+    if workload.whole:
+        functions |= {"interpolate loop": interpolate_loop, "MONAI": monai}
+    else:
+        functions |= {"grid_sample": grid_sample, "grid_sample loop": grid_sample_loop}
+    functions |= {"formula": formula, "torch.compile": formula}
+    if DEVICE.type == "cpu" and not (workload.whole or workload.window or workload.gradient):
+        functions["SimpleITK"] = simple_itk
+    return [Provider(name, make(workload), compile=name == "torch.compile") for name, make in functions.items()]
 
 
-@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
-def comparison(request) -> Comparison:
-    workload = request.param
+def comparison(workload: Workload) -> Comparison:
     return Comparison(
         op="crop_and_resize3d",
         workload=str(workload),
@@ -257,13 +246,10 @@ def comparison(request) -> Comparison:
             volumes, boxes, workload.output_size, clamp=workload.clamp, window=workload.window, dtype=workload.result
         ),
         floor=workload.floor(),
-        providers=[
-            Provider(name, function(workload), compile=name == "torch.compile") for name, function in PROVIDERS.items()
-        ],
+        providers=providers(workload),
     )
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_crop_and_resize3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

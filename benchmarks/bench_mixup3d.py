@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, PHASES, Comparison, Provider
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels import mixup3d
 
 WINDOW = (-1200.0, 600.0)
@@ -120,16 +120,10 @@ def lean(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-def _only(workload: Workload, *, in_place: bool, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    if workload.flips or workload.in_place != in_place or workload.dtype not in dtypes:
-        pytest.skip(f"does not do {workload}")
-
-
 def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
     """The least that eager PyTorch moves in place; the host reads lam."""
 
     def run(volumes, lam, index, flips):
-        _only(workload, in_place=True, dtypes=(torch.float32, torch.bfloat16))
         for own, partner, share in zip(volumes, volumes[index], lam.tolist(), strict=True):
             torch.lerp(partner, own, share, out=own)
         return volumes
@@ -139,7 +133,6 @@ def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
 
 def torchvision(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, lam, index, flips):
-        _only(workload, in_place=False)
         v2 = pytest.importorskip("torchvision.transforms.v2", exc_type=Exception)
         video = pytest.importorskip("torchvision.tv_tensors", exc_type=Exception).Video(volumes)
         params = {"lam": 0.75, "labels": None, "batch_size": len(volumes)}
@@ -150,7 +143,6 @@ def torchvision(workload: Workload) -> Callable[..., Tensor]:
 
 def timm(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, lam, index, flips):
-        _only(workload, in_place=True)
         mixup = pytest.importorskip("timm.data.mixup", exc_type=Exception).Mixup(mode="elem")
         mixup._params_per_elem = lambda batch: (lam.tolist(), [False] * batch)
         mixup._mix_elem(volumes)
@@ -161,7 +153,6 @@ def timm(workload: Workload) -> Callable[..., Tensor]:
 
 def monai(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, lam, index, flips):
-        _only(workload, in_place=False)
         array = pytest.importorskip("monai.transforms.regularization.array", exc_type=Exception)
         mixup = array.MixUp(len(volumes))
         mixup._params = lam, index, []
@@ -170,21 +161,26 @@ def monai(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-PROVIDERS = {
-    OURS: ours,
-    "eager": plain,
-    "best eager": lean,
-    "lerp by sample": lerp_by_sample,
-    "torch.compile": plain,
-    "torchvision": torchvision,
-    "timm": timm,
-    "monai": monai,
-}
+def providers(workload: Workload) -> list[Provider]:
+    """Other libraries mix float32 without flips, each either in place or not."""
+    functions = {OURS: ours, "eager": plain, "best eager": lean}
+    if workload.in_place and not workload.flips:
+        functions["lerp by sample"] = lerp_by_sample
+    functions["torch.compile"] = plain
+    if workload.dtype == torch.float32 and not workload.flips:
+        functions |= {"timm": timm} if workload.in_place else {"torchvision": torchvision, "monai": monai}
+    return [
+        Provider(
+            name,
+            make(workload),
+            inputs=workload.inputs_for_torchvision if name == "torchvision" else None,
+            compile=name == "torch.compile",
+        )
+        for name, make in functions.items()
+    ]
 
 
-@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
-def comparison(request) -> Comparison:
-    workload = request.param
+def comparison(workload: Workload) -> Comparison:
     return Comparison(
         op="mixup3d",
         workload=str(workload),
@@ -193,19 +189,10 @@ def comparison(request) -> Comparison:
             volumes, lam, index, flips=flips, window=workload.window(), dtype=workload.result
         ),
         floor=workload.floor(),
-        providers=[
-            Provider(
-                name,
-                function(workload),
-                inputs=workload.inputs_for_torchvision if name == "torchvision" else None,
-                compile=name == "torch.compile",
-            )
-            for name, function in PROVIDERS.items()
-        ],
+        providers=providers(workload),
     )
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_mixup3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

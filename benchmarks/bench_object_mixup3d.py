@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels import object_mixup3d
 
 MOST_COMPILED = 64
@@ -134,24 +134,20 @@ def grid_sample(crop: Tensor, size: list[int]) -> Tensor:
     return F.grid_sample(crop, grid, padding_mode="border", align_corners=False)
 
 
-def compiled(workload: Workload) -> Callable[..., Tensor]:
-    """One graph of all boxes; there are too many for that where it takes minutes to compile."""
+def providers(workload: Workload) -> list[Provider]:
+    """Compiled is one graph of all boxes, which takes minutes where they are many."""
+    interpolated = box_by_box(workload, interpolate)
+    result = [
+        Provider(OURS, ours(workload)),
+        Provider("interpolate", interpolated),
+        Provider("grid_sample", box_by_box(workload, grid_sample)),
+    ]
     if workload.boxes <= MOST_COMPILED:
-        return torch.compile(box_by_box(workload, interpolate), fullgraph=True, dynamic=False)
-    return lambda *_: pytest.skip(f"more than {MOST_COMPILED} boxes")
+        result.append(Provider("torch.compile", interpolated, compile=True))
+    return result
 
 
-PROVIDERS = {
-    OURS: ours,
-    "interpolate": lambda workload: box_by_box(workload, interpolate),
-    "grid_sample": lambda workload: box_by_box(workload, grid_sample),
-    "torch.compile": compiled,
-}
-
-
-@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
-def comparison(request) -> Comparison:
-    workload = request.param
+def comparison(workload: Workload) -> Comparison:
     return Comparison(
         op="object_mixup3d",
         workload=str(workload),
@@ -160,11 +156,10 @@ def comparison(request) -> Comparison:
             volumes, boxes, donor_boxes, lam, donors=donors
         ),
         floor=workload.floor(),
-        providers=[Provider(name, function(workload)) for name, function in PROVIDERS.items()],
+        providers=providers(workload),
     )
 
 
-@pytest.mark.parametrize("phase", ["forward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_object_mixup3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels import predict_targets
 
 TEMPERATURE = 0.7
@@ -68,9 +68,7 @@ def best_eager(logits: Tensor, flips: Tensor) -> Tensor:
 PROVIDERS = {OURS: ours, "eager": plain, "best eager": best_eager, "torch.compile": plain}
 
 
-@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
-def comparison(request) -> Comparison:
-    workload = request.param
+def comparison(workload: Workload) -> Comparison:
     return Comparison(
         op="predict_targets",
         workload=str(workload),
@@ -81,7 +79,6 @@ def comparison(request) -> Comparison:
     )
 
 
-@pytest.mark.parametrize("phase", ["forward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_predict_targets(record, comparison, provider, phase):
     record(comparison, provider, phase)

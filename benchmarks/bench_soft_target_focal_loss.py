@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, PHASES, Comparison, Provider
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels import soft_target_focal_loss
 
 
@@ -125,9 +125,7 @@ PROVIDERS = {
 }
 
 
-@pytest.fixture(scope="module", params=WORKLOADS, ids=str)
-def comparison(request) -> Comparison:
-    workload = request.param
+def comparison(workload: Workload) -> Comparison:
     return Comparison(
         op="soft_target_focal_loss",
         workload=str(workload),
@@ -147,7 +145,6 @@ def comparison(request) -> Comparison:
     )
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_soft_target_focal_loss(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -1,15 +1,16 @@
 """What every suite shares: a comparison of providers on one workload, and what is recorded of each.
 
-A suite makes one `Comparison` per workload (a module-scoped fixture) and has one test per provider and phase, which
-calls `record(comparison, provider, phase)` (the fixture of conftest.py). The first of them holds every provider to the
-reference and then times all in interleaved rounds, so that a neighbour's load falls on all alike; each test replays
-its own samples to pytest-benchmark. A provider that is wrong fails and is not timed; one that cannot be imported is
-skipped.
+A suite makes one `Comparison` per workload, of the providers that do it, and has one test for each of their `rows`,
+which calls `record(comparison, provider, phase)` (the fixture of conftest.py). The first of a comparison holds every
+provider to the reference and then times all in interleaved rounds, so that a neighbour's load falls on all alike; each
+test replays its own samples to pytest-benchmark. A provider that is wrong fails and is not timed; one that cannot be
+imported is skipped.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,7 +22,6 @@ from tests.support.tolerance import assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "fmkernels"
-PHASES = ("forward", "backward", "both")  # without a graph; what follows a forward that made one; that and its forward
 
 _COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[DEVICE.type]  # read and written: more than any cache holds
 _FLUSH_BYTES = 512 << 20
@@ -59,7 +59,8 @@ class Comparison:
     inputs: makes the arguments on DEVICE, from torch's default generator; gradients go to those that require one.
     reference: the float64 oracle, called with the inputs of a provider.
     floor: bytes that must move between memory and processor in each phase; None where a provider may have moved them
-        in another phase; phases not named do not exist.
+        in another phase. The phases are "forward", without a graph; with a gradient, "backward", what follows a forward
+        that made one, and "both", that and its forward.
     providers: one of them named OURS.
     scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
     """
@@ -75,10 +76,15 @@ class Comparison:
     _memory: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _problems: dict[str, BaseException] = field(default_factory=dict, init=False)
 
+    def __repr__(self) -> str:
+        return f"{self.op}, {self.workload}"
+
     def row(self, provider: str, phase: str, *, min_rounds: int, max_time: float) -> "Row":
         """The samples of one row and what follows from them; the first call measures all rows."""
         if not self._samples:
             self._measure(min_rounds, max_time)
+            for problem in self._problems.values():  # whose frames would hold all tensors until the last comparison
+                traceback.clear_frames(problem.__traceback__)
         if provider in self._problems:
             raise self._problems[provider]
         samples = self._samples[provider][phase]
@@ -134,6 +140,16 @@ class Comparison:
                 assert_close(result.double() / self.scale, wanted.double() / self.scale, result.dtype)
         run.round()
         return run
+
+
+def rows(comparisons: Iterable[Comparison]) -> list:
+    """What to parametrize ("comparison", "provider", "phase") with: each provider in each phase."""
+    return [
+        pytest.param(comparison, provider.name, phase, id=f"{comparison.workload}-{provider.name}-{phase}")
+        for comparison in comparisons
+        for provider in comparison.providers
+        for phase in comparison.floor
+    ]
 
 
 class _Run:

@@ -227,11 +227,10 @@ def launch_crop_and_resize3d_gradient(
         bricks = B * C * triton.cdiv(D, depth) * triton.cdiv(H, BRICK_Y) * triton.cdiv(W, BRICK_X)
         low, high = window or (0.0, 1.0)
         strides = (0, 0, 0, 0, 0) if windowed is None else windowed.stride()
-        limit = {"maxnreg": launch.max_registers} if launch.max_registers else {}
         with torch.cuda.device_of(upstream):
             gradient_kernel[(bricks,)](
                 upstream, boxes, windowed, out, K, B, D, H, W, *strides, C, d, h, w, low, high, 1 / (high - low),
                 Z=depth, Y=BRICK_Y, X=BRICK_X, BOXES=BOXES, CLAMP_BOX=clamp_box, WIDE=d * h * w >= NARROW,
-                num_warps=launch.num_warps, **limit,
+                num_warps=launch.num_warps, **launch.register_limit,
             )  # fmt: skip
     return out

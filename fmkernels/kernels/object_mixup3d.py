@@ -345,12 +345,11 @@ def _launch(
         return
     sources = donors if mixed is None else mixed
     low, high = window or donor_window or (0.0, 1.0)
-    limit = {"maxnreg": launch.max_registers} if launch.max_registers else {}
     with torch.cuda.device_of(out):
         object_mixup_kernel[(grid,)](
             volumes, sources, out, boxes, donor_boxes, lam, K, programs, B, C, D, H, W, inner or 1, donors.shape[0],
             *donors.shape[2:], *volumes.stride(), *out.stride(), *sources.stride(), low, 1 / (high - low),
             LANES=LANES, DEPTH=launch.block // LANES, BOXES=BOXES, COPY=COPY if copies else 0, COPY_PART=COPY_PART,
             MIXED=mixed is not None, WINDOW=window is not None, DONOR_WINDOW=donor_window is not None and mixed is None,
-            WIDE=out.numel() + COPY >= WIDE_FROM, num_warps=launch.num_warps, **limit,
+            WIDE=out.numel() + COPY >= WIDE_FROM, num_warps=launch.num_warps, **launch.register_limit,
         )  # fmt: skip

@@ -1,7 +1,6 @@
 """Launch parameters of every kernel, as data: one row per operation and architecture.
 
-A row was either chosen from the compiled code (registers, instructions per element) or, once a GPU has run
-benchmarks/tune.py, from measurements there; ``source`` says which.
+They were chosen from the compiled code: registers, instructions per element.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements per tile, warps per program, tiles per program, and where the numbers come from.
+    """Elements per tile, warps per program and tiles per program.
 
     ``max_registers`` per thread keeps NVIDIA's compiler from a lower limit of its own, at which it would spill.
     """
@@ -22,11 +21,15 @@ class Launch:
     max_registers: int | None = None
     max_tiles: int = 1
     enough_programs: int = 4096  # a program takes more tiles only where at least so many programs are left
-    source: str = "compiled code"
 
     def tiles(self, elements: int) -> int:
         """Tiles per program for so many elements."""
         return max(1, min(self.max_tiles, elements // (self.block * self.enough_programs)))
+
+    @property
+    def register_limit(self) -> dict[str, int]:
+        """``max_registers`` as an option of a launch; none where there is no limit."""
+        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
 
 DEFAULT = "default"

@@ -231,7 +231,7 @@ def _check_normalizer(name: str, normalizer: object, reduction: str, x: Tensor) 
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
     normalizer = check_number(name, "normalizer", normalizer)
-    return x.new_ones((), dtype=compute_dtype([x])) * normalizer  # torch.full would compile anew for every number
+    return x.new_ones((), dtype=compute_dtype(x.dtype)) * normalizer  # torch.full would compile anew for every number
 
 
 def _is_per_sample(w: Tensor, x: Tensor) -> bool:

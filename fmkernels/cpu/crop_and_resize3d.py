@@ -198,7 +198,7 @@ def launch_crop_and_resize3d(
     out = volumes.new_zeros((len(boxes), volumes.shape[1], *output_size), dtype=dtype)
     if not out.numel():
         return out
-    compute = compute_dtype([volumes])
+    compute = compute_dtype(volumes.dtype)
 
     def prepare(part: Tensor) -> Tensor:
         return part.to(compute) if window is None else window_voxels(part.to(compute, copy=True), window)
@@ -229,7 +229,7 @@ def launch_crop_and_resize3d_gradient(
 ) -> Tensor:
     """As fmkernels.kernels.crop_and_resize3d.launch_crop_and_resize3d_gradient."""
     output_size = upstream.shape[2:]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = compute_dtype(dtype)
     total = upstream.new_zeros(shape, dtype=compute)
     if not total.numel() or not upstream.numel():
         return total.to(dtype)

@@ -130,7 +130,7 @@ def launch_mixup_into(
     over_donors, over_volumes = (x.data_ptr() == out.data_ptr() for x in (donors, volumes))
     images = flipped and (over_donors or over_volumes)
     as_stored = window is None and out.dtype == volumes.dtype and out.is_floating_point()
-    dtype = out.dtype if as_stored else compute_dtype([volumes])  # torch.lerp computes 16 bits in float32
+    dtype = out.dtype if as_stored else compute_dtype(volumes.dtype)  # torch.lerp computes 16 bits in float32
     donor = _Sources(donors, donor_flips, axes, window, dtype, copy=over_donors)
     own = donor if shared else _Sources(volumes, flips, axes, window, dtype, copy=False)
     voxels = max(SMALLEST_BOX, BLOCK // len(out)) * torch.get_num_threads()
@@ -173,7 +173,7 @@ def launch_gradient(
         for row, mask in enumerate(masks):
             image = _mirrored(box, mask, sizes, axes)
             target = _view(gradient[row], box)
-            total = torch.zeros_like(target, dtype=compute_dtype([gradient]))
+            total = torch.zeros_like(target, dtype=compute_dtype(gradient.dtype))
             for sample, share in terms[row]:
                 total.add_(_view(upstream[sample], image).to(total.dtype), alpha=share)
             total = _flipped(total, mask, axes)

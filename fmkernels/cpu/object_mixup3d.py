@@ -131,7 +131,7 @@ def launch_object_mixup_into(
 ) -> None:
     """As fmkernels.kernels.object_mixup3d.launch_object_mixup_into."""
     donors = volumes if donors is None else donors
-    compute, shares = compute_dtype([volumes]), lam.tolist()
+    compute, shares = compute_dtype(volumes.dtype), lam.tolist()
     patches: dict[int, list[tuple[Region, Tensor]]] = {}  # of each volume
     for pair in _pairs(boxes, donor_boxes, volumes.shape, donors.shape, compute):
         earlier, share = patches.setdefault(pair.target[0], []), shares[pair.number]
@@ -161,7 +161,7 @@ def _copy(volumes: Tensor, window: Sequence[float] | None, out: Tensor) -> None:
         pieces = zip(volumes.view(-1).split(BLOCK), out.view(-1).split(BLOCK), strict=True)
     else:
         pieces = zip(volumes, out, strict=True)
-    compute = compute_dtype([volumes])
+    compute = compute_dtype(volumes.dtype)
     for piece, target in pieces:
         values = piece.to(compute, copy=True)
         store(values if window is None else window_voxels(values, window), target)

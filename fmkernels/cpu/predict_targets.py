@@ -20,7 +20,7 @@ def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, tempera
     axes = [[axis - 4 for axis in range(3) if mask >> axis & 1] for mask in flips.tolist()]
     targets = [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
     for x, out in zip(view_logits, targets, strict=True):
-        dtype, depth = compute_dtype([x]), x.shape[3]
+        dtype, depth = compute_dtype(x.dtype), x.shape[3]
         for b, a, d in _parts(out):
             mirrored = slice(depth - d.stop, depth - d.start)
             total = 0

@@ -38,7 +38,7 @@ def _blocks(
     with_gradient: bool,
 ) -> Iterator[_Block]:
     """Loss and gradient (in the compute type) of block after block of every level."""
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits[0].dtype)
     for level, (x, y) in enumerate(zip(logits, targets, strict=True)):
         x, y = _as_rows(x, rows), _as_rows(y, rows)
         w = _as_rows(weights[level], rows) if weights else None  # [rows, 1 or inner]
@@ -120,7 +120,7 @@ def launch_sum(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As fmkernels.kernels.soft_target_focal_loss.launch_sum."""
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits[0].dtype)
     known = None if normalizer is None else max(float(normalizer), 1.0)
     gradients = [torch.empty_like(x) for x in logits] if with_gradient else []
     total, count = 0.0, 0

@@ -349,7 +349,7 @@ def launch_sum(
     launch = launch_parameters("soft_target_focal_loss", logits[0].device)
     tiles = launch.tiles(sum(x.numel() for x in logits))
     grid = _Grid.of(logits, rows, tiles * launch.block)
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits[0].dtype)
     losses = logits[0].new_empty(grid.programs, dtype=dtype)
     count = mean and normalizer is None
     counts = logits[0].new_empty(grid.programs, dtype=torch.int32) if count else None

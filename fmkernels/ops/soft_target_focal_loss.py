@@ -40,7 +40,7 @@ define(
 
 @fake("soft_target_focal_loss_sum")
 def _(logits, targets, weights, normalizer, lam, index, rows, alpha0, alpha1, gamma, mean, with_gradient):
-    scalar = logits[0].new_empty((), dtype=compute_dtype(logits))
+    scalar = logits[0].new_empty((), dtype=compute_dtype(logits[0].dtype))
     return scalar, torch.empty_like(scalar), [torch.empty_like(x) for x in logits] if with_gradient else []
 
 

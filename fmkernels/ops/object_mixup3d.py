@@ -1,9 +1,6 @@
 """The ops behind object_mixup3d: schemas and fakes. They have no gradient."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from fmkernels.ops.library import define, fake
 
@@ -27,29 +24,5 @@ def _(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out):
     return None
 
 
-def mixed(
-    volumes: Tensor,
-    donors: Tensor | None,
-    boxes: Tensor,
-    donor_boxes: Tensor,
-    lam: Tensor,
-    window: Sequence[float] | None,
-    donor_window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The mixed volumes; see launch_object_mixup."""
-    return torch.ops.fmkernels.object_mixup3d(volumes, donors, boxes, donor_boxes, lam, window, donor_window, dtype)
-
-
-def mixed_into(
-    volumes: Tensor,
-    donors: Tensor | None,
-    boxes: Tensor,
-    donor_boxes: Tensor,
-    lam: Tensor,
-    window: Sequence[float] | None,
-    donor_window: Sequence[float] | None,
-    out: Tensor,
-) -> None:
-    """Write the mixed volumes into ``out``, which may be ``volumes``."""
-    torch.ops.fmkernels.object_mixup3d_into(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out)
+mixed = torch.ops.fmkernels.object_mixup3d
+mixed_into = torch.ops.fmkernels.object_mixup3d_into

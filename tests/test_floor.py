@@ -34,7 +34,8 @@ def test_a_worse_figure_is_noticed(name):
     old |= {"moved": 12.0, "distinct": 12.0}
     row = floor.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in old.items()})
     value = getattr(row, name)
-    step = 1 + 0.1 * (value[-1] if isinstance(value, tuple) else value)
+    figure = value[-1] if isinstance(value, tuple) else value
+    step = 0.051 * figure if name in ("instructions", "steady") else 0.001
     higher = (*value[:-1], value[-1] + step) if isinstance(value, tuple) else value + step
     lower = (*value[:-1], value[-1] - step) if isinstance(value, tuple) else value - step
     bad, good = (lower, higher) if name == "width" else (higher, lower)

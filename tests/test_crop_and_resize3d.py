@@ -16,7 +16,7 @@ from fmkernels.kernels import crop_and_resize3d as kernels
 from fmkernels.kernels import tuning
 from tests.conftest import Path
 from tests.support import on_gpu
-from tests.support.cases import cases
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import TOLERANCE, assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -723,15 +723,8 @@ def test_any_case_on_the_cpu_path(case):
         check_case(case)
 
 
-@pytest.mark.kernel
-def test_any_case_in_the_kernel(path):
-    if path.name != "kernel":
-        pytest.skip("the CPU path has its own")
-
-    @cases(200)
-    @given(case=CASE)
-    def check(case):
-        size = tuple(min(n, most) for n, most in zip(case["size"], (2, 3, 4), strict=True))
-        check_case({**case, "channels": 1, "size": size, "boxes": case["boxes"][:2]}, path.device)
-
-    check()
+@kernel_cases(200)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    size = tuple(min(n, most) for n, most in zip(case["size"], (2, 3, 4), strict=True))
+    check_case({**case, "channels": 1, "size": size, "boxes": case["boxes"][:2]}, path.device)

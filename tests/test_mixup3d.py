@@ -13,7 +13,7 @@ from fmkernels import mixup3d, sample_mixup
 from fmkernels.cpu import mixup3d as cpu
 from fmkernels.kernels import mixup3d as kernels
 from fmkernels.kernels.tuning import launch_parameters
-from tests.support.cases import cases
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -784,11 +784,7 @@ def test_any_case_on_the_cpu_path(case, voxels):
         check_gradients(case, "cpu")
 
 
-@pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
-def test_any_case_in_the_kernel(path):
-    @cases(200)
-    @given(case=CASE)
-    def check(case):
-        check_values(case, path.device)
-
-    check()
+@kernel_cases(200)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    check_values(case, path.device)

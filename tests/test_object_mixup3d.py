@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import reference
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
-from tests.support.cases import cases
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -665,14 +665,7 @@ def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@pytest.mark.kernel
-def test_any_case_in_the_kernel(path):
-    if path.name != "kernel":
-        pytest.skip("the CPU path has its own")
-
-    @cases(200)
-    @given(case=CASE)
-    def check(case):
-        check_case(case, path.device)
-
-    check()
+@kernel_cases(200)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    check_case(case, path.device)

@@ -11,7 +11,7 @@ import reference
 from fmkernels import predict_targets
 from fmkernels.kernels.tuning import launch_parameters
 from tests.support import on_gpu
-from tests.support.cases import cases
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -312,14 +312,7 @@ def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@pytest.mark.kernel
-def test_any_case_in_the_kernel(path):
-    if path.name != "kernel":
-        pytest.skip("the CPU path has its own")
-
-    @cases(200)
-    @given(case=CASE)
-    def check(case):
-        check_case(case, path.device)
-
-    check()
+@kernel_cases(200)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    check_case(case, path.device)

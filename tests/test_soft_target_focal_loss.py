@@ -14,7 +14,7 @@ import reference
 from fmkernels import nn, soft_target_focal_loss
 from fmkernels.kernels import soft_target_focal_loss as kernels
 from fmkernels.kernels.tuning import Launch, launch_parameters
-from tests.support.cases import cases
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -568,17 +568,10 @@ def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@pytest.mark.kernel
-def test_any_case_in_the_kernel(path):
-    if path.name != "kernel":
-        pytest.skip("the CPU path has its own")
-
-    @cases(200)
-    @given(case=CASE)
-    def check(case):
-        check_case(case, path.device)
-
-    check()
+@kernel_cases(200)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    check_case(case, path.device)
 
 
 def make_strided(shape, layout, *arguments):

@@ -240,7 +240,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.froc import evaluate, read_candidates
+    from fmkernels.focalmix.froc import read_candidates
     from fmkernels.focalmix.luna16 import LUNA16
 
     data = LUNA16(arguments.data)
@@ -251,12 +251,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     candidates = read_candidates(arguments.candidates)
     if unknown := sorted(set(candidates) - set(data.series)):
         raise InputError(f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}")
-    result = evaluate(
-        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere},
-        {uid: data.nodules(uid) for uid in chosen},
-        {uid: data.excluded(uid) for uid in chosen},
-        chosen,
-    )
+    result = data.evaluate({uid: rows for uid, rows in candidates.items() if uid not in elsewhere}, chosen)
     print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
     if arguments.plot:
         from fmkernels.focalmix.report import draw_froc

@@ -25,7 +25,7 @@ ABLATIONS = {
     "image-mixup": ("no image MixUp", {"image_mixup": False}),
     "object-mixup": ("no object MixUp", {"object_mixup": False}),
     "soft-labels": ("hard pseudo-labels", {"pseudo_labels": "hard"}),
-    "soft-loss": ("plain focal loss", {"loss": "plain"}),
+    "soft-loss": ("plain focal loss", {"loss": "hard"}),
     "views": ("K = 1", {"views": 1}),
     "sharpening": ("T = 1", {"temperature": 1.0}),
 }
@@ -59,7 +59,9 @@ def compare(
     without: Sequence[str] = (),
     bootstraps: int = 1000,
 ) -> list[Row]:
-    """Train what is not yet trained, and write ``table.txt``, ``table.md``, ``table.csv`` and ``cpm.png`` to ``out``.
+    """Train what is not yet trained, and write tables (``table.txt``, ``.md``, ``.csv``) and pictures to ``out``.
+
+    ``cpm.png`` has the CPM over the labelled scans, ``N labelled/froc.png`` the curves of both methods with N of them.
 
     Args:
         config: of all runs; method, labelled scans and seed are set here. Both methods take as many steps.
@@ -87,45 +89,33 @@ def compare(
         if not (folder / EVALUATION).exists() or load_config(folder) != chosen:
             train(chosen, root, folder, resume=True)
         results.setdefault((count, name), []).append(_evaluate(chosen, root, folder, bootstraps))
-    rows = [
-        _row(count, name, results[count, name], results[count, BASELINE], bootstraps)
-        for count in labeled
-        for name in methods
-    ]
+    means = {key: froc.average(runs) for key, runs in results.items()}
+    rows = [_row(count, name, means[count, name], means[count, BASELINE]) for count in labeled for name in methods]
     for name, text in {"table.txt": as_text(rows), "table.md": as_markdown(rows), "table.csv": as_csv(rows)}.items():
         with atomic_write(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     points = {name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name] for name in methods}
     report.draw_comparison(out / "cpm.png", points)
+    for count in labeled:
+        curves = {name: means[count, name] for name in (BASELINE, FOCALMIX)}
+        report.draw_froc(out / f"{count} labelled" / "froc.png", curves)
     return rows
 
 
 def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
     data = LUNA16(root, subsets=config.test_subsets)
-    nodules, excluded = ({uid: of(uid) for uid in data.series} for of in (data.nodules, data.excluded))
-    return froc.evaluate(froc.read_candidates(run / CANDIDATES), nodules, excluded, data.series, bootstraps=bootstraps)
+    return data.evaluate(froc.read_candidates(run / CANDIDATES), data.series, bootstraps=bootstraps)
 
 
-def _row(labeled: int, name: str, runs: Sequence[froc.Froc], baseline: Sequence[froc.Froc], bootstraps: int) -> Row:
-    """All runs were bootstrapped with the same draws of scans; here seeds are drawn on top of them."""
-    drawn = np.random.default_rng(0).integers(len(runs), size=(len(runs), bootstraps))
-
-    def cpms(of: Sequence[froc.Froc]) -> np.ndarray:
-        samples = np.stack([run.samples[:, ::10].mean(1) for run in of])  # [seeds, bootstraps]
-        return np.take_along_axis(samples, drawn, 0).mean(0)
-
-    def interval(values: np.ndarray) -> tuple[float, float]:
-        lower, upper = np.quantile(values, (0.025, 0.975)).tolist()
-        return lower, upper
-
-    sensitivities = tuple(np.mean([run.operating_sensitivities for run in runs], 0).tolist())
-    cpm, least = np.mean(sensitivities).item(), np.mean([run.cpm for run in baseline]).item()
-    ours, theirs = cpms(runs), cpms(baseline)
+def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
+    """Both are means over the same seeds, bootstrapped with the same draws of scans and seeds."""
     gain = gain_interval = None
-    if name != BASELINE and least > 0:
-        gain = cpm / least - 1
-        gain_interval = interval(ours / np.maximum(theirs, 1e-9) - 1)
-    return Row(labeled, name, sensitivities, cpm, interval(ours), gain, gain_interval)
+    if name != BASELINE and baseline.cpm > 0:
+        gain = ours.cpm / baseline.cpm - 1
+        cpms = [mean.samples[:, ::10].mean(1) for mean in (ours, baseline)]
+        lower, upper = np.quantile(cpms[0] / np.maximum(cpms[1], 1e-9) - 1, (0.025, 0.975)).tolist()
+        gain_interval = (lower, upper)
+    return Row(labeled, name, ours.operating_sensitivities, ours.cpm, ours.interval, gain, gain_interval)
 
 
 _HEAD = ("labelled", "method", "1/8", "1/4", "1/2", "1", "2", "4", "8", "CPM", "95 %", "gain", "95 % of the gain")

@@ -274,12 +274,8 @@ def evaluate(
     events = _Events.of([_score_scan(*scan) for scan in zip(marks_of, nodules_of, excluded_of, strict=True)])
     fps, hits = events.count(np.ones(len(scans)))
     operating = _interpolate(np.array(OPERATING_POINTS) * len(scans), fps, hits) / n_nodules.sum()
-    interval = band = samples = None
-    if bootstraps:
-        samples = _bootstrap(events, n_nodules, bootstraps, np.random.default_rng(seed))
-        band = np.quantile(samples, (0.025, 0.975), axis=0)
-        lower, upper = np.quantile(samples[:, ::10].mean(axis=1), (0.025, 0.975)).tolist()
-        interval = (lower, upper)
+    samples = _bootstrap(events, n_nodules, bootstraps, np.random.default_rng(seed)) if bootstraps else None
+    interval, band = (None, None) if samples is None else _intervals(samples)
     return Froc(
         thresholds=events.thresholds,
         fps_per_scan=fps / len(scans),
@@ -293,6 +289,41 @@ def evaluate(
         n_nodules=int(n_nodules.sum()),
         n_bootstraps=bootstraps,
     )
+
+
+def average(runs: Sequence[Froc], *, seed: int = 0) -> Froc:
+    """The mean of runs that were evaluated on the same scans with as many bootstraps, and the same seed of these.
+
+    A bootstrap draws runs with replacement on top of the scans, which are the same for all runs; with one seed, the
+    same places among the runs for every method. The curve is given at the `BAND_RATES`, without thresholds.
+    """
+    sizes = {(run.n_scans, run.n_nodules, run.n_bootstraps) for run in runs}
+    if len(sizes) != 1 or runs[0].samples is None:
+        raise ValueError(f"average: runs: expected bootstraps of the same scans and as many, got {sorted(sizes)}")
+    drawn = np.random.default_rng(seed).integers(len(runs), size=(len(runs), runs[0].n_bootstraps, 1))
+    samples = np.take_along_axis(np.stack([run.samples for run in runs]), drawn, 0).mean(0)
+    interval, band = _intervals(samples)
+    curves = [np.interp(BAND_RATES, np.append(0, run.fps_per_scan), np.append(0, run.sensitivities)) for run in runs]
+    operating = np.mean([run.operating_sensitivities for run in runs], 0)
+    return Froc(
+        thresholds=np.full(len(BAND_RATES), np.nan),
+        fps_per_scan=BAND_RATES,
+        sensitivities=np.mean(curves, 0),
+        operating_sensitivities=tuple(operating.tolist()),
+        cpm=float(operating.mean()),
+        interval=interval,
+        band=band,
+        samples=samples,
+        n_scans=runs[0].n_scans,
+        n_nodules=runs[0].n_nodules,
+        n_bootstraps=runs[0].n_bootstraps,
+    )
+
+
+def _intervals(samples: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+    """95 % of the CPM, and of the sensitivity at the `BAND_RATES` [2, 61]."""
+    lower, upper = np.quantile(samples[:, ::10].mean(axis=1), (0.025, 0.975)).tolist()
+    return (lower, upper), np.quantile(samples, (0.025, 0.975), axis=0)
 
 
 def _checked(what: str, uid: str, rows: ArrayLike) -> np.ndarray:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import atomic_write
-from .froc import UNKNOWN_DIAMETER, read_findings
+from .froc import UNKNOWN_DIAMETER, Froc, evaluate, read_findings
 
 AIR = -1024
 """HU of air: the least value of a resampled scan, and what a patch holds outside of its scan."""
@@ -313,6 +313,11 @@ class LUNA16:
         """Irrelevant findings of a series, float64 [n, 4]: world x, y, z, diameter (negative: not known), in mm."""
         self._scan(uid)
         return self._excluded.get(uid, np.empty((0, 4)))
+
+    def evaluate(self, candidates: Mapping[str, np.ndarray], series: Sequence[str], *, bootstraps: int = 1000) -> Froc:
+        """Evaluate candidates on some of the series by LUNA16's rules: `froc.evaluate` with what is known of them."""
+        nodules, excluded = ({uid: of(uid) for uid in series} for of in (self.nodules, self.excluded))
+        return evaluate(candidates, nodules, excluded, series, bootstraps=bootstraps)
 
     def volume(self, uid: str) -> Volume:
         """The resampled scan as a read-only memory map, made first where the cache lacks it.

@@ -12,7 +12,7 @@ from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.compare import ABLATIONS, BASELINE, FOCALMIX, as_csv, as_markdown, as_text, compare
 from fmkernels.focalmix.config import load_config
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import evaluate
+from fmkernels.focalmix.froc import average, evaluate
 from tests.focalmix.conftest import SCANS, write_luna
 from tests.focalmix.test_train import TINY
 
@@ -47,7 +47,8 @@ def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
         *[("supervised", 1, 2, 2), ("focalmix", 1, 2, 2), ("focalmix", 1, 1, 2)],
     ]
     assert {c.steps for c in trained} == {2}
-    assert (tmp_path / "cpm.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("cpm.png", "2 labelled/froc.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     for name, text in (("table.txt", as_text), ("table.md", as_markdown), ("table.csv", as_csv)):
         assert (tmp_path / name).read_text() == text(rows)
     trained.clear()
@@ -91,27 +92,27 @@ def froc(hits: int):
 
 def test_gains_are_paired():
     """The draws of scans that make one curve high make the other one high."""
-    row = comparison._row(4, FOCALMIX, [froc(12), froc(12)], [froc(10), froc(10)], 200)
+    row = comparison._row(4, FOCALMIX, average([froc(12), froc(12)]), average([froc(10), froc(10)]))
     assert row.cpm == pytest.approx(0.6) and row.gain == pytest.approx(0.2)
     lower, upper = row.gain_interval
     assert 0 <= lower < 0.2 < upper  # never below zero: FocalMix finds all that the baseline finds
     unpaired = row.interval[0] / 0.5 - 1
     assert unpaired < lower
-    alone = comparison._row(4, BASELINE, [froc(10)], [froc(10)], 200)
+    alone = comparison._row(4, BASELINE, average([froc(10)]), average([froc(10)]))
     assert alone.gain is None and alone.gain_interval is None
-    same = comparison._row(4, FOCALMIX, [froc(10), froc(4)], [froc(10), froc(4)], 200)
+    same = comparison._row(4, FOCALMIX, average([froc(10), froc(4)]), average([froc(10), froc(4)]))
     assert same.gain == pytest.approx(0) and same.gain_interval == (0, 0)
 
 
 def test_seeds_are_drawn_too():
-    apart = comparison._row(4, FOCALMIX, [froc(20), froc(0)], [froc(10), froc(10)], 200)
+    apart = comparison._row(4, FOCALMIX, average([froc(20), froc(0)]), average([froc(10), froc(10)]))
     assert np.allclose(apart.interval, (0, 1))
 
 
 def test_tables_say_the_same():
     rows = [
-        comparison._row(4, BASELINE, [froc(10)], [froc(10)], 200),
-        comparison._row(4, FOCALMIX, [froc(12)], [froc(10)], 200),
+        comparison._row(4, BASELINE, average([froc(10)]), average([froc(10)])),
+        comparison._row(4, FOCALMIX, average([froc(12)]), average([froc(10)])),
     ]
     (_, first, second) = as_text(rows).splitlines()
     assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0 %" in second

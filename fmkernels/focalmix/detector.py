@@ -15,11 +15,18 @@ def apply_window(volumes: Tensor, window: tuple[float, float]) -> Tensor:
     return volumes.float().sub(low).div_(high - low).clamp_(0, 1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, in float32 under autocast on the CPU as on GPUs: in bf16 its gradient is slow there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
 class ConvNorm(nn.Sequential):
     """Convolution of 3 voxels, group normalisation (groups of 4), ReLU unless ``relu`` is False."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, relu: bool = True) -> None:
-        layers = [nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(outputs // 4, outputs)]
+        layers = [nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), GroupNorm(outputs // 4, outputs)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if relu else []))
 
 

@@ -39,7 +39,9 @@ class Config:
     learning_rate: float = _option(4e-3, "at its highest")
     weight_decay: float = _option(1e-2, "of AdamW")
     warmup: int = _option(50, "steps over which the learning rate rises")
-    schedule: str = _option("cosine", "of the learning rate: cosine, or step (1/10 after 60 %, 1/100 after 85 %)")
+    schedule: str = _option(
+        "cosine", "of the learning rate: cosine; restart: cosine, anew after burn_in; step: 1/10 after 60 %, 1/100 85 %"
+    )
     ema_decay: float = _option(0.99, "of the averaged weights, which are those evaluated")
     clip: float = _option(1.0, "largest norm of the gradient")
     amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, off on the CPU), off, bf16 or fp16")
@@ -52,7 +54,11 @@ class Config:
     test_subsets: tuple[int, ...] = _option((8, 9), "subsets to detect and evaluate on at the end")
     labeled: int | None = _option(None, "use the labels of so many training scans only, drawn by the seed")
     method: str = _option("supervised", "supervised, or focalmix: with the other training scans, unlabelled")
+    unlabeled: int | None = _option(None, "focalmix: use so many of the other training scans only")
     unlabeled_batch_size: int = _option(16, "focalmix: unlabelled patches a step, over all processes")
+    unlabeled_positive: float = _option(
+        0.5, "focalmix: share of the unlabelled patches that are placed on what was found there after the burn-in"
+    )
     unlabeled_weight: float = _option(1.0, "focalmix: of the loss of unlabelled images, once it has risen")
     burn_in: int = _option(600, "focalmix: steps with labelled patches alone before the others come in")
     ramp: int = _option(300, "focalmix: steps over which the unlabelled weight rises")
@@ -60,14 +66,15 @@ class Config:
     views: int = _option(4, "focalmix: flipped views that a target is predicted from, 1 to 8")
     temperature: float = _option(0.7, "focalmix: of the sharpening, in (0, 1]; 1 leaves targets as they are")
     pseudo_labels: str = _option("soft", "focalmix: soft, or hard (0 or 1)")
-    loss: str = _option("soft", "soft (soft-target focal loss), or plain (that of hard targets, to compare)")
+    loss: str = _option("soft", "soft (soft-target focal loss), or hard (that of common libraries, to compare)")
+    ops: str = _option("fused", "fused, or plain: the same step in plain PyTorch, to compare its speed")
     image_mixup: bool = _option(True, "focalmix: mix whole images")
     object_mixup: bool = _option(True, "focalmix: mix objects")
     eta: float = _option(0.2, "focalmix: of the Beta distribution that shares are drawn from")
     confidence: float = _option(0.8, "focalmix: target from which a predicted box counts as an object")
     objects: int = _option(4, "focalmix: objects of an image that are mixed, at most")
     groups: int = _option(1, "focalmix: parts of the joint batch that are mixed each within itself, some per process")
-    search_size: tuple[int, ...] = _option((32, 32, 32), "voxels of the patches in which a whole scan is searched")
+    search_size: tuple[int, ...] = _option((48, 48, 48), "voxels of the patches in which a whole scan is searched")
     overlap: int = _option(12, "voxels that these patches share")
     nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
     log_every: int = _option(20, "steps between rows of the metrics")
@@ -114,7 +121,8 @@ class Config:
         expect("method", self.method in ("supervised", "focalmix"), "supervised or focalmix")
         expect("teacher", self.teacher in ("ema", "current"), "ema or current")
         expect("pseudo_labels", self.pseudo_labels in ("soft", "hard"), "soft or hard")
-        expect("loss", self.loss in ("soft", "plain"), "soft or plain")
+        expect("loss", self.loss in ("soft", "hard"), "soft or hard")
+        expect("ops", self.ops in ("fused", "plain"), "fused or plain")
         expect("views", 1 <= self.views <= 8, "1 to 8")
         expect("temperature", 0 < self.temperature <= 1, "more than 0, at most 1")
         expect("seed", self.seed < 2**63, "less than 2^63")
@@ -125,11 +133,12 @@ class Config:
             expect(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("learning_rate", "clip", "eta"):
             expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("positive", "ema_decay", "alpha0", "alpha1", "nms_threshold", "confidence"):
+        for name in ("positive", "ema_decay", "alpha0", "alpha1", "nms_threshold", "confidence", "unlabeled_positive"):
             expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        expect("schedule", self.schedule in ("cosine", "step"), "cosine or step")
+        expect("schedule", self.schedule in ("cosine", "restart", "step"), "cosine, restart or step")
         expect("amp", self.amp in ("auto", "off", "bf16", "fp16"), "auto, off, bf16 or fp16")
-        expect("labeled", self.labeled is None or self.labeled >= 1, "at least 1")
+        for name in ("labeled", "unlabeled"):
+            expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         expect("train_subsets", len(self.train_subsets) > 0, "at least one")
         for name in ("validation_subsets", "test_subsets"):
             expect(name, not set(getattr(self, name)) & set(self.train_subsets), "none of train_subsets")

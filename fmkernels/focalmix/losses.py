@@ -5,6 +5,7 @@ FocalMix is that of Wang et al., CVPR 2020. Choices of this project: which boxes
 """
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmkernels.functional import mixup3d, object_mixup3d, predict_targets, sample_mixup, soft_target_focal_loss
+from fmkernels import functional
 
+from . import plain
 from .anchors import Matches, box_iou, decode_boxes, encode_boxes, match
 from .config import Config
 from .detector import apply_window
@@ -45,6 +47,8 @@ class Draw(NamedTuple):
     """float32 scalar, of the loss of unlabelled images."""
 
     def to(self, device: torch.device) -> "Draw":
+        if device.type == "cuda":  # or the copies wait for the device
+            self = Draw(*(x.pin_memory() for x in self))
         return Draw(*(x.to(device, non_blocking=True) for x in self))
 
 
@@ -62,10 +66,10 @@ def draw(config: Config, step: int, rank: int = 0, world: int = 1) -> Draw:
     object_lam, preference = torch.empty(places), torch.full((places, places), -1.0)
     for group, own in enumerate(map(torch.cat, zip(*parts, strict=True)), start=rank * groups):
         generator = _generator(config.seed, step, group)
-        lam[own], partners = sample_mixup(len(own), eta=config.eta, generator=generator)
+        lam[own], partners = functional.sample_mixup(len(own), eta=config.eta, generator=generator)
         index[own] = own[partners]
         slots = (own[:, None] * config.objects + torch.arange(config.objects)).flatten()
-        object_lam[slots], _ = sample_mixup(len(slots), eta=config.eta, generator=generator)
+        object_lam[slots], _ = functional.sample_mixup(len(slots), eta=config.eta, generator=generator)
         preference[slots[:, None], slots] = torch.rand(len(slots), len(slots), generator=generator)
     others = 1 + torch.randperm(7, generator=_generator(config.seed, step))
     flips = torch.cat([torch.zeros(1, dtype=torch.int64), others])[: config.views]
@@ -97,12 +101,13 @@ def focalmix_loss(
 
     mix = (drawn.lam, drawn.index) if config.image_mixup else None
     lam, index = mix or (torch.ones_like(drawn.lam), torch.arange(len(images), device=images.device))
-    mixed = mixup3d(images, lam, index, window=config.window)
+    ops = _ops(config)
+    mixed = ops.mixup3d(images, lam, index, window=config.window)
 
     if config.object_mixup:
         objects = torch.cat([_first(labeled["boxes"], config.objects), found])
         boxes, donor_boxes = pair_objects(objects, drawn.preference)
-        object_mixup3d(mixed, boxes, donor_boxes, drawn.object_lam, donors=images, window=config.window, out=mixed)
+        ops.object_mixup3d(mixed, boxes, donor_boxes, drawn.object_lam, donors=images, window=config.window, out=mixed)
 
     weight = torch.ones(len(images), 1, 1, 1, 1, device=images.device)
     weight[len(labeled["image"]) :] = drawn.unlabeled_weight
@@ -120,13 +125,13 @@ def predict(teacher: nn.Module, images: Tensor, config: Config, flips: Tensor) -
         targets: float32 [B, A, D, H, W] per level.
         objects: float32 [B, objects, 6]; NaN where there are fewer.
     """
-    batch = len(images)
+    batch, ops = len(images), _ops(config)
     views = images.new_empty((len(flips), *images.shape), dtype=torch.float32)
     whole, itself = torch.ones(batch, device=images.device), torch.arange(batch, device=images.device)
     for view, flip in zip(views, flips, strict=True):
-        mixup3d(images, whole, itself, flips=flip.expand(batch), window=config.window, out=view)
+        ops.mixup3d(images, whole, itself, flips=flip.expand(batch), window=config.window, out=view)
     logits, deltas = teacher(views.flatten(0, 1))
-    targets = predict_targets(
+    targets = ops.predict_targets(
         [level.unflatten(0, (len(flips), batch)) for level in logits], flips, temperature=config.temperature
     )
     deltas = torch.cat([level[:batch].movedim(2, -1).reshape(batch, -1, 6) for level in deltas], 1).float()
@@ -151,32 +156,9 @@ def pair_objects(objects: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     return boxes, boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
 
-def plain_focal_loss(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    alpha0: float,
-    alpha1: float,
-    gamma: float,
-    weight: Tensor | None,
-    normalizer: Tensor,
-    mix: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """The focal loss of common libraries, soft targets put into the formula of hard ones; arguments as our loss has.
-
-    Its minimum does not lie at the target: this is what the soft-target focal loss is compared with.
-    """
-    total = normalizer.new_zeros(())
-    for x, y in zip(logits, targets, strict=True):
-        x, ignored = x.float(), y < 0
-        if mix is not None:
-            lam, index = mix[0].view(-1, 1, 1, 1, 1), mix[1]
-            y, ignored = lam * y + (1 - lam) * y[index], ignored | ignored[index]
-        p = torch.sigmoid(x)
-        p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha1 * y + alpha0 * (1 - y)
-        loss = alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(x, y.clamp(0, 1), reduction="none")
-        total = total + (loss if weight is None else loss * weight).masked_fill(ignored, 0.0).sum()
-    return total / normalizer
+def _ops(config: Config) -> ModuleType:
+    """Ours, or those they are compared with."""
+    return {"fused": functional, "plain": plain}[config.ops]
 
 
 def _first(boxes: Sequence[Tensor], count: int) -> Tensor:
@@ -198,7 +180,8 @@ def _losses(
     logits, deltas = outputs
     positives = matches.positive.sum().float()
     normalizer = sum_of_ranks(positives).clamp(min=1)
-    focal_loss = soft_target_focal_loss if config.loss == "soft" else plain_focal_loss
+    ops = _ops(config)
+    focal_loss = ops.soft_target_focal_loss if config.loss == "soft" else plain.hard_target_focal_loss
     classification = focal_loss(
         logits,
         targets,

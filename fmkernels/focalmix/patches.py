@@ -49,6 +49,8 @@ class PatchDataset(Dataset):
         length: number of items.
         seed: any non-negative integer.
         flips: flip each axis with probability 1/2.
+        around: draw patches around these boxes instead of the nodules: for series ids float [n, 7], a box in voxels of
+            the resampled scan and the weight with which it is drawn.
 
     Raises:
         ValueError: an argument is out of its range, or a series is not in ``data``.
@@ -66,6 +68,7 @@ class PatchDataset(Dataset):
         length: int,
         seed: int,
         flips: bool = True,
+        around: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if len(patch_size) != 3 or not all(size == int(size) > 0 for size in patch_size):
             raise ValueError(f"PatchDataset: patch_size: expected 3 positive integers, got {patch_size}")
@@ -88,9 +91,13 @@ class PatchDataset(Dataset):
         self.length = length
         self.seed = seed
         self.flips = flips
-        counts = np.array([len(data.nodules(uid)) for uid in self.series])
-        self._nodules = [(uid, k) for uid, count in zip(self.series, counts, strict=True) for k in range(count)]
+        self._around = around
+        centres = data.nodules if around is None else lambda uid: around.get(uid, ())
+        counts = np.array([len(centres(uid)) for uid in self.series])
+        self._places = [(uid, k) for uid, count in zip(self.series, counts, strict=True) for k in range(count)]
         weights = np.repeat(1 / counts.clip(1) if balance == "scan" else np.ones(len(counts)), counts)
+        if around is not None:
+            weights = weights * [around[uid][k, 6] for uid, k in self._places]
         self._chances = weights.cumsum() / weights.cumsum()[-1:]
         self._open: dict[str, _Scan] = {}
 
@@ -104,10 +111,11 @@ class PatchDataset(Dataset):
         if not 0 <= i < self.length:
             raise IndexError(f"PatchDataset: expected an item of 0 to {self.length - 1}, got {i}")
         rng = np.random.default_rng((self.seed, i))
-        if rng.random() < self.positive and self._nodules:
-            uid, k = self._nodules[int(np.searchsorted(self._chances, rng.random(), side="right"))]
+        if rng.random() < self.positive and self._places:
+            uid, k = self._places[int(np.searchsorted(self._chances, rng.random(), side="right"))]
             scan = self._scan(uid)
-            corner = self._corner_around(scan.nodules[k], scan.voxels.shape, rng)
+            box = scan.nodules[k] if self._around is None else self._around[uid][k, :6]
+            corner = self._corner_around(box, scan.voxels.shape, rng)
         else:
             uid = self.series[rng.integers(len(self.series))]
             scan = self._scan(uid)

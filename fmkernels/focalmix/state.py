@@ -40,6 +40,8 @@ class State:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(config, device) == torch.float16)
         self.step = 0
+        self.found = torch.empty(0, 8)
+        """FocalMix: what the detector found in the unlabelled scans: scan, box in its voxels, probability."""
         self.sums = torch.zeros(len(Losses._fields), device=device)
         """Of the losses since the last row of the metrics."""
         self.summed = 0
@@ -52,6 +54,7 @@ class State:
             "config": asdict(config),
             "series": list(series),
             "step": self.step,
+            "found": self.found,
             "sums": self.sums,
             "summed": self.summed,
             "seconds": self.seconds,
@@ -82,7 +85,7 @@ class State:
             torch.set_rng_state(checkpoint["rng"])
             self.sums.copy_(checkpoint["sums"])
             self.summed, self.step = checkpoint["summed"], checkpoint["step"]
-            self.seconds = checkpoint["seconds"]
+            self.seconds, self.found = checkpoint["seconds"], checkpoint["found"]
 
 
 def build_model(config: Config) -> Detector:
@@ -113,9 +116,12 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Confi
 
 def learning_rate_factor(step: int, config: Config) -> float:
     """Share of ``config.learning_rate`` at a step: a linear rise over ``warmup`` steps times the schedule."""
-    rise = min(1.0, (step + 1) / (config.warmup + 1))
-    done = step / config.steps
-    if config.schedule == "cosine":
+    first, last = 0, config.steps
+    if config.schedule == "restart":
+        first, last = (0, config.burn_in) if step < config.burn_in else (config.burn_in, config.steps)
+    rise = min(1.0, (step - first + 1) / (config.warmup + 1))
+    done = (step - first) / (last - first)
+    if config.schedule in ("cosine", "restart"):
         return rise * 0.5 * (1 + math.cos(math.pi * done))
     return rise * (1.0 if done < 0.6 else 0.1 if done < 0.85 else 0.01)
 

@@ -51,6 +51,8 @@ def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
 
 
 CANDIDATES, EVALUATION = "candidates.csv", "evaluation.json"
+PLACES = 5
+"""FocalMix: the most places of an unlabelled scan that patches are placed on."""
 
 
 class Scans(NamedTuple):
@@ -107,7 +109,7 @@ def _fit(
     model = DistributedDataParallel(state.model) if world > 1 else state.model
     forward = state.model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
     metrics = Metrics(out, state.step)
-    batches = _batches(config, data, scans, state.step)
+    batches = _batches(config, data, scans, state)
     bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
     began = time.monotonic() - state.seconds
     with contextlib.closing(metrics), contextlib.closing(batches), contextlib.closing(bar):
@@ -155,7 +157,7 @@ def _fit(
                 row |= {"lr": rate, "seconds": round(state.seconds, 1)}
                 if validate:
                     found = _search_all(config, state.average.module, data, scans.validation)
-                    row["val_cpm"] = _evaluate(found, data, scans.validation, bootstraps=0).cpm
+                    row["val_cpm"] = data.evaluate(_candidates(found), scans.validation, bootstraps=0).cpm
                 bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
                 metrics.add(state.step, row)
                 state.sums.zero_()
@@ -169,27 +171,40 @@ def _fit(
 
 
 def _batches(
-    config: Config, data: LUNA16, scans: Scans, start: int
+    config: Config, data: LUNA16, scans: Scans, state: State
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Labelled and unlabelled patches of every step from ``start`` on; of the latter None until they come in."""
-    rank, world = place()
+    """Labelled and unlabelled patches of every step from the state's on; of the latter None until they come in."""
+    (rank, world), start = place(), state.step
 
-    def loader(series: Sequence[str], positive: float, size: int, first: int, seed: int) -> Iterator[dict[str, Any]]:
+    def loader(series: Sequence[str], positive: float, size: int, first: int, **drawn: Any) -> Iterator[dict[str, Any]]:
         patches = PatchDataset(
-            data, series, patch_size=config.patch_size, positive=positive, length=config.steps * size, seed=seed
+            data, series, patch_size=config.patch_size, positive=positive, length=config.steps * size, **drawn
         )
         share = {"batch_size": size // world, "rank": rank, "world_size": world}
         return iter(patch_loader(patches, start=first, workers=config.workers, **share))
 
-    labeled = loader(scans.train, config.positive, config.batch_size, start, config.seed)
+    labeled = loader(scans.train, config.positive, config.batch_size, start, seed=config.seed)
     if config.method == "supervised" or config.burn_in >= config.steps:
         yield from zip(labeled, itertools.repeat(None))
         return
     yield from zip(itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None))
     first = max(start, config.burn_in)
-    yield from zip(
-        labeled, loader(scans.unlabeled, 0.0, config.unlabeled_batch_size, first, config.seed + 2**62), strict=True
-    )
+    if config.unlabeled_positive and first == config.burn_in:
+        state.found = _rows(_search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled)
+    found = state.found.numpy()
+    around = {uid: found[found[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)}
+    positive, size = config.unlabeled_positive, config.unlabeled_batch_size
+    unlabeled = loader(scans.unlabeled, positive, size, first, seed=config.seed + 2**62, around=around)
+    yield from zip(labeled, unlabeled, strict=True)
+
+
+def _rows(found: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
+    """float32 [n, 8]: number of the series, box in voxels, probability; the most probable of each."""
+    rows = [
+        np.column_stack([np.full(len(found[uid].boxes), i), found[uid].boxes, found[uid].probabilities])[:PLACES]
+        for i, uid in enumerate(series)
+    ]
+    return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
 def _report(
@@ -204,9 +219,9 @@ def _report(
     if not scans.test:
         return None
     found = _search_all(config, state.average.module, data, scans.test)
-    evaluation = _evaluate(found, data, scans.test)
+    evaluation = data.evaluate(_candidates(found), scans.test)
     if first:
-        froc.write_candidates(out / CANDIDATES, {uid: found[uid].candidates for uid in scans.test})
+        froc.write_candidates(out / CANDIDATES, _candidates(found))
         report.draw_froc(out / "froc.png", {"test scans": evaluation})
         report.draw_sheet(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
         _write_json(out / EVALUATION, evaluation.to_dict())  # the last: what has it is finished
@@ -226,13 +241,8 @@ def _search_all(config: Config, model: nn.Module, data: LUNA16, series: Sequence
     return found
 
 
-def _evaluate(
-    found: Mapping[str, Detections], data: LUNA16, series: Sequence[str], *, bootstraps: int = 1000
-) -> froc.Froc:
-    candidates = {uid: detections.candidates for uid, detections in found.items()}
-    nodules = {uid: data.nodules(uid) for uid in series}
-    excluded = {uid: data.excluded(uid) for uid in series}
-    return froc.evaluate(candidates, nodules, excluded, series, bootstraps=bootstraps)
+def _candidates(found: Mapping[str, Detections]) -> dict[str, np.ndarray]:
+    return {uid: detections.candidates for uid, detections in found.items()}
 
 
 def _sheet(
@@ -309,9 +319,12 @@ def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
     if config.labeled is not None:
         if config.labeled > len(parts["train"]):
             raise InputError(f"labeled: expected at most {len(parts['train'])} training scans, got {config.labeled}")
-        drawn = set(np.random.default_rng(config.seed).permutation(len(parts["train"]))[: config.labeled].tolist())
-        parts["unlabeled"] = [uid for i, uid in enumerate(parts["train"]) if i not in drawn]
-        parts["train"] = [uid for i, uid in enumerate(parts["train"]) if i in drawn]
+        order = np.random.default_rng(config.seed).permutation(len(parts["train"]))
+        last = None if config.unlabeled is None else config.labeled + config.unlabeled
+        drawn = {"train": order[: config.labeled], "unlabeled": order[config.labeled : last]}
+        parts |= {part: [parts["train"][i] for i in sorted(chosen)] for part, chosen in drawn.items()}
+        if (rest := len(parts["unlabeled"])) < (config.unlabeled or 0):
+            raise InputError(f"unlabeled: expected at most the {rest} other training scans, got {config.unlabeled}")
     if config.method == "focalmix" and not parts.get("unlabeled"):
         raise InputError(f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}")
     for part, series in ((part, parts[part]) for part in wanted):

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from fmkernels import soft_target_focal_loss
-from fmkernels.focalmix.anchors import box_iou
+from fmkernels.focalmix.anchors import box_iou, match
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.detector import apply_window
-from fmkernels.focalmix.losses import draw, focalmix_loss, pair_objects, plain_focal_loss, predict, supervised_loss
+from fmkernels.focalmix.losses import draw, focalmix_loss, pair_objects, predict, supervised_loss
+from fmkernels.focalmix.plain import hard_target_focal_loss
+from fmkernels.focalmix.plain import soft_target_focal_loss as plain_loss
 from fmkernels.focalmix.state import build_model
 
 TINY = Config(
@@ -123,16 +125,18 @@ def test_objects_are_paired_with_the_most_wanted_other_one():
     assert donors[2].isnan().all() and boxes[3, 1:].isnan().all()
 
 
-def test_the_plain_loss_is_ours_for_hard_targets_and_another_for_soft_ones():
+def test_the_loss_of_hard_targets_is_ours_for_those_and_another_for_soft_ones():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(3, 1, 2, 2, 2, generator=generator), torch.randint(-1, 2, (3, 1, 2, 2, 2), generator=generator)
     mix = torch.tensor([0.7, 0.6, 1.0]), torch.tensor([0, 1, 2])  # each with itself
     rest = {"alpha0": 0.25, "alpha1": 0.75, "gamma": 2.0, "normalizer": torch.tensor(3.0), "mix": mix}
     rest["weight"] = torch.tensor([1.0, 0.5, 2.0]).view(-1, 1, 1, 1, 1)
     hard = [y.float()]
-    torch.testing.assert_close(plain_focal_loss([x], hard, **rest), soft_target_focal_loss([x], hard, **rest))
     soft = [torch.full_like(x, 0.5)]
-    assert not torch.isclose(plain_focal_loss([x], soft, **rest), soft_target_focal_loss([x], soft, **rest), rtol=0.1)
+    wanted = [soft_target_focal_loss([x], y, **rest) for y in (hard, soft)]
+    torch.testing.assert_close([plain_loss([x], y, **rest) for y in (hard, soft)], wanted)
+    torch.testing.assert_close(hard_target_focal_loss([x], hard, **rest), wanted[0])
+    assert not torch.isclose(hard_target_focal_loss([x], soft, **rest), wanted[1], rtol=0.1)
 
 
 class TestFocalMixLoss:
@@ -169,9 +173,35 @@ class TestFocalMixLoss:
         """Against the mixing written out: images as floats, targets level by level, the loss given them mixed."""
         config = replace(TINY, object_mixup=False)
         drawn = draw(config, 0)
-        seen = []
-        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        focalmix_loss(model, build_model(TINY), labeled(), images(4, 1), config, drawn)
+        teacher, seen = build_model(TINY), []
+        handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        ours = focalmix_loss(model, teacher, labeled(), images(4, 1), config, drawn)
+        handle.remove()
         x = apply_window(torch.cat([images(2), images(4, 1)]), TINY.window)
         lam = drawn.lam.view(-1, 1, 1, 1, 1)
-        torch.testing.assert_close(seen[-1], lam * x + (1 - lam) * x[drawn.index])
+        mixed = lam * x + (1 - lam) * x[drawn.index]
+        torch.testing.assert_close(seen[-1], mixed)
+
+        batch = labeled()
+        matches = match(config.anchors, config.patch_size, batch["boxes"], batch["ignore"])
+        predicted, _ = predict(teacher, images(4, 1), config, drawn.flips)
+        expected = torch.zeros(())
+        for logits, own, other in zip(model(mixed)[0], matches.targets, predicted, strict=True):
+            y = torch.cat([own, other])
+            ignored = (y < 0) | (y[drawn.index] < 0)
+            y = (lam * y + (1 - lam) * y[drawn.index]).masked_fill(ignored, -1.0)
+            weight = torch.tensor([1.0] * 2 + [drawn.unlabeled_weight] * 4).view(-1, 1, 1, 1, 1)
+            focal = {"alpha0": config.alpha0, "alpha1": config.alpha1, "gamma": config.gamma}
+            expected = expected + soft_target_focal_loss(logits, y, weight=weight, reduction="sum", **focal)
+        torch.testing.assert_close(ours.classification, expected / matches.positive.sum(), rtol=1e-4, atol=1e-6)
+
+    def test_plain_pytorch_takes_the_same_step(self, model):
+        config = replace(TINY, confidence=1.0)  # boxes of labels alone: those of voxels, which plain PyTorch can cut
+        teacher, fused, plain = build_model(TINY), [], []
+        for ops, into in (("fused", fused), ("plain", plain)):
+            model.zero_grad()
+            chosen = replace(config, ops=ops)
+            losses = focalmix_loss(model, teacher, labeled(), images(4, 1), chosen, draw(config, 0))
+            (losses.classification + losses.box).backward()
+            into.extend([*losses, *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)

@@ -118,6 +118,21 @@ class TestItem:
         assert (lows.amin(0) < 1.6).all() and (lows.amax(0) > 10.4).all()
         assert ((lows.mean(0) - 6).abs() < 0.9).all()
 
+    def test_is_placed_around_given_boxes_as_often_as_they_weigh(self, make_luna):
+        root = make_luna(*[{"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(5, 5, 5, 4)]}] * 2)
+        data = LUNA16(root)
+        boxes = [[8, 8, 8, 12, 12, 12, 0.3], [48, 48, 48, 52, 52, 52, 0.0], [28, 28, 28, 32, 32, 32, 0.1]]
+        around = {data.series[1]: np.array(boxes)}
+        dataset = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, flips=False, length=400, around=around)
+        items = [dataset[i] for i in range(400)]
+        assert {item["series"] for item in items} == {data.series[1]}
+        corners = np.array([item["corner"].tolist() for item in items])
+        first = ((corners <= 8) & (corners >= 4)).all(1)
+        third = ((corners <= 28) & (corners >= 24)).all(1)
+        assert (first | third).all() and 260 < first.sum() < 340
+        nowhere = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, around={})
+        assert {nowhere[i]["series"] for i in range(24)} == set(data.series)  # background patches
+
     def test_depends_on_seed_and_number_only(self, data):
         dataset, again = dataset_of(data, length=9), dataset_of(data, length=24)
         for i in (8, 3, 0, 5):

@@ -18,6 +18,7 @@ import torch
 
 from fmkernels.focalmix import train as loop
 from fmkernels.focalmix.config import CONFIG, PRESETS, Config
+from fmkernels.focalmix.detection import Detections
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.froc import read_candidates
 from fmkernels.focalmix.luna16 import LUNA16
@@ -42,6 +43,7 @@ TINY = Config(
     train_subsets=(0, 1),
     validation_subsets=(),
     test_subsets=(9,),
+    search_size=(16, 16, 16),
     overlap=4,
     log_every=2,
     validate_every=4,
@@ -58,6 +60,11 @@ FILES = {CHECKPOINT, CONFIG, METRICS, "timing.json", "training.png", "candidates
 def weights(run: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
     return {**checkpoint["model"], **{f"average {k}": v for k, v in checkpoint["average"].items()}}
+
+
+def trained_on(run: Path) -> list[str]:
+    """The labelled series."""
+    return torch.load(run / CHECKPOINT, weights_only=True)["series"]
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -231,7 +238,7 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
     for seed in range(6):
         run = tmp_path / f"{seed}"
         train(replace(TINY, labeled=1, seed=seed, steps=1, test_subsets=(), train_subsets=(0, 1)), luna_folder, run)
-        (series,) = torch.load(run / CHECKPOINT, weights_only=True)["series"]
+        (series,) = trained_on(run)
         chosen.add(series)
     assert 1 < len(chosen) <= 3
     with pytest.raises(InputError, match="labeled: expected at most 3 training scans, got 4"):
@@ -299,6 +306,40 @@ def test_focalmix_resumed_equals_uninterrupted(luna_folder, tmp_path, monkeypatc
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
 
 
+def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, monkeypatch):
+    """Something is found at the nodules, brighter than all else: unlabelled patches show one, all or few of them."""
+    searched, seen = [], []
+
+    def search_all(config, model, data, series):
+        searched.append(list(series))
+        boxes = {uid: data.volume(uid).boxes(data.nodules(uid)) for uid in series}
+        return {uid: Detections(own, np.ones(len(own)), np.zeros((len(own), 4))) for uid, own in boxes.items()}
+
+    def step(model, teacher, labeled, unlabeled, *args):
+        seen.extend(image.max().item() > 30 for image in unlabeled)
+        return stock(model, teacher, labeled, unlabeled, *args)
+
+    stock = loop.focalmix_loss
+    monkeypatch.setattr(loop, "_search_all", search_all)
+    monkeypatch.setattr(loop, "focalmix_loss", step)
+    config = replace(FOCALMIX, patch_size=(12, 12, 12), test_subsets=(), unlabeled_positive=1.0)
+    train(config, luna_folder, tmp_path / "found")
+    assert all(seen) and len(seen) == 6 * config.unlabeled_batch_size
+    assert len(searched) == 1 and not set(searched[0]) & set(trained_on(tmp_path / "found"))
+    seen.clear()
+    train(replace(config, unlabeled_positive=0.0), luna_folder, tmp_path / "anywhere")
+    assert not all(seen) and len(searched) == 1
+
+
+def test_unlabeled_takes_so_many_of_the_other_scans(luna_folder, tmp_path, monkeypatch):
+    searched, stock = [], loop._search_all
+    monkeypatch.setattr(loop, "_search_all", lambda *args: searched.extend(args[-1]) or stock(*args))
+    train(replace(FOCALMIX, unlabeled=1, steps=3, test_subsets=()), luna_folder, tmp_path / "run")
+    assert len(searched) == 1 and searched[0] not in trained_on(tmp_path / "run")
+    with pytest.raises(InputError, match="unlabeled: expected at most the 2 other training scans, got 3"):
+        train(replace(FOCALMIX, unlabeled=3), luna_folder, tmp_path / "many")
+
+
 def test_focalmix_needs_scans_without_labels(luna_folder, tmp_path):
     for labeled in (None, 4):
         with pytest.raises(InputError, match="labeled: expected fewer than the 4 training scans"):
@@ -319,6 +360,9 @@ def test_schedules():
     assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0) and max(factors) > 0.95
     assert np.argmax(factors) in (8, 9, 10)
     assert [learning_rate_factor(i, step) for i in (0, 59, 60, 84, 85, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    restart = Config(steps=100, warmup=0, burn_in=40, schedule="restart")
+    assert [learning_rate_factor(i, restart) for i in (0, 20, 40, 70, 100)] == pytest.approx([1, 0.5, 1, 0.5, 0])
+    assert learning_rate_factor(39, restart) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -341,6 +385,9 @@ def test_schedules():
         ("positive", 1.5),
         ("gamma", -1.0),
         ("schedule", "linear"),
+        ("ops", "fast"),
+        ("unlabeled", 0),
+        ("unlabeled_positive", 1.5),
         ("amp", "int8"),
         ("labeled", 0),
         ("overlap", 32),

@@ -1,0 +1,126 @@
+"""The operations of FocalMix's step in plain eager PyTorch, as a careful user writes them: what ``--ops plain`` runs.
+
+Same names and meaning as in `fmkernels.functional`, as far as the step needs them. To compare with, not to use.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .detector import apply_window
+
+
+def _axes(mask: int) -> list[int]:
+    """The axes that a mask of flips means, counted from the end."""
+    return [axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit]
+
+
+def mixup3d(
+    volumes: Tensor,
+    lam: Tensor,
+    index: Tensor,
+    *,
+    flips: Tensor | None = None,
+    window: tuple[float, float],
+    out: Tensor | None = None,
+) -> Tensor:
+    x = apply_window(volumes, window)
+    if flips is not None:
+        x = torch.stack([image.flip(_axes(mask)) for image, mask in zip(x, flips.tolist(), strict=True)])
+    return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1), out=out)
+
+
+def object_mixup3d(
+    volumes: Tensor,
+    boxes: Tensor,
+    donor_boxes: Tensor,
+    lam: Tensor,
+    *,
+    donors: Tensor,
+    window: tuple[float, float],
+    out: Tensor,
+) -> Tensor:
+    """In place only: ``out`` is ``volumes``; boxes to the nearest voxel."""
+    there = (boxes.isfinite() & donor_boxes.isfinite()).all(1)
+    for (b, *box), (j, *donor_box), share in zip(
+        boxes[there].tolist(), donor_boxes[there].tolist(), lam[there].tolist(), strict=True
+    ):
+        region = out[int(b)][(slice(None), *_region(box, out.shape[2:]))]
+        donor = donors[int(j)][(slice(None), *_region(donor_box, donors.shape[2:]))]
+        if region.numel() and donor.numel():
+            resized = F.interpolate(apply_window(donor, window)[None], region.shape[1:], mode="trilinear")[0]
+            torch.lerp(resized, region, share, out=region)
+    return out
+
+
+def _region(box: Sequence[float], size: Sequence[int]) -> list[slice]:
+    """The voxels whose centres lie in a box."""
+    ends = [(max(a, 0.0), min(b, n)) for a, b, n in zip(box[:3], box[3:], size, strict=True)]
+    return [slice(math.ceil(a - 0.5), max(math.ceil(b - 0.5), 0)) for a, b in ends]
+
+
+def predict_targets(view_logits: Sequence[Tensor], flips: Tensor, *, temperature: float) -> list[Tensor]:
+    masks, targets = flips.tolist(), []
+    for level in view_logits:
+        mean = torch.sigmoid(level[0].float())
+        for view, mask in zip(level[1:], masks[1:], strict=True):
+            mean += view.flip(_axes(mask)).float().sigmoid_()
+        targets.append(mean.div_(len(masks)).logit_().div_(temperature).sigmoid_())
+    return targets
+
+
+def soft_target_focal_loss(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+    weight: Tensor | None,
+    normalizer: Tensor,
+    mix: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    total = normalizer.new_zeros(())
+    for x, y in zip(logits, targets, strict=True):
+        x, y, ignored = x.float(), *_mixed(y, mix)
+        cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        loss = (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
+        total = total + (loss if weight is None else loss * weight).masked_fill(ignored, 0.0).sum()
+    return total / normalizer.clamp(min=1)
+
+
+def hard_target_focal_loss(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+    weight: Tensor | None,
+    normalizer: Tensor,
+    mix: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The focal loss of common libraries, soft targets put into the formula of hard ones; its minimum is elsewhere.
+
+    This is what ``--loss hard`` trains with: the soft-target focal loss is compared with it.
+    """
+    total = normalizer.new_zeros(())
+    for x, y in zip(logits, targets, strict=True):
+        x, y, ignored = x.float(), *_mixed(y, mix)
+        p = torch.sigmoid(x)
+        p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha1 * y + alpha0 * (1 - y)
+        loss = alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        total = total + (loss if weight is None else loss * weight).masked_fill(ignored, 0.0).sum()
+    return total / normalizer.clamp(min=1)
+
+
+def _mixed(y: Tensor, mix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Targets and what is ignored of them."""
+    ignored = y < 0
+    if mix is not None:
+        lam, index = mix[0].view(-1, 1, 1, 1, 1), mix[1]
+        y, ignored = lam * y + (1 - lam) * y[index], ignored | ignored[index]
+    return y.masked_fill(ignored, 0.0), ignored

@@ -1,0 +1,97 @@
+"""A whole training step of FocalMix, with our operations and with the same ones in plain PyTorch (``--ops plain``).
+
+"networks alone" is what no operation can change: the teacher on all views, the detector forward and backward. What a
+step takes beyond it is the operations' share, the matching of anchors included.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from fmkernels.focalmix.config import PRESETS, Config
+from fmkernels.focalmix.detector import apply_window
+from fmkernels.focalmix.losses import draw, focalmix_loss
+from fmkernels.focalmix.state import autocast, build_model
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The step of a preset: so many labelled and as many unlabelled patches."""
+
+    preset: str
+    batch_size: int
+
+    @property
+    def config(self) -> Config:
+        size = {"batch_size": self.batch_size, "unlabeled_batch_size": self.batch_size}
+        return replace(PRESETS[self.preset], method="focalmix", **size)
+
+    def __str__(self) -> str:
+        config = self.config
+        edge, views = config.patch_size[0], config.views
+        return f"{self.preset}, {self.batch_size} + {self.batch_size} patches of {edge}^3, K = {views}"
+
+    def inputs(self) -> tuple:
+        """Model, teacher, labelled and unlabelled patches, draws, and the parameters that get gradients."""
+        config = self.config
+        model, teacher = build_model(config).to(DEVICE), build_model(config).to(DEVICE)
+        shape = (2, self.batch_size, 1, *config.patch_size)
+        images = torch.randint(-1200, 600, shape, dtype=torch.int16, device=DEVICE)
+        corner, side = torch.rand(self.batch_size, 1, 3) * config.patch_size[0] / 2, config.diameters[0]
+        boxes = [torch.cat([low, low + side], 1).round().to(DEVICE) for low in corner]
+        labeled = {"image": images[0], "boxes": boxes, "ignore": [boxes[0].new_empty(0, 6)] * self.batch_size}
+        drawn = draw(config, config.burn_in + config.ramp).to(DEVICE)
+        return model, teacher, labeled, images[1], drawn, *model.parameters()
+
+
+WORKLOADS = {"cpu": [Workload("demo", 8)], "cuda": [Workload("demo", 16), Workload("luna16", 8)]}[DEVICE.type]
+
+
+def step(workload: Workload, ops: str) -> Callable[..., Tensor]:
+    config = replace(workload.config, ops=ops)
+
+    def run(model, teacher, labeled, unlabeled, drawn, *_):
+        with autocast(config, DEVICE):
+            losses = focalmix_loss(model, teacher, labeled, unlabeled, config, drawn)
+        return losses.classification + config.box_weight * losses.box
+
+    return run
+
+
+def networks(workload: Workload) -> Callable[..., Tensor]:
+    config = workload.config
+    images: dict[nn.Module, Tensor] = {}
+
+    def run(model, teacher, labeled, unlabeled, drawn, *_):
+        if model not in images:
+            images[model] = apply_window(torch.cat([labeled["image"], unlabeled]), config.window)
+        views = images[model][workload.batch_size :].repeat(config.views, 1, 1, 1, 1)
+        with autocast(config, DEVICE):
+            with torch.no_grad():
+                teacher(views)
+            return sum(level.float().mean() for outputs in model(images[model]) for level in outputs)
+
+    return run
+
+
+def comparisons(workload: Workload) -> list[Comparison]:
+    floor = {"forward": None, "backward": None, "both": None}
+    named = {"op": "focalmix_step", "workload": str(workload), "inputs": workload.inputs, "floor": floor}
+    ours = [Provider(OURS, step(workload, "fused")), Provider("plain PyTorch", step(workload, "plain"))]
+    alone = networks(workload)
+    return [
+        Comparison(reference=step(workload, "plain"), providers=ours, **named),
+        Comparison(reference=alone, providers=[Provider("networks alone", alone)], **named),
+    ]
+
+
+EVERY = [comparison for workload in WORKLOADS for comparison in comparisons(workload)]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
+def test_focalmix_step(record, comparison, provider, phase):
+    record(comparison, provider, phase)

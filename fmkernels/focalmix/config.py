@@ -44,7 +44,7 @@ class Config:
     )
     ema_decay: float = _option(0.99, "of the averaged weights, which are those evaluated")
     clip: float = _option(1.0, "largest norm of the gradient")
-    amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, off on the CPU), off, bf16 or fp16")
+    amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, bf16 on a CPU with AMX, else off), off, bf16 or fp16")
     alpha0: float = _option(0.25, "focal loss: weight of the background")
     alpha1: float = _option(0.75, "focal loss: weight of nodules")
     gamma: float = _option(2.0, "focal loss: exponent")
@@ -57,7 +57,7 @@ class Config:
     unlabeled: int | None = _option(None, "focalmix: use so many of the other training scans only")
     unlabeled_batch_size: int = _option(16, "focalmix: unlabelled patches a step, over all processes")
     unlabeled_positive: float = _option(
-        0.5, "focalmix: share of the unlabelled patches that are placed on what was found there after the burn-in"
+        0.75, "focalmix: share of the unlabelled patches that are placed on what was found there after the burn-in"
     )
     unlabeled_weight: float = _option(1.0, "focalmix: of the loss of unlabelled images, once it has risen")
     burn_in: int = _option(600, "focalmix: steps with labelled patches alone before the others come in")

@@ -129,7 +129,7 @@ def learning_rate_factor(step: int, config: Config) -> float:
 def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     if config.amp == "auto":
         if device.type != "cuda":
-            return None
+            return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
 

@@ -24,7 +24,7 @@ from fmkernels.focalmix.froc import read_candidates
 from fmkernels.focalmix.luna16 import LUNA16
 from fmkernels.focalmix.monitor import METRICS
 from fmkernels.focalmix.processes import choose_device
-from fmkernels.focalmix.state import CHECKPOINT, build_model, learning_rate_factor, load_run
+from fmkernels.focalmix.state import CHECKPOINT, autocast, build_model, learning_rate_factor, load_run
 from fmkernels.focalmix.train import train
 from tests.focalmix.conftest import SCANS, write_luna
 
@@ -50,6 +50,7 @@ TINY = Config(
     checkpoint_every=4,
     workers=0,
     device="cpu",
+    amp="off",
 )
 FOCALMIX = replace(
     TINY, method="focalmix", train_subsets=(0, 1, 2), labeled=2, unlabeled_batch_size=4, burn_in=2, ramp=2, objects=2
@@ -352,6 +353,14 @@ def test_presets_build_their_models(preset):
     model = build_model(config)
     assert config.anchors.per_place >= 1
     assert sum(p.numel() for p in model.parameters()) < 10_000_000
+
+
+def test_auto_is_bf16_where_the_cpu_is_made_for_it(monkeypatch):
+    for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        with autocast(Config(), torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") is bool(capabilities.get("amx_bf16"))
+            assert not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def test_schedules():

@@ -5,6 +5,8 @@
 VENV ?= .venv
 DATA ?= data/phantoms
 RUN ?= runs/demo
+LABELED ?= 12
+SEEDS ?= 1
 RESULTS ?= benchmarks/results
 
 ifeq ($(origin PYTHON),command line)
@@ -20,7 +22,7 @@ export OMP_WAIT_POLICY ?= passive
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
-	$(PYTHON) -m fmkernels train "$(DATA)" --out "$(RUN)" --resume
+	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS)
 
 test: $(READY)
 	$(PYTHON) -m pytest -n auto

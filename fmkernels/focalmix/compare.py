@@ -1,11 +1,12 @@
 """FocalMix against the supervised baseline and against itself without one of its parts: the paper's table.
 
 Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
-where it was.
+where it was. The steps before unlabelled patches come in are the same for all methods and are trained once.
 """
 
 import csv
 import io
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from .config import Config, load_config
 from .errors import InputError
 from .files import atomic_write
 from .luna16 import LUNA16
+from .monitor import METRICS
+from .state import BURN_IN, CHECKPOINT
 from .train import CANDIDATES, EVALUATION, train
 
 BASELINE, FOCALMIX = "supervised", "FocalMix"
@@ -61,7 +64,7 @@ def compare(
 ) -> list[Row]:
     """Train what is not yet trained, and write tables (``table.txt``, ``.md``, ``.csv``) and pictures to ``out``.
 
-    ``cpm.png`` has the CPM over the labelled scans, ``N labelled/froc.png`` the curves of both methods with N of them.
+    ``cpm.png`` has the CPM over the labelled scans, ``labeled-N/froc.png`` the curves of both methods with N of them.
 
     Args:
         config: of all runs; method, labelled scans and seed are set here. Both methods take as many steps.
@@ -78,17 +81,21 @@ def compare(
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")
     out = Path(out)
-    methods = {BASELINE: {"method": "supervised"}, FOCALMIX: {"method": "focalmix"}}
-    methods |= {name: {"method": "focalmix", **changes} for name, changes in (ABLATIONS[part] for part in without)}
+    methods = {BASELINE: ("supervised", {"method": "supervised"}), FOCALMIX: ("focalmix", {"method": "focalmix"})}
+    for part in without:
+        name, changes = ABLATIONS[part]
+        methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
     runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
     results: dict[tuple[int, str], list[froc.Froc]] = {}
     for number, (count, name, seed) in enumerate(runs, start=1):
-        folder = out / f"{count} labelled" / name / f"seed {seed}"
+        folders = {method: out / f"labeled-{count}" / own / f"seed-{seed}" for method, (own, _) in methods.items()}
         tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
-        chosen = replace(config, **methods[name], labeled=count, seed=seed)
-        if not (folder / EVALUATION).exists() or load_config(folder) != chosen:
-            train(chosen, root, folder, resume=True)
-        results.setdefault((count, name), []).append(_evaluate(chosen, root, folder, bootstraps))
+        chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
+        if not (folders[name] / EVALUATION).exists() or load_config(folders[name]) != chosen:
+            if chosen.method == "focalmix" and chosen.loss == config.loss:
+                _share_burn_in(folders[BASELINE], folders[name])
+            train(chosen, root, folders[name], resume=True)
+        results.setdefault((count, name), []).append(_evaluate(chosen, root, folders[name], bootstraps))
     means = {key: froc.average(runs) for key, runs in results.items()}
     rows = [_row(count, name, means[count, name], means[count, BASELINE]) for count in labeled for name in methods]
     for name, text in {"table.txt": as_text(rows), "table.md": as_markdown(rows), "table.csv": as_csv(rows)}.items():
@@ -98,8 +105,17 @@ def compare(
     report.draw_comparison(out / "cpm.png", points)
     for count in labeled:
         curves = {name: means[count, name] for name in (BASELINE, FOCALMIX)}
-        report.draw_froc(out / f"{count} labelled" / "froc.png", curves)
+        report.draw_froc(out / f"labeled-{count}" / "froc.png", curves)
     return rows
+
+
+def _share_burn_in(baseline: Path, run: Path) -> None:
+    """Let a run that has not begun go on from the end of the baseline's burn-in, until which both are the same."""
+    if (baseline / BURN_IN).exists() and not (run / CHECKPOINT).exists():
+        run.mkdir(parents=True, exist_ok=True)
+        for source, target in ((METRICS, METRICS), (BURN_IN, CHECKPOINT)):
+            with atomic_write(run / target) as temporary:
+                shutil.copyfile(baseline / source, temporary)
 
 
 def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:

@@ -35,18 +35,18 @@ class Config:
     blocks: tuple[int, ...] = _option((1, 1, 1), "residual blocks of the backbone's stages")
     channels: int = _option(16, "channels of the pyramid and the head")
     batch_size: int = _option(16, "patches a step, over all processes")
-    steps: int = _option(2400, "training steps")
+    steps: int = _option(3000, "training steps")
     learning_rate: float = _option(4e-3, "at its highest")
     weight_decay: float = _option(1e-2, "of AdamW")
     warmup: int = _option(50, "steps over which the learning rate rises")
     schedule: str = _option(
-        "cosine", "of the learning rate: cosine; restart: cosine, anew after burn_in; step: 1/10 after 60 %, 1/100 85 %"
+        "restart", "of the learning rate: cosine; restart: anew after burn_in; step: 1/10 after 60 %, 1/100 after 85 %"
     )
-    ema_decay: float = _option(0.99, "of the averaged weights, which are those evaluated")
+    ema_decay: float = _option(0.995, "of the averaged weights, which are those evaluated")
     clip: float = _option(1.0, "largest norm of the gradient")
     amp: str = _option("auto", "auto (bf16 or else fp16 on a GPU, bf16 on a CPU with AMX, else off), off, bf16 or fp16")
-    alpha0: float = _option(0.25, "focal loss: weight of the background")
-    alpha1: float = _option(0.75, "focal loss: weight of nodules")
+    alpha0: float = _option(0.5, "focal loss: weight of the background")
+    alpha1: float = _option(0.5, "focal loss: weight of nodules")
     gamma: float = _option(2.0, "focal loss: exponent")
     box_weight: float = _option(1.0, "of the box loss beside the focal loss")
     train_subsets: tuple[int, ...] = _option((0, 1, 2, 3, 4, 5, 6), "subsets to train on")
@@ -55,13 +55,13 @@ class Config:
     labeled: int | None = _option(None, "use the labels of so many training scans only, drawn by the seed")
     method: str = _option("supervised", "supervised, or focalmix: with the other training scans, unlabelled")
     unlabeled: int | None = _option(None, "focalmix: use so many of the other training scans only")
-    unlabeled_batch_size: int = _option(16, "focalmix: unlabelled patches a step, over all processes")
+    unlabeled_batch_size: int = _option(8, "focalmix: unlabelled patches a step, over all processes")
     unlabeled_positive: float = _option(
         0.75, "focalmix: share of the unlabelled patches that are placed on what was found there after the burn-in"
     )
-    unlabeled_weight: float = _option(1.0, "focalmix: of the loss of unlabelled images, once it has risen")
-    burn_in: int = _option(600, "focalmix: steps with labelled patches alone before the others come in")
-    ramp: int = _option(300, "focalmix: steps over which the unlabelled weight rises")
+    unlabeled_weight: float = _option(4.0, "focalmix: of the loss of unlabelled images, once it has risen")
+    burn_in: int = _option(1800, "focalmix: steps with labelled patches alone before the others come in")
+    ramp: int = _option(100, "focalmix: steps over which the unlabelled weight rises")
     teacher: str = _option("ema", "focalmix: weights that predict targets: ema (averaged) or current")
     views: int = _option(4, "focalmix: flipped views that a target is predicted from, 1 to 8")
     temperature: float = _option(0.7, "focalmix: of the sharpening, in (0, 1]; 1 leaves targets as they are")
@@ -78,8 +78,8 @@ class Config:
     overlap: int = _option(12, "voxels that these patches share")
     nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
     log_every: int = _option(20, "steps between rows of the metrics")
-    validate_every: int = _option(1200, "steps between validations")
-    checkpoint_every: int = _option(250, "steps between checkpoints")
+    validate_every: int = _option(1500, "steps between validations")
+    checkpoint_every: int = _option(300, "steps between checkpoints")
     seed: int = _option(0, "of weights, patches and the choice of scans")
     workers: int = _option(1, "processes that read patches", runtime=True)
     device: str = _option("auto", "auto, cpu, cuda, ...", runtime=True)
@@ -180,7 +180,11 @@ PRESETS = {
         blocks=(1, 2, 2, 2),
         channels=64,
         batch_size=8,
+        unlabeled_batch_size=8,
+        unlabeled=400,
         steps=50_000,
+        burn_in=25_000,
+        ramp=2000,
         learning_rate=1e-3,
         warmup=1000,
         ema_decay=0.999,

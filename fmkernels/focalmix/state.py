@@ -20,7 +20,7 @@ from .errors import InputError
 from .files import atomic_write
 from .losses import Losses
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, BURN_IN = "checkpoint.pt", "burn_in.pt"
 
 
 class State:

@@ -32,7 +32,7 @@ from .luna16 import LUNA16, Volume
 from .monitor import METRICS, Interrupt, Metrics, Stopwatch
 from .patches import PatchDataset, patch_loader
 from .processes import any_process, choose_device, place, process_group, sum_of_ranks
-from .state import CHECKPOINT, State, autocast
+from .state import BURN_IN, CHECKPOINT, State, autocast
 
 
 def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
@@ -69,9 +69,9 @@ def train(
 ) -> froc.Froc | None:
     """Train a detector and report on the test scans.
 
-    Writes into ``out``: ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, ``timing.json``,
-    ``training.png``; where there are test subsets also ``candidates.csv``, ``evaluation.json``, ``froc.png`` and
-    ``sheet.png``.
+    Writes into ``out``: ``config.json``, ``checkpoint.pt`` (after the burn-in also ``burn_in.pt``), ``metrics.csv``,
+    TensorBoard events, ``timing.json``, ``training.png``; where there are test subsets also ``candidates.csv``,
+    ``evaluation.json``, ``froc.png`` and ``sheet.png``.
 
     Args:
         config: see :class:`Config`.
@@ -164,6 +164,8 @@ def _fit(
                 state.summed = 0
             if save and rank == 0:
                 state.save(out / CHECKPOINT, config, scans.train)
+            if state.step == config.burn_in and rank == 0:
+                state.save(out / BURN_IN, config, scans.train)
             if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; --resume continues it")
             stopwatch.start()

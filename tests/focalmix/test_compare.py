@@ -13,8 +13,10 @@ from fmkernels.focalmix.compare import ABLATIONS, BASELINE, FOCALMIX, as_csv, as
 from fmkernels.focalmix.config import load_config
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.froc import average, evaluate
+from fmkernels.focalmix.state import CHECKPOINT
+from fmkernels.focalmix.train import train
 from tests.focalmix.conftest import SCANS, write_luna
-from tests.focalmix.test_train import TINY
+from tests.focalmix.test_train import TINY, assert_same_weights, metrics
 
 CONFIG = replace(
     TINY, train_subsets=(0, 1, 2), steps=2, unlabeled_batch_size=2, burn_in=0, ramp=0, objects=1, views=2, warmup=0
@@ -47,7 +49,7 @@ def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
         *[("supervised", 1, 2, 2), ("focalmix", 1, 2, 2), ("focalmix", 1, 1, 2)],
     ]
     assert {c.steps for c in trained} == {2}
-    for picture in ("cpm.png", "2 labelled/froc.png"):
+    for picture in ("cpm.png", "labeled-2/froc.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     for name, text in (("table.txt", as_text), ("table.md", as_markdown), ("table.csv", as_csv)):
         assert (tmp_path / name).read_text() == text(rows)
@@ -73,6 +75,23 @@ def test_goes_on_where_it_was_stopped(luna_folder, tmp_path, trained, monkeypatc
         *[("supervised", 0), ("focalmix", 0)],
         *[("supervised", 1), ("focalmix", 1)],
     ]
+
+
+def test_the_burn_in_is_trained_once_and_changes_nothing(luna_folder, tmp_path, monkeypatch):
+    config = replace(CONFIG, burn_in=3, steps=5, log_every=1)
+    begun, stock = [], comparison.train
+
+    def train_from(chosen, root, folder, **named):
+        begun.append((chosen.loss, (folder / CHECKPOINT).exists()))
+        return stock(chosen, root, folder, **named)
+
+    monkeypatch.setattr(comparison, "train", train_from)
+    compare(config, luna_folder, tmp_path / "both", labeled=[2], seeds=1, without=["soft-loss"], bootstraps=10)
+    assert begun == [("soft", False), ("soft", True), ("hard", False)]
+    train(replace(config, method="focalmix", labeled=2), luna_folder, tmp_path / "alone")
+    shared = tmp_path / "both" / "labeled-2" / "focalmix" / "seed-0"
+    assert_same_weights(shared, tmp_path / "alone")
+    assert metrics(shared) == metrics(tmp_path / "alone")
 
 
 def test_another_configuration_is_refused(luna_folder, tmp_path):
@@ -126,12 +145,12 @@ def test_command(luna_folder, tmp_path, capsys):
     settings = ["--patch-size=16,16,16", "--strides=2,4", "--diameters=6,12", "--widths=4,8", "--blocks=0,1"]
     settings += ["--channels=4", "--batch-size=2", "--unlabeled-batch-size=2", "--steps=1", "--burn-in=0", "--views=2"]
     settings += ["--train-subsets=0,1,2", "--validation-subsets=", "--test-subsets=9", "--overlap=4", "--workers=0"]
-    settings += ["--spacing=2.5,2,2", "--device=cpu"]
+    settings += ["--search-size=16,16,16", "--spacing=2.5,2,2", "--device=cpu"]
     command = ["compare", str(luna_folder), "--out", str(tmp_path / "out"), "--seeds=1", "--labeled", "2", *settings]
     assert main([*command, "--without", *ABLATIONS]) == 0
     table = capsys.readouterr().out
     assert table.endswith("\n" + (tmp_path / "out" / "table.txt").read_text())
     assert all(name in table for name, _ in ABLATIONS.values())
-    for name, changes in ABLATIONS.values():
-        config = load_config(tmp_path / "out" / "2 labelled" / name / "seed 0")
+    for part, (_, changes) in ABLATIONS.items():
+        config = load_config(tmp_path / "out" / "labeled-2" / f"without-{part}" / "seed-0")
         assert all(getattr(config, option) == value for option, value in changes.items())

@@ -50,7 +50,7 @@ class PatchDataset(Dataset):
         seed: any non-negative integer.
         flips: flip each axis with probability 1/2.
         around: draw patches around these boxes instead of the nodules: for series ids float [n, 7], a box in voxels of
-            the resampled scan and the weight with which it is drawn.
+            the resampled scan and the weight, not negative, with which it is drawn.
 
     Raises:
         ValueError: an argument is out of its range, or a series is not in ``data``.
@@ -98,6 +98,7 @@ class PatchDataset(Dataset):
         weights = np.repeat(1 / counts.clip(1) if balance == "scan" else np.ones(len(counts)), counts)
         if around is not None:
             weights = weights * [around[uid][k, 6] for uid, k in self._places]
+            self._places = self._places if weights.any() else []
         self._chances = weights.cumsum() / weights.cumsum()[-1:]
         self._open: dict[str, _Scan] = {}
 

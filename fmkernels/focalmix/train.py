@@ -109,7 +109,7 @@ def _fit(
     model = DistributedDataParallel(state.model) if world > 1 else state.model
     forward = state.model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
     metrics = Metrics(out, state.step)
-    batches = _batches(config, data, scans, state)
+    batches = _batches(config, data, scans, state, stopwatch)
     bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
     began = time.monotonic() - state.seconds
     with contextlib.closing(metrics), contextlib.closing(batches), contextlib.closing(bar):
@@ -173,7 +173,7 @@ def _fit(
 
 
 def _batches(
-    config: Config, data: LUNA16, scans: Scans, state: State
+    config: Config, data: LUNA16, scans: Scans, state: State, stopwatch: Stopwatch
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Labelled and unlabelled patches of every step from the state's on; of the latter None until they come in."""
     (rank, world), start = place(), state.step
@@ -193,6 +193,7 @@ def _batches(
     first = max(start, config.burn_in)
     if config.unlabeled_positive and first == config.burn_in:
         state.found = _rows(_search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled)
+        stopwatch.lap("search")
     found = state.found.numpy()
     around = {uid: found[found[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)}
     positive, size = config.unlabeled_positive, config.unlabeled_batch_size

@@ -130,8 +130,9 @@ class TestItem:
         first = ((corners <= 8) & (corners >= 4)).all(1)
         third = ((corners <= 28) & (corners >= 24)).all(1)
         assert (first | third).all() and 260 < first.sum() < 340
-        nowhere = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, around={})
-        assert {nowhere[i]["series"] for i in range(24)} == set(data.series)  # background patches
+        for none in ({}, {data.series[0]: np.zeros((2, 7))}):
+            nowhere = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, around=none)
+            assert {nowhere[i]["series"] for i in range(24)} == set(data.series)  # background patches
 
     def test_depends_on_seed_and_number_only(self, data):
         dataset, again = dataset_of(data, length=9), dataset_of(data, length=24)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ OURS = "fmkernels"
 
 _COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[DEVICE.type]  # read and written: more than any cache holds
 _FLUSH_BYTES = 512 << 20
+_MOST_ROUNDS = 1000  # more would only fill the JSON
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Row:
     """Seconds of every round, and what goes into the JSON beside them."""
 
     samples: list[float]
-    info: dict[str, str | float | None]
+    info: dict[str, str | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Provider:
         may work in place: its first call is the one that is checked.
     inputs: makes its arguments, where they are not the workload's (hard labels, say).
     compile: time torch.compile of the function.
+    reference: what it is held to, where that is not the workload's.
     """
 
     name: str
     function: Callable[..., Tensor | Sequence[Tensor]]
     inputs: Callable[[], tuple] | None = None
     compile: bool = False
+    reference: Callable[..., Tensor | Sequence[Tensor]] | None = None
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Comparison:
         that made one, and "both", that and its forward.
     providers: one of them named OURS.
     scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
+    elements: how many the workload has, where it is one of a series that grows.
+    host: time how long the host is busy, which does not wait for a GPU.
     """
 
     op: str
@@ -72,6 +78,9 @@ class Comparison:
     floor: dict[str, int | None]
     providers: Sequence[Provider]
     scale: float = 1.0
+    elements: int | None = None
+    host: bool = False
+    measured: bool = field(default=False, init=False)
     _samples: dict[str, dict[str, list[float]]] = field(default_factory=dict, init=False)
     _memory: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _problems: dict[str, BaseException] = field(default_factory=dict, init=False)
@@ -81,14 +90,18 @@ class Comparison:
 
     def row(self, provider: str, phase: str, *, min_rounds: int, max_time: float) -> "Row":
         """The samples of one row and what follows from them; the first call measures all rows."""
-        if not self._samples:
-            self._measure(min_rounds, max_time)
+        if not self.measured:
+            self.measured = True
+            try:
+                self._measure(min_rounds, max_time)
+            except Exception as problem:
+                self._problems = {provider.name: problem for provider in self.providers}
             for problem in self._problems.values():  # whose frames would hold all tensors until the last comparison
                 traceback.clear_frames(problem.__traceback__)
         if provider in self._problems:
             raise self._problems[provider]
         samples = self._samples[provider][phase]
-        median, (p20, *_, p80) = statistics.median(samples), statistics.quantiles(samples, n=5, method="inclusive")
+        p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
         floor, copy = self.floor[phase], copy_bandwidth()
         speed = None if floor is None else floor / median
         return Row(
@@ -97,40 +110,44 @@ class Comparison:
                 "op": self.op, "workload": self.workload, "provider": provider, "phase": phase, "device": DEVICE.type,
                 "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
                 "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
-                "peak_extra_bytes": self._memory[provider].get(phase),
+                "peak_extra_bytes": self._memory[provider].get(phase), "elements": self.elements, "host": self.host,
             },
         )  # fmt: skip
 
     def _measure(self, min_rounds: int, max_time: float) -> None:
-        """Interleaved rounds: at least `min_rounds`, and as many as fit into `max_time` seconds per provider."""
+        """Interleaved rounds: `min_rounds`, and up to 1000 that fit into `max_time` seconds per provider."""
         torch.compiler.reset()
-        runs: dict[str, _Run] = {}
+        runs: dict[str, Run] = {}
         for provider in self.providers:
             try:
-                runs[provider.name] = self._checked(provider)
+                runs[provider.name] = self.checked(provider)
             except (Exception, pytest.skip.Exception) as problem:
                 self._problems[provider.name] = problem
         self._memory = {name: run.peak_memory() for name, run in runs.items()}
         self._samples = {name: {phase: [] for phase in self.floor} for name in runs}
-        start, rounds = time.perf_counter(), 0
-        while rounds < min_rounds or time.perf_counter() - start < max_time * len(runs):
-            rounds += 1
+        start = time.perf_counter()
+        for done in range(max(min_rounds, _MOST_ROUNDS) if runs else 0):
+            if done >= min_rounds and time.perf_counter() - start >= max_time * len(runs):
+                break
             taken = [(self._samples[name], run.round()) for name, run in runs.items()]
             for samples, spans in taken:
-                for phase, (begin, end) in spans.items():
-                    samples[phase].append(_seconds(begin, end))
+                for phase, span in spans.items():
+                    samples[phase].append(seconds(*span))
 
-    def _checked(self, provider: Provider) -> "_Run":
-        """The provider, ready to be timed, once its result and its gradients agree with the reference."""
-        make = provider.inputs or self.inputs
+    def ready(self, provider: Provider) -> tuple["Run", list[Tensor]]:
+        """The provider, ready to be timed, and the results of its first call; always with the same inputs."""
         torch.manual_seed(0)
-        inputs = make()
-        run = _Run(provider, inputs, self.floor)
+        run = Run(provider, (provider.inputs or self.inputs)(), self.floor, self.host)
         results = run.forward()
         run.upstream = [torch.full_like(r, self.scale) if r.dim() == 0 else torch.randn_like(r) for r in results]
+        return run, results
+
+    def checked(self, provider: Provider) -> "Run":
+        """The provider, ready to be timed, once its result and its gradients agree with the reference."""
+        run, results = self.ready(provider)
         torch.manual_seed(0)
-        inputs = make()
-        expected = _flat(self.reference(*inputs))
+        inputs = (provider.inputs or self.inputs)()
+        expected = _flat((provider.reference or self.reference)(*inputs))
         for result, wanted in zip(results, expected, strict=True):
             assert_close(result, wanted)
         if run.backward:
@@ -152,36 +169,36 @@ def rows(comparisons: Iterable[Comparison]) -> list:
     ]
 
 
-class _Run:
+class Run:
     """One provider with its inputs."""
 
-    def __init__(self, provider: Provider, inputs: tuple, phases: Sequence[str]):
+    def __init__(self, provider: Provider, inputs: tuple, phases: Sequence[str], host: bool = False):
         compiled = torch.compile(provider.function, fullgraph=True, dynamic=False) if provider.compile else None
         self.function = compiled or provider.function
         self.inputs, self.leaves = inputs, _leaves(inputs)
-        self.backward = "backward" in phases
+        self.backward, self.host = "backward" in phases, host
         self.upstream: list[Tensor] = []
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
             return _flat(self.function(*self.inputs))
 
-    def forward_backward(self) -> tuple[list[Tensor], "_Mark", Sequence[Tensor]]:
+    def forward_backward(self) -> tuple[list[Tensor], "Mark", Sequence[Tensor]]:
         results = _flat(self.function(*self.inputs))
-        middle = _mark()
+        middle = _mark(self.host)
         return results, middle, torch.autograd.grad(results, self.leaves, self.upstream)
 
-    def round(self) -> dict[str, tuple["_Mark", "_Mark"]]:
+    def round(self) -> dict[str, tuple["Mark", "Mark"]]:
         """Each phase once: when it began and when it ended."""
-        _flush()
-        begin = _mark()
+        _prepare(self.host)
+        begin = _mark(self.host)
         self.forward()
-        spans = {"forward": (begin, _mark())}
+        spans = {"forward": (begin, _mark(self.host))}
         if self.backward:
-            _flush()
-            begin = _mark()
+            _prepare(self.host)
+            begin = _mark(self.host)
             _, middle, _ = self.forward_backward()
-            end = _mark()
+            end = _mark(self.host)
             spans |= {"backward": (middle, end), "both": (begin, end)}
         return spans
 
@@ -200,20 +217,21 @@ class _Run:
         return peak
 
 
-_Mark = float | torch.cuda.Event
+Mark = float | torch.cuda.Event
 
 
-def _mark() -> _Mark:
+def _mark(host: bool = False) -> Mark:
     """A point in time: on the GPU's stream, or on the host's clock."""
-    if DEVICE.type == "cpu":
+    if host or DEVICE.type == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def _seconds(begin: _Mark, end: _Mark) -> float:
-    if DEVICE.type == "cpu":
+def seconds(begin: Mark, end: Mark) -> float:
+    """From one point in time to another, once the GPU has reached it."""
+    if isinstance(end, float):
         return end - begin
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
@@ -224,10 +242,16 @@ def _flush_buffer() -> Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
 
 
-def _flush() -> None:
-    """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow."""
+def _prepare(host: bool) -> None:
+    """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow.
+
+    Where the host is timed, let the GPU come to rest, so that no launch has to wait for a place in its queue.
+    """
     if DEVICE.type == "cuda":
-        _flush_buffer().zero_()
+        if host:
+            torch.cuda.synchronize()
+        else:
+            _flush_buffer().zero_()
 
 
 @cache
@@ -240,7 +264,7 @@ def copy_bandwidth() -> float:
         begin = _mark()
         target.copy_(source)
         spans.append((begin, _mark()))
-    return _COPY_BYTES / statistics.median(_seconds(*span) for span in spans)
+    return _COPY_BYTES / statistics.median(seconds(*span) for span in spans)
 
 
 def _flat(result: Tensor | Sequence[Tensor]) -> list[Tensor]:

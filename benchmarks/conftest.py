@@ -1,7 +1,9 @@
 """How a row gets into pytest-benchmark, and what the JSON says of the machine beside what the plugin itself says."""
 
 import importlib.metadata
+import math
 import platform
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,16 +24,28 @@ class _Replay:
 _replay = _Replay()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--limit", type=float, default=math.inf, help="seconds after which no comparison is begun")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_replay))
 
 
+@pytest.fixture(scope="session")
+def end(pytestconfig) -> float:
+    """When the last comparison may begin."""
+    return time.monotonic() + pytestconfig.getoption("limit")
+
+
 @pytest.fixture
-def record(benchmark, pytestconfig) -> Callable[[Comparison, str, str], None]:
+def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], None]:
     """Measure one row: record(comparison, provider, phase)."""
 
     def record(comparison: Comparison, provider: str, phase: str) -> None:
+        if not comparison.measured and time.monotonic() > end:
+            pytest.skip("no time was left")
         row = comparison.row(
             provider,
             phase,

@@ -63,10 +63,15 @@ class Workload:
         volumes, donors = (torch.randn(shape, device=DEVICE).to(self.dtype) for _ in range(2))
         return volumes, boxes, donor_boxes, lam, donors if self.donors else None
 
+    @property
+    def voxels(self) -> int:
+        """Of all targets."""
+        return sum(_voxels(target) for target, _ in self.pairs)
+
     def floor(self) -> dict[str, int]:
         """Targets read and written, donors read; out of place all voxels read and written, and donors read."""
-        targets, donors = (sum(map(_voxels, boxes)) for boxes in zip(*self.pairs, strict=True))
-        written = targets if self.in_place else self.batch * self.edge**3
+        donors = sum(_voxels(donor) for _, donor in self.pairs)
+        written = self.voxels if self.in_place else self.batch * self.edge**3
         return {"forward": (2 * written + donors) * self.dtype.itemsize}
 
 

@@ -17,21 +17,22 @@ AXES = [[axis for bit, axis in ((1, 2), (2, 3), (4, 4)) if mask & bit] for mask 
 
 @dataclass(frozen=True)
 class Workload:
-    """A level of a detector's head: logits [4, batch, 3, size, size, size]."""
+    """A level of a detector's head: logits [4, batch, kinds, size, size, size]."""
 
     size: int
     batch: int
     dtype: torch.dtype = torch.float32
+    kinds: int = 3  # of anchors at every place
 
     @property
     def anchors(self) -> int:
-        return self.batch * 3 * self.size**3
+        return self.batch * self.kinds * self.size**3
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.anchors:,}".replace("torch.", "")
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        logits = torch.randn(len(MASKS), self.batch, 3, *[self.size] * 3, device=DEVICE) * 3 - 2
+        logits = torch.randn(len(MASKS), self.batch, self.kinds, *[self.size] * 3, device=DEVICE) * 3 - 2
         return logits.to(self.dtype), torch.tensor(MASKS, dtype=torch.uint8, device=DEVICE)
 
 
@@ -39,7 +40,7 @@ WORKLOADS = {
     "cpu": [Workload(8, 2), Workload(40, 2), Workload(40, 2, torch.bfloat16)],
     "cuda": [
         Workload(size, batch, dtype)
-        for size, batch in ((20, 4), (40, 8), (80, 8), (160, 8))
+        for size, batch in ((80, 8), (20, 4), (160, 8), (40, 8))
         for dtype in (torch.float32, torch.bfloat16)
     ],
 }[DEVICE.type]

@@ -1,0 +1,73 @@
+"""How long the host is busy with one element, beside the cheapest way to call any registered op.
+
+That is one without a gradient of its own whose implementation makes a single call; for forward and backward, an
+autograd.Function around two such calls. sample_mixup is no registered op: it draws by calls of PyTorch.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import (
+    bench_crop_and_resize3d,
+    bench_mixup3d,
+    bench_object_mixup3d,
+    bench_predict_targets,
+    bench_soft_target_focal_loss,
+)
+from benchmarks.common import OURS, Comparison, Provider, rows
+
+LIBRARY = torch.library.Library("fmkernels_benchmarks", "DEF")
+LIBRARY.define("copy(Tensor x) -> Tensor")
+LIBRARY.impl("copy", lambda x: x.clone(), "CPU")
+LIBRARY.impl("copy", lambda x: x.clone(), "CUDA")
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ops.fmkernels_benchmarks.copy(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return torch.ops.fmkernels_benchmarks.copy(upstream)
+
+
+def copy(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Copy.apply(x)
+    return torch.ops.fmkernels_benchmarks.copy(x)
+
+
+def comparison(whole: Comparison) -> Comparison:
+    """Ours on a workload of one element, and the copy of one."""
+    ours = next(provider for provider in whole.providers if provider.name == OURS)
+    cheapest = Provider(
+        "cheapest registered op",
+        copy,
+        inputs=lambda: (whole.inputs()[0].detach().flatten()[:1].requires_grad_("backward" in whole.floor),),
+        reference=lambda x: x.double(),
+    )
+    return replace(
+        whole, op="host time of one element", workload=whole.op, providers=[ours, cheapest], host=True,
+        floor=dict.fromkeys(whole.floor),
+    )  # fmt: skip
+
+
+EVERY = [
+    comparison(suite.comparison(workload))
+    for suite, workload in (
+        (bench_soft_target_focal_loss, bench_soft_target_focal_loss.Workload(1)),
+        (bench_predict_targets, bench_predict_targets.Workload(1, 1, kinds=1)),
+        (bench_mixup3d, bench_mixup3d.Workload(1, 1, gradient=True)),
+        (bench_crop_and_resize3d, bench_crop_and_resize3d.Workload(1, 1, (1, 2), edge=4)),
+        (bench_object_mixup3d, bench_object_mixup3d.Workload(1, 1, 1, 1, 1, donors=True)),
+    )
+]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
+def test_host_time(record, comparison, provider, phase):
+    record(comparison, provider, phase)

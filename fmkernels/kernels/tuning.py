@@ -1,6 +1,7 @@
 """Launch parameters of every kernel, as data: one row per operation and architecture.
 
-They were chosen from the compiled code: registers, instructions per element.
+The default rows were chosen from the compiled code: registers, instructions per element. `python -m benchmarks.tune`
+rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements per tile, warps per program and tiles per program.
+    """Elements per tile (vectors of 16 bytes for mixup3d), warps per program and tiles per program.
 
     ``max_registers`` per thread keeps NVIDIA's compiler from a lower limit of its own, at which it would spill.
     """
@@ -39,22 +40,35 @@ TABLE: dict[str, dict[str, Launch]] = {
         DEFAULT: Launch(block=1024, num_warps=4, max_registers=160),
         "gfx942": Launch(block=512, num_warps=4),
     },
-    "predict_targets": {DEFAULT: Launch(block=1024, num_warps=4)},
-    "soft_target_focal_loss": {DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8)},
-    "crop_and_resize3d": {DEFAULT: Launch(block=1024, num_warps=4), "gfx942": Launch(block=1024, num_warps=2)},
+    "predict_targets": {
+        DEFAULT: Launch(block=1024, num_warps=4),
+    },
+    "soft_target_focal_loss": {
+        DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8),
+    },
+    "crop_and_resize3d": {
+        DEFAULT: Launch(block=1024, num_warps=4),
+        "gfx942": Launch(block=1024, num_warps=2),
+    },
     "crop_and_resize3d_gradient": {
         DEFAULT: Launch(block=512, num_warps=4, max_registers=128),
         "gfx942": Launch(block=512, num_warps=2),
     },
-    # counted in vectors of 16 bytes
-    "mixup3d": {DEFAULT: Launch(block=512, num_warps=4)},
-    "mixup3d_in_place": {DEFAULT: Launch(block=512, num_warps=4)},
-    "mixup3d_in_place_flipped": {DEFAULT: Launch(block=1024, num_warps=4)},
+    "mixup3d": {
+        DEFAULT: Launch(block=512, num_warps=4),
+    },
+    "mixup3d_in_place": {
+        DEFAULT: Launch(block=512, num_warps=4),
+    },
+    "mixup3d_in_place_flipped": {
+        DEFAULT: Launch(block=1024, num_warps=4),
+    },
 }
 
 
 @cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """The name of a device's row: sm_90, gfx942; DEFAULT for what is no GPU."""
     if device.type != "cuda":
         return DEFAULT
     if torch.version.hip:
@@ -66,4 +80,4 @@ def _architecture(device: torch.device) -> str:
 def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
-    return rows.get(_architecture(device), rows[DEFAULT])
+    return rows.get(architecture(device), rows[DEFAULT])

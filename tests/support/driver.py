@@ -126,7 +126,7 @@ def recording(target: str = "sm_90") -> Iterator[Recording]:
     triton.runtime.driver.set_active(driver)
     triton.compiler.compile = lambda source, **kwargs: triton.runtime.driver.active.compile(source, **kwargs)
     try:
-        with mock.patch.object(tuning, "_architecture", lambda device: target):
+        with mock.patch.object(tuning, "architecture", lambda device: target):
             yield driver.recording
     finally:
         triton.runtime.driver._active, triton.compiler.compile = active, compile_

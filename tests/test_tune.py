@@ -1,0 +1,200 @@
+"""benchmarks.tune without a GPU: what it writes, what it chooses, that kernels take it; times are made up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+import fmkernels
+from benchmarks import bench_predict_targets, tune
+from benchmarks.tune import MARGIN, SWEEPS, Sweep, Timing, choose, render, rewritten, with_row
+from fmkernels.kernels import tuning
+from fmkernels.kernels.tuning import DEFAULT, TABLE, Launch
+from tests.conftest import launches
+from tests.support import on_gpu
+
+SOURCE = Path(tuning.__file__)
+DEFAULT_ROW, OTHER, THIRD = Launch(1024, 4), Launch(512, 4), Launch(2048, 8)
+
+
+def timing(launch: Launch, *times: float, rounds: int = 50, noise: float = 0.005, seed: int = 0) -> Timing:
+    """A time for each workload, give or take some noise, of the same rounds for all settings of one seed."""
+    generator = np.random.default_rng((seed, launch.block))
+    return Timing(launch, np.array(times)[:, None] * (1 + noise * generator.standard_normal((len(times), rounds))))
+
+
+def test_the_table_in_use_is_as_it_would_be_written():
+    assert rewritten(SOURCE.read_text(encoding="utf-8"), TABLE) == SOURCE.read_text(encoding="utf-8")
+
+
+def test_a_written_table_reads_back_is_stable_and_formatted():
+    table = with_row(TABLE, "mixup3d", "sm_90", Launch(256, 8, max_registers=64, max_tiles=16, enough_programs=65536))
+    table = with_row(table, "object_mixup3d", "sm_100", OTHER)
+    source = rewritten(SOURCE.read_text(encoding="utf-8"), table)
+    assert rewritten(source, table) == source
+    module = {"__name__": "tuning"}
+    sys.modules["tuning"] = type(sys)("tuning")  # where dataclasses look
+    try:
+        exec(compile(source, "tuning", "exec"), module)
+    finally:
+        del sys.modules["tuning"]
+    assert str(module["TABLE"]) == str(table)
+    assert list(module["TABLE"]["object_mixup3d"]) == [DEFAULT, "gfx942", "sm_100"]
+    command = [sys.executable, "-m", "ruff", "format", "--line-length=120", "--check", "-"]
+    assert subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+
+
+def test_other_rows_stay_and_a_row_goes_with_its_reason():
+    table = with_row(with_row(TABLE, "mixup3d", "sm_90", OTHER), "mixup3d", "sm_80", THIRD)
+    assert table["mixup3d"] == {DEFAULT: TABLE["mixup3d"][DEFAULT], "sm_80": THIRD, "sm_90": OTHER}
+    assert with_row(table, "mixup3d", "sm_90", None)["mixup3d"] == {DEFAULT: TABLE["mixup3d"][DEFAULT], "sm_80": THIRD}
+    assert TABLE["mixup3d"].keys() == {DEFAULT}
+
+
+def test_chooses_the_fastest_beyond_the_noise():
+    default, again = timing(DEFAULT_ROW, 1.0, 9.0), timing(DEFAULT_ROW, 1.0, 9.0, seed=1)
+    assert choose(default, again, [timing(OTHER, 0.9, 8.0), timing(THIRD, 0.8, 7.0)]) == THIRD
+    assert choose(default, again, [timing(OTHER, 0.9, 8.0), timing(THIRD, 1.8, 17.0)]) == OTHER
+    assert choose(default, again, []) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keeps_the_default_within_the_noise(seed):
+    default, again = (timing(DEFAULT_ROW, 1.0, noise=0.1, seed=seed + n) for n in (0, 100))
+    assert choose(default, again, [timing(OTHER, 0.95, noise=0.1, seed=seed)]) is None
+    default, again = (timing(DEFAULT_ROW, 1.0, noise=1e-4, seed=seed + n) for n in (0, 100))
+    assert choose(default, again, [timing(OTHER, 1 - MARGIN / 2, noise=1e-4)]) is None
+
+
+def test_keeps_the_default_where_a_workload_would_lose():
+    default, again = timing(DEFAULT_ROW, 1.0, 1.0), timing(DEFAULT_ROW, 1.0, 1.0, seed=1)
+    assert choose(default, again, [timing(OTHER, 0.6, 1.1)]) is None
+
+
+def test_drift_that_all_settings_share_decides_nothing():
+    drift = np.linspace(1, 3, 50)
+    default, again, other = (
+        Timing(t.launch, t.times * drift)
+        for t in (timing(DEFAULT_ROW, 1.0), timing(DEFAULT_ROW, 1.0, seed=1), timing(OTHER, 0.9))
+    )
+    assert choose(default, again, [other]) == OTHER
+
+
+def test_every_sweep_is_a_row_and_holds_the_default():
+    assert [sweep.op for sweep in SWEEPS] == list(TABLE)
+    for sweep in SWEEPS:
+        default = TABLE[sweep.op][DEFAULT]
+        settings = sweep.settings(default)
+        assert default.num_warps in sweep.shapes[default.block]
+        assert default not in settings and len(settings) == len(set(settings)) > 3
+        assert all(32 * s.num_warps * (s.max_registers or 0) <= 65536 for s in settings)
+
+
+SMALL = Sweep(
+    "predict_targets",
+    {512: (2,), 1024: (2, 4)},
+    lambda: [(bench_predict_targets.comparison(bench_predict_targets.Workload(4, 1)), "forward")],
+)
+
+
+def test_a_tuning_run(monkeypatch):
+    """All but the times is real: cases are made and checked, one setting fails, one is wrong, one is faster."""
+    monkeypatch.setattr(tune, "ROUNDS", 12)
+    ours = bench_predict_targets.comparison.__globals__["PROVIDERS"]["fmkernels"]
+    sweep = Sweep(SMALL.op, {256: (2,), 512: (2,), 1024: (2, 4)}, SMALL.cases)
+
+    def call(logits, flips):
+        launch = TABLE["predict_targets"][DEFAULT]
+        if launch.block == 512:
+            raise RuntimeError("out of resource: registers\nmore")
+        return ours(logits, flips) + (launch.block == 256)
+
+    monkeypatch.setitem(bench_predict_targets.PROVIDERS, "fmkernels", call)
+    monkeypatch.setattr(
+        tune.Run, "round", lambda _: {"forward": (0.0, 1.0 / (8 - TABLE["predict_targets"][DEFAULT].num_warps))}
+    )
+    before = {op: dict(rows) for op, rows in TABLE.items()}
+    table, record = tune.tune([sweep], TABLE, "sm_90", limit=60)
+    assert before == TABLE
+    assert table["predict_targets"] == {**TABLE["predict_targets"], "sm_90": Launch(1024, 2)}
+    result = record["ops"]["predict_targets"]
+    assert {row["block"]: row["reason"].split(":")[0] for row in result["left_out"]} == {
+        256: "AssertionError",
+        512: "RuntimeError",
+    }
+    assert [round(row["time_to_default"], 3) for row in result["settings"]] == [1, 0.667, 1]
+    again, _ = tune.tune([sweep], table, "sm_90", limit=60)
+    assert render(again) == render(table)
+
+
+def test_without_time_the_row_in_use_is_still_held_to_the_default(monkeypatch):
+    monkeypatch.setattr(tune, "ROUNDS", 12)
+    table = with_row(TABLE, "predict_targets", "sm_90", Launch(512, 2))
+    _, record = tune.tune([SMALL], table, "sm_90", limit=0)
+    assert [row["block"] for row in record["ops"]["predict_targets"]["settings"]] == [1024, 512, 1024]
+    assert {row["reason"] for row in record["ops"]["predict_targets"]["left_out"]} == {"no time was left"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(capsys):
+    before = SOURCE.read_bytes()
+    assert tune.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err and SOURCE.read_bytes() == before
+
+
+def _calls():
+    """Each row of the table: what launches it, the kernels it is for, and how they call a block."""
+    volumes, boxes = torch.zeros(2, 1, 16, 16, 16), torch.tensor([[0, 1, 1, 1, 9, 9, 9.0]])
+    lam, index = torch.tensor([0.9, 0.6]), torch.tensor([1, 0])
+    flips = torch.zeros(2, dtype=torch.uint8)
+
+    def loss():
+        logits = torch.zeros(5000, requires_grad=True)
+        fmkernels.soft_target_focal_loss(logits, torch.zeros(5000), reduction="sum").backward()
+
+    def crop(gradient: bool):
+        result = fmkernels.crop_and_resize3d(volumes.clone().requires_grad_(gradient), boxes, (16, 16, 16))
+        if gradient:
+            result.sum().backward()
+
+    return {
+        "object_mixup3d": (lambda: fmkernels.object_mixup3d(volumes, boxes, boxes, lam[:1]), "object_mixup_kernel",
+                           lambda constants: constants["DEPTH"] * constants["LANES"]),
+        "predict_targets": (lambda: fmkernels.predict_targets(torch.zeros(2, 1, 1, 16, 16, 16), flips),
+                            "predict_targets_kernel", lambda constants: constants["BLOCK"]),
+        "soft_target_focal_loss": (loss, "sum_kernel", lambda constants: constants["BLOCK"]),
+        "crop_and_resize3d": (lambda: crop(False), "crop_kernel",
+                              lambda constants: constants["DEPTH"] * constants["LANES"]),
+        "crop_and_resize3d_gradient": (lambda: crop(True), "gradient_kernel",
+                                       lambda constants: constants["Z"] * constants["Y"] * constants["X"]),
+        "mixup3d": (lambda: fmkernels.mixup3d(volumes, lam, index), "mixup_kernel",
+                    lambda constants: constants["VECTORS"]),
+        "mixup3d_in_place": (lambda: fmkernels.mixup3d(volumes, lam, index, out=volumes), "mixup_kernel",
+                             lambda constants: constants["VECTORS"] * constants["SAMPLES"]),
+        "mixup3d_in_place_flipped": (lambda: fmkernels.mixup3d(volumes, lam, index, flips=flips, out=volumes),
+                                     "mixup_kernel", lambda constants: constants["VECTORS"] * constants["SAMPLES"] * 8),
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(on_gpu(), reason="the kernels of a GPU are not to run")
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.op)
+def test_a_kernel_takes_every_setting_of_its_row(sweep, monkeypatch):
+    """Down to the launch, on a device of the row's architecture; the kernels themselves do not run."""
+    taken = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **options: taken.append((kernel, options)))
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    for cpu, name, launch in launches():
+        monkeypatch.setattr(cpu, name, launch)
+    call, kernel, block_of = _calls()[sweep.op]
+    for setting in sweep.settings(TABLE[sweep.op][DEFAULT]):
+        taken.clear()
+        monkeypatch.setitem(TABLE, sweep.op, {**TABLE[sweep.op], "sm_90": setting})
+        call()
+        options = [options for function, options in taken if function.fn.__name__ == kernel]
+        assert [(block_of(o), o["num_warps"], o.get("maxnreg")) for o in options] == [
+            (setting.block, setting.num_warps, setting.max_registers)
+        ]

@@ -93,7 +93,7 @@ WORKLOADS = {
     ],
     "cuda": [
         Workload(boxes, size, edge=128, whole=whole, dtype=dtype, result=result, gradient=dtype.is_floating_point)
-        for boxes, size in ((16, 32), (64, 32), (512, 32), (64, 64))
+        for boxes, size in ((64, 32), (16, 32), (512, 32), (64, 64))
         for whole, dtype, result in (
             (True, torch.float32, torch.float32),
             (False, torch.float32, torch.float32),

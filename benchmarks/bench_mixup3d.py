@@ -62,7 +62,7 @@ class Workload:
 
 WORKLOADS = [
     Workload(batch, edge, *types, flips=flips, in_place=in_place, gradient=gradient)
-    for batch, edge in {"cpu": [(8, 64), (8, 96)], "cuda": [(8, 64), (8, 128), (16, 192), (64, 96)]}[DEVICE.type]
+    for batch, edge in {"cpu": [(8, 64), (8, 96)], "cuda": [(16, 192), (8, 64), (8, 128), (64, 96)]}[DEVICE.type]
     for types, flips, in_place, gradient in (
         ((torch.float32, torch.float32), False, False, True),
         ((torch.float32, torch.float32), False, True, False),

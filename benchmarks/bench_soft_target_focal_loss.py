@@ -57,7 +57,7 @@ WORKLOADS = {
     ],
     "cuda": [
         Workload(elements, *types, scale=scale)
-        for elements in (100_000, 1_000_000, 10_000_000, 100_000_000)
+        for elements in (100_000_000, 100_000, 10_000_000, 1_000_000)
         for types in (
             (torch.float32, torch.float32),
             (torch.bfloat16, torch.bfloat16),

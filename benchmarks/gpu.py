@@ -1,71 +1,159 @@
-"""Everything that a machine with a GPU can show, in one run: `make gpu`. Installs nothing.
+"""Everything that a machine with a GPU can show, in one run of under 9 minutes: `make gpu`. Installs nothing.
 
     python -m benchmarks.gpu --results benchmarks/results
 
-Runs the tests with the real kernels, then every benchmark there is, and leaves results/<gpu>/run.json (what ran,
-outcome, versions, commit, clocks), tests.xml and benchmarks.json. Stages that do not fit into the time are left out and
-said so.
+Runs the tests with the real kernels, every kernel under compute-sanitizer where there is one, every op in a CUDA graph
+and on more than 2^31 elements, a training step, the benchmarks and the tuning sweep, which changes nothing. Every stage
+has its time, and what earlier ones left of theirs; one that fails or is cut stops no other. Leaves in results/<gpu>/:
+run.json (what ran, outcome, versions, commit, clocks), tests.xml, tuning.json, and the benchmarks as JSON, table and
+picture.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 520  # seconds, all stages together
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
+OUTCOMES = {0: "passed", 124: "timed out", -9: "timed out"}  # what timeout returns; killed, it kills itself too
+SHORTEST = 5  # seconds, with less of which a stage is not begun
+GRACE = 10  # seconds from the request to end to the end
+SUITES = {  # seconds for each benchmark
+    "focalmix_step": 40,
+    "soft_target_focal_loss": 40,
+    "mixup3d": 40,
+    "predict_targets": 25,
+    "crop_and_resize3d": 30,
+    "object_mixup3d": 25,
+    "growth": 50,
+    "host_time": 10,
+}
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Stage:
+    """A command and its seconds; or, where it cannot run here, why not."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    missing: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where to write")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all stages (default: %(default)s)")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU that PyTorch can use was found", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
-    out = arguments.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    out = options.results.resolve() / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    suites = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("bench_*.py"))
-    stages = {
-        "tests": [*pytest, "tests", "--ignore=tests/focalmix", "-m", "kernel", f"--junitxml={out / 'tests.xml'}"],
-        "benchmarks": [*pytest, *suites, f"--benchmark-json={out / 'benchmarks.json'}"],
-    }
-    record = {"gpu": name, "commit": _output("git", "rev-parse", "HEAD"), "versions": _versions(), "stages": {}}
-    deadline = time.monotonic() + arguments.limit
-    for stage, command in stages.items():
-        record["stages"][stage] = _run(command, deadline - time.monotonic()) | {"clocks": _clocks()}
-        (out / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{name}, commit {record['commit']}\n{'stage':<12}{'outcome':<10}{'seconds':>8}  last line")
-    for stage, done in record["stages"].items():
-        print(f"{stage:<12}{done['outcome']:<10}{done['seconds']:>8.0f}  {done['last_line']}")
-    return int(any(done["outcome"] != "passed" for done in record["stages"].values()))
+    about = {"gpu": name, "commit": _output("git", "rev-parse", "HEAD"), "versions": _versions()}
+    done = run(stages(out), out / "run.json", about)
+    for path in sorted(out.glob("*.md")):
+        print(f"\n{path.stem}: {path.read_text(encoding='utf-8')}")
+    print(f"\n{name}, commit {about['commit']}\n{table(done)}")
+    return int(any(stage["outcome"] not in ("passed", "skipped") for stage in done.values()))
 
 
-def _run(command: list[str], seconds: float) -> dict[str, str | float]:
+def stages(out: Path) -> list[Stage]:
+    """All there is to run, in order; the seconds of all together are below 9 minutes."""
+    python = [sys.executable, "-m"]
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    checks = [*python, "benchmarks.device_checks"]
+    tests = [*pytest, *parallel, "tests", "--ignore=tests/focalmix", "-m", "kernel", f"--junitxml={out / 'tests.xml'}"]
+    result = [Stage("tests", tests, 90)]
+    sanitizer = _sanitizer()
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *checks, "calls"]
+        result.append(Stage(tool, command, 35, "" if sanitizer else "there is no compute-sanitizer"))
+    result += [Stage("graphs", [*checks, "graphs"], 20), Stage("large", [*checks, "large"], 25)]
+    for suite, seconds in SUITES.items():
+        report = out / f"{suite}.json"
+        report.unlink(missing_ok=True)  # of an earlier run
+        options = ["--benchmark-quiet", "--benchmark-max-time=0.05", f"--benchmark-json={report}"]
+        command = [*pytest, f"benchmarks/bench_{suite}.py", f"--limit={0.6 * seconds:.0f}", *options]
+        result.append(Stage(suite, command, seconds))
+    tuning = [*python, "benchmarks.tune", "--dry-run", "--limit=35", f"--json={out / 'tuning.json'}"]
+    result.append(Stage("tuning", tuning, 45))
+    reports = [str(out / f"{suite}.json") for suite in SUITES]
+    return [*result, Stage("plots", [*python, "benchmarks.plot", *reports], 15)]
+
+
+def run(stages: Sequence[Stage], record: Path, about: dict) -> dict[str, dict]:
+    """Run the stages; what became of them so far is in the record after each."""
+    done: dict[str, dict] = {}
+    end = time.monotonic()
+    for stage in stages:
+        end += stage.seconds
+        done[stage.name] = _run(stage, end - time.monotonic())
+        record.write_text(json.dumps({**about, "stages": done}, indent=2) + "\n", encoding="utf-8")
+    return done
+
+
+def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
     """Run a stage, its output shown as it comes."""
-    began, last = time.monotonic(), ""
-    if seconds < 30:
+    began = time.monotonic()
+    if stage.missing:
+        return {"outcome": "skipped", "seconds": 0.0, "last_line": stage.missing}
+    if seconds < SHORTEST:
         return {"outcome": "left out", "seconds": 0.0, "last_line": "no time was left"}
     environment = os.environ | {"FMKERNELS_TEST_DEVICE": "cuda", "PYTHONUNBUFFERED": "1"}
-    command = ["timeout", "--signal=INT", "--kill-after=10", f"{seconds:.0f}", *command]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        print(line, end="")
-        last = line.strip() or last
-    outcome = {0: "passed", 124: "timed out"}.get(process.wait(), "failed")
-    return {"outcome": outcome, "seconds": round(time.monotonic() - began, 1), "last_line": last}
+    if stage.name in ("memcheck", "racecheck"):
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor has bounds of its own
+    command = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{seconds:.1f}", *stage.command]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace")
+    lines: list[str] = []
+    reader = threading.Thread(target=_show, args=(process.stdout, lines), daemon=True)
+    reader.start()
+    code = process.wait()
+    reader.join(1)  # not longer: a worker that outlives the stage keeps the pipe open
+    return {
+        "outcome": OUTCOMES.get(code, "failed"),
+        "seconds": round(time.monotonic() - began, 1),
+        "last_line": next((line.strip() for line in reversed(lines) if line.strip()), ""),
+        "clocks": _clocks(),
+    }
+
+
+def _show(stream: TextIO, lines: list[str]) -> None:
+    for line in stream:
+        print(line, end="", flush=True)
+        lines.append(line)
+
+
+def table(done: dict[str, dict]) -> str:
+    """What became of every stage."""
+    lines = [f"{'stage':<24}{'outcome':<11}{'seconds':>8}  last line"]
+    for name, stage in done.items():
+        lines.append(f"{name:<24}{stage['outcome']:<11}{stage['seconds']:>8.0f}  {stage['last_line']}")
+    return "\n".join(lines)
+
+
+def _sanitizer() -> str:
+    """Where compute-sanitizer is, or nothing."""
+    beside = [Path(os.environ.get(name, "/usr/local/cuda")) / "bin" for name in ("CUDA_HOME", "CUDA_PATH")]
+    return (
+        shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, beside)])) or ""
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,102 @@
+"""benchmarks.gpu with stages that need no GPU: time, outcomes, record; and what its stages are."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Stage, run, stages
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_that_fails_or_is_cut_is_named_and_stops_no_other(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "SHORTEST", 0.2)
+    done = run(
+        [
+            Stage("good", python("print('well'); print()"), 20),
+            Stage("bad", python("print('what went wrong'); raise SystemExit(3)"), 20),
+            Stage("absent", [], 20, missing="there is no tool"),
+            Stage("last", python("import os; print(os.environ['FMKERNELS_TEST_DEVICE'])"), 20),
+        ],
+        tmp_path / "run.json",
+        {"gpu": "none"},
+    )
+    assert {name: (stage["outcome"], stage["last_line"]) for name, stage in done.items()} == {
+        "good": ("passed", "well"),
+        "bad": ("failed", "what went wrong"),
+        "absent": ("skipped", "there is no tool"),
+        "last": ("passed", "cuda"),
+    }
+    assert json.loads((tmp_path / "run.json").read_text()) == {"gpu": "none", "stages": done}
+    assert "what went wrong" in capfd.readouterr().out
+    assert all(name in gpu.table(done) for name in done)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_stage_is_cut_and_the_next_has_its_own_time(stubborn, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SHORTEST", 0.2)
+    monkeypatch.setattr(gpu, "GRACE", 0.3)
+    ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if stubborn else "pass"
+    # a worker that outlives the stage and keeps its output open does not hold the run up
+    worker = "subprocess.Popen(['sleep', '8'], start_new_session=True)" if stubborn else "pass"
+    slow = python(f"import signal, subprocess, time; {ignore}; {worker}; print('begun', flush=True); time.sleep(20)")
+    began = time.monotonic()
+    done = run([Stage("slow", slow, 1.5), Stage("next", python("print(1)"), 15)], tmp_path / "run.json", {})
+    assert time.monotonic() - began < 8
+    assert [stage["outcome"] for stage in done.values()] == ["timed out", "passed"]
+    assert done["slow"]["last_line"] in ("begun", "KeyboardInterrupt")
+
+
+def test_time_left_over_goes_to_the_next_and_none_is_borrowed(tmp_path, monkeypatch):
+    given = []
+
+    def fake(stage, seconds):
+        given.append(seconds)
+        clock[0] += {"quick": 1, "slow": 35, "late": 0}[stage.name]
+        return {"outcome": "passed", "seconds": 0, "last_line": ""}
+
+    clock = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "_run", fake)
+    run([Stage("quick", [], 10), Stage("slow", [], 20), Stage("late", [], 4)], tmp_path / "run.json", {})
+    assert given == [10, 29, -2]
+    monkeypatch.undo()
+    assert gpu._run(Stage("late", python("print(1)"), 4), -2)["outcome"] == "left out"
+
+
+def test_the_stages_are_what_is_asked_for_and_take_less_than_9_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
+    every = stages(tmp_path)
+    assert sum(stage.seconds for stage in every) + gpu.GRACE < 9 * 60
+    names = [stage.name for stage in every]
+    assert names[:5] == ["tests", "memcheck", "racecheck", "graphs", "large"] and names[-2:] == ["tuning", "plots"]
+    suites = {path.stem.removeprefix("bench_") for path in (gpu.ROOT / "benchmarks").glob("bench_*.py")}
+    assert suites == set(names[5:-2]) == set(gpu.SUITES)
+    assert [stage.name for stage in every if stage.missing] == ["memcheck", "racecheck"]
+    monkeypatch.setattr(gpu, "_sanitizer", lambda: "/opt/compute-sanitizer")
+    assert not [stage for stage in stages(tmp_path) if stage.missing]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("passed", 0), ("skipped", 0), ("failed", 1), ("timed out", 1)])
+def test_the_exit_code_says_how_it_went(outcome, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test (9)")
+    done = {"tests": {"outcome": outcome, "seconds": 1.0, "last_line": "the last line"}}
+    monkeypatch.setattr(gpu, "run", lambda stages, record, about: done)
+    (tmp_path / "nvidia-test-9").mkdir()
+    (tmp_path / "nvidia-test-9" / "growth.md").write_text("| a table |")
+    assert gpu.main(["--results", str(tmp_path)]) == code
+    out = capsys.readouterr().out
+    assert 0 < out.index("| a table |") < out.index("the last line")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
+    assert gpu.main(["--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -28,7 +29,16 @@ AIR = -1024
 """HU of air: the least value of a resampled scan, and what a patch holds outside of its scan."""
 
 MAX_VOXELS = 2**31
-"""A scan of more voxels than this, as stored or as resampled, is refused (4 GiB of int16)."""
+"""A scan of more voxels than this, as stored, as resampled or on the way there, is refused (4 GiB of int16)."""
+
+MAX_LENGTH = 2**15
+"""Voxels along an axis of a scan, as stored or as resampled: more are refused."""
+
+MAX_GROWTH = 1000
+"""A scan that would have so many times its voxels once resampled is refused: a few bytes must not become gigabytes."""
+
+SPACINGS = (1e-3, 1e3)
+"""Millimetres between voxels: less or more is refused."""
 
 WORTH_A_PROCESS = 1 << 26
 """Bytes of scans to resample that are worth the start of another process."""
@@ -80,40 +90,43 @@ class Volume:
         return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
 
 
-def read_scan(path: str | Path) -> sitk.Image:
-    """Read a CT scan in LUNA16's form: a MetaImage header ``.mhd`` beside one raw file of signed 16-bit HU.
+class Header(NamedTuple):
+    """What a header says of its scan."""
 
-    The header is checked, and the raw file's size against it, before any memory is taken. Other element types are
-    refused even where their values would fit: lung masks come as such, and unscaled detector values do.
+    raw: Path
+    """The file of the voxels."""
+    skip: int
+    """Bytes before them."""
+    dtype: np.dtype
+    shape: tuple[int, int, int]
+    """Voxels along z, y, x."""
+    spacing: Sequence[float]
+    """Millimetres along x, y, z."""
+    origin: Sequence[float]
+    """World x, y, z of the first voxel."""
+    direction: Sequence[float]
+    """3 x 3, row by row; column j is the world direction of axis x, y, z."""
 
-    Raises:
-        InputError: names the file and the field of the header, what was expected and what came.
-    """
-    path = Path(path)
-    check_header(path)
-    try:
-        return sitk.ReadImage(str(path), imageIO="MetaImageIO")
-    except RuntimeError as error:
-        raise InputError(f"{path}: SimpleITK cannot read it: {str(error).strip().splitlines()[-1]}") from None
 
-
-def check_header(path: Path) -> Path:
-    """Check a header and the size of its raw file; return the raw file's path."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_HEADER_BYTES).decode("latin-1")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: expected a MetaImage header (.mhd), found no such file") from None
+def check_header(path: Path) -> Header:
+    """Read a header, check it and the size of its raw file; raise InputError as `read_scan`."""
+    if not path.is_file():
+        raise InputError(f"{path}: expected a MetaImage header (.mhd), found no such file")
+    with open(path, "rb") as file:
+        text = file.read(_MAX_HEADER_BYTES).decode("utf-8", "surrogateescape")
     fields: dict[str, str] = {}
-    for line in re.split("[\r\n]+", text):
-        name, *value = (part.strip() for part in re.split("[=:]", line, maxsplit=1))
-        fields[name] = "".join(value)
-        if name == "ElementDataFile":
-            break
+    repeated = ""
 
     def expect(name: str, wanted: str, holds: bool) -> None:
         if not holds:
-            raise InputError(f"{path}: {name}: expected {wanted}, got {fields.get(name, '')[:80] or 'nothing'}")
+            raise InputError(f"{path}: {name}: expected {wanted}, got {_printable(fields.get(name, '')) or 'nothing'}")
+
+    for line in re.split("[\r\n]+", text):
+        name, *value = (part.strip() for part in re.split("[=:]", line, maxsplit=1))
+        repeated = repeated or (name if name in fields else "")
+        fields[name] = "".join(value)
+        if name == "ElementDataFile":
+            break
 
     def numbers(name: str, count: int) -> np.ndarray:
         try:
@@ -123,31 +136,79 @@ def check_header(path: Path) -> Path:
         expect(name, f"{count} finite numbers", len(values) == count and bool(np.isfinite(values).all()))
         return values
 
+    def flag(name: str, default: str = "False") -> bool:
+        value = fields.get(name, default).lower()
+        expect(name, "True or False", value in ("true", "false", "1", "0"))
+        return value in ("true", "1")
+
     expect("NDims", "3", fields.get("NDims") == "3")
+    if repeated:
+        raise InputError(f"{path}: {_printable(repeated)}: expected this field once, got it again")
     expect("ElementNumberOfChannels", "1", fields.get("ElementNumberOfChannels", "1") == "1")
     expect("ElementType", "MET_SHORT (signed 16-bit HU)", fields.get("ElementType") == "MET_SHORT")
-    expect("CompressedData", "False", fields.get("CompressedData", "False").lower() in ("false", "0"))
-    expect("BinaryData", "True", fields.get("BinaryData", "True").lower() in ("true", "1"))
-    size = re.fullmatch(r"(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})", fields.get("DimSize", ""), re.ASCII)
-    voxels = math.prod(map(int, size.groups())) if size else 0
-    expect("DimSize", f"3 positive integers, at most {MAX_VOXELS} voxels", 0 < voxels <= MAX_VOXELS)
-    expect("ElementSpacing", "3 positive numbers (mm)", bool((numbers("ElementSpacing", 3) > 0).all()))
-    numbers("Offset", 3)
-    direction = numbers("TransformMatrix", 9).reshape(3, 3)
-    expect("TransformMatrix", "an orthonormal matrix", np.allclose(direction @ direction.T, np.eye(3), atol=1e-3))
+    expect("CompressedData", "False", not flag("CompressedData"))
+    expect("BinaryData", "True", flag("BinaryData", "True"))
+    big_endian = flag("BinaryDataByteOrderMSB") or flag("ElementByteOrderMSB")
+    match = re.fullmatch(r"(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})", fields.get("DimSize", ""), re.ASCII)
+    size = tuple(map(int, match.groups())) if match else (0,)
+    voxels = math.prod(size)
+    expect(
+        "DimSize",
+        f"3 positive integers, each at most {MAX_LENGTH}, at most {MAX_VOXELS} voxels",
+        0 < voxels <= MAX_VOXELS and max(size) <= MAX_LENGTH,
+    )
+    spacing = numbers("ElementSpacing", 3)
+    low, high = SPACINGS
+    fits = bool(((spacing >= low) & (spacing <= high)).all())
+    expect("ElementSpacing", f"3 numbers of {low:g} to {high:g} (mm)", fits)
+    origin = numbers("Offset", 3)
+    axes = numbers("TransformMatrix", 9).reshape(3, 3)  # a row for each axis
+    expect("TransformMatrix", "an orthonormal matrix", np.allclose(axes @ axes.T, np.eye(3), atol=1e-3))
     header_size = fields.get("HeaderSize", "0")
     expect("HeaderSize", "an integer", re.fullmatch(r"-?\d{1,18}", header_size, re.ASCII) is not None)
+    skip = max(int(header_size), 0)
 
     name = fields.get("ElementDataFile", "")
     bare = re.fullmatch(r"[^/\\:%]+", name) and name not in (".", "..") and name.upper() not in ("LOCAL", "LIST")
     expect("ElementDataFile", "the name of a file in the same folder", bool(bare))
     raw = path.parent / name
     if not raw.is_file():
-        raise InputError(f"{path}: ElementDataFile: expected {name} beside the header, found no such file")
-    expected = 2 * voxels + max(int(header_size), 0)
+        raise InputError(f"{path}: ElementDataFile: expected {_printable(name)} beside the header, found no such file")
+    expected = 2 * voxels + skip
     if (got := raw.stat().st_size) != expected:
         raise InputError(f"{raw}: expected {expected} bytes (DimSize {fields['DimSize']} of MET_SHORT), got {got}")
-    return raw
+    dtype = np.dtype(">i2" if big_endian else "<i2")
+    return Header(raw, skip, dtype, size[::-1], spacing.tolist(), origin.tolist(), axes.T.ravel().tolist())
+
+
+def _printable(text: str) -> str:
+    """What a line of a message can hold of it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:80])
+
+
+def read_scan(path: str | Path) -> sitk.Image:
+    """Read a CT scan in LUNA16's form: a MetaImage header ``.mhd`` beside one raw file of signed 16-bit HU.
+
+    The header is checked, and the raw file's size against it, before any memory is taken. What was checked is what is
+    read: no other reader takes the header apart once more, and finds another file or size in it. Other element types
+    are refused even where their values would fit: lung masks come as such, and unscaled detector values do.
+
+    Raises:
+        InputError: names the file and the field of the header, what was expected and what came.
+    """
+    return _read(check_header(Path(path)))
+
+
+def _read(header: Header) -> sitk.Image:
+    count = math.prod(header.shape)
+    voxels = np.fromfile(header.raw, header.dtype, count, offset=header.skip)
+    if voxels.size != count:
+        raise InputError(f"{header.raw}: expected a file that stays as it is, but it changed while it was read")
+    image = sitk.GetImageFromArray(voxels.astype(np.int16, copy=False).reshape(header.shape))
+    image.SetSpacing(header.spacing)
+    image.SetOrigin(header.origin)
+    image.SetDirection(header.direction)
+    return image
 
 
 def resample(image: sitk.Image, spacing: Sequence[float]) -> Volume:
@@ -165,12 +226,11 @@ def resample(image: sitk.Image, spacing: Sequence[float]) -> Volume:
     Returns:
         A `Volume` in memory.
     """
-    shape = _resampled_shape(image, spacing)
+    sizes = list(zip(image.GetSize()[::-1], image.GetSpacing()[::-1], spacing, strict=True))
+    shape = tuple(_resampled_length(*axis) for axis in sizes)
     weights = [
         _triangle_weights(old_length, new_length, new / old)
-        for old_length, new_length, new, old in zip(
-            image.GetSize()[::-1], shape, spacing, image.GetSpacing()[::-1], strict=True
-        )
+        for (old_length, old, new), new_length in zip(sizes, shape, strict=True)
     ]
     slices = sitk.GetArrayViewFromImage(image)
     in_plane = np.empty((len(slices), *shape[1:]), dtype=np.float32)
@@ -189,9 +249,8 @@ def resample(image: sitk.Image, spacing: Sequence[float]) -> Volume:
     )
 
 
-def _resampled_shape(image: sitk.Image, spacing: Sequence[float]) -> tuple[int, ...]:
-    sizes = zip(image.GetSize()[::-1], image.GetSpacing()[::-1], spacing, strict=True)
-    return tuple(max(1, math.ceil(length * old / new - 1e-6)) for length, old, new in sizes)
+def _resampled_length(length: int, old: float, new: float) -> int:
+    return max(1, math.ceil(length * old / new - 1e-6))
 
 
 def _triangle_weights(old_length: int, new_length: int, ratio: float) -> scipy.sparse.csr_matrix:
@@ -211,12 +270,16 @@ def load_volume(path: str | Path, spacing: Sequence[float]) -> Volume:
     """Read one scan and resample it to ``spacing`` (z, y, x, mm), without a cache.
 
     Raises:
-        InputError: as `read_scan`, or the resampled scan would have more than `MAX_VOXELS` voxels.
+        InputError: as `read_scan`, or the resampled scan would be too large.
     """
-    image = read_scan(path)
-    if math.prod(shape := _resampled_shape(image, spacing)) > MAX_VOXELS:
-        raise InputError(f"{path}: ElementSpacing: expected at most {MAX_VOXELS} voxels at {spacing} mm, got {shape}")
-    return resample(image, spacing)
+    header = check_header(Path(path))
+    sizes = zip(header.shape, header.spacing[::-1], spacing, strict=True)
+    shape = tuple(_resampled_length(*axis) for axis in sizes)
+    limit = min(MAX_VOXELS, MAX_GROWTH * math.prod(header.shape))
+    between = header.shape[0] * math.prod(shape[1:])
+    if math.prod(shape) > limit or between > MAX_VOXELS or max(shape) > MAX_LENGTH:
+        raise InputError(f"{path}: ElementSpacing: expected at most {limit} voxels at {spacing} mm, got {shape}")
+    return resample(_read(header), spacing)
 
 
 class LUNA16:
@@ -444,7 +507,7 @@ def _open_cached(cache: Path, path: Path, spacing: Sequence[float]) -> Volume | 
 
 def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
     """Resample a scan into the cache: one ``.npy`` with the geometry behind the array, so that the two always match."""
-    source = {file.name: _stamp(file) for file in (path, check_header(path))}
+    source = {file.name: _stamp(file) for file in (path, check_header(path).raw)}
     volume = load_volume(path, spacing)
     geometry = {"source": source, "spacing": list(spacing), "origin": volume.origin, "direction": volume.direction}
     try:

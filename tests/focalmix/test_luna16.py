@@ -227,6 +227,29 @@ class TestBadFolder:
         with pytest.raises(InputError, match=r"annotations\.csv, row 7: seriesuid: expected a series .* got '9\.9\.9'"):
             LUNA16(luna_folder)
 
+    @pytest.mark.parametrize("uid", ["../../outside", "/etc/passwd", "..", "C:\\outside"])
+    def test_series_ids_that_are_paths_lead_nowhere(self, luna_folder, luna_scans, uid):
+        for name in ("outside.mhd", "outside.raw"):
+            suffix = name.split(".")[1]
+            shutil.copy(luna_folder / "subset0" / f"{luna_scans[0].uid}.{suffix}", luna_folder.parent / name)
+        before = sorted(path.name for path in luna_folder.parent.iterdir())
+        with open(luna_folder / "annotations.csv", "a") as file:
+            file.write(f"{uid},1.0,2.0,3.0,4.0\n")
+        with pytest.raises(InputError, match=r"annotations\.csv, row 7: seriesuid: expected a series"):
+            LUNA16(luna_folder)
+        with open(luna_folder / "seriesuids.csv", "a") as file:
+            file.write(f"{uid}\n")
+        with pytest.raises(InputError, match=r"seriesuids\.csv, row 6: expected a series with a scan"):
+            LUNA16(luna_folder)
+        (luna_folder / "subset7").rmdir()  # now the scan could be in what is not there
+        data = LUNA16(luna_folder)
+        data.prepare(workers=0, progress=False)
+        assert uid not in data.series and len(list(data.cache.iterdir())) == 5
+        for ask in (data.path, data.volume, data.nodules):
+            with pytest.raises(InputError, match="expected a series of the data set"):
+                ask(uid)
+        assert sorted(path.name for path in luna_folder.parent.iterdir()) == before
+
     def test_listed_series_without_scan_and_scan_that_is_not_listed(self, luna_folder, luna_scans):
         listed = (luna_folder / "seriesuids.csv").read_text()
         (luna_folder / "seriesuids.csv").write_text(listed + "9.9.9\n")
@@ -298,15 +321,18 @@ BAD_SCANS = {
         edit("6 5 8", "60000 50000 40000"),
         "DimSize: .* at most 2147483648 voxels, got 60000",
     ),
+    "a long axis": (edit("6 5 8", "2000000000 1 1"), "DimSize: .* each at most 32768, .* got 2000000000 1 1"),
     "overflowing": (edit("6 5 8", f"{2**32} {2**32} 1"), "DimSize: expected 3 positive integers"),
     "negative": (edit("6 5 8", "6 -5 8"), "DimSize: expected 3 positive integers.* got 6 -5 8"),
     "flat": (edit("6 5 8", "6 0 8"), "DimSize: expected 3 positive integers"),
     "two sizes": (edit("6 5 8", "6 5"), "DimSize: expected 3 positive integers"),
-    "zero spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 0"), "ElementSpacing: expected 3 positive"),
-    "negative spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = -0.5"), "ElementSpacing: expected 3 positive"),
-    "huge spacing": (
-        edit("ElementSpacing = 0.5", "ElementSpacing = 1e9"),
-        "ElementSpacing: expected at most 214748364",
+    "zero spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 0"), "ElementSpacing: expected 3 numbers"),
+    "negative spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = -0.5"), "ElementSpacing: expected 3 numbers"),
+    "huge spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 1e9"), r"ElementSpacing: expected 3 .* got 1e9"),
+    "tiny spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 1e-300"), "ElementSpacing: expected 3 numbers"),
+    "a bomb": (
+        edit("ElementSpacing = 0.5 0.5", "ElementSpacing = 900 900"),
+        r"ElementSpacing: expected at most 240000 voxels at \(1\.0, 1\.0, 1\.0\) mm, got \(16, 4500, 5400\)",
     ),
     "no spacing": (edit("ElementSpacing", "Spacing"), "ElementSpacing: expected 3 finite numbers, got nothing"),
     "NaN offset": (edit("Offset = 0", "Offset = nan"), "Offset: expected 3 finite numbers, got nan 0 0"),
@@ -321,6 +347,10 @@ BAD_SCANS = {
     "the folder": (edit("= scan.raw", "= .."), r"ElementDataFile: .* same folder, got \.\."),
     "local": (edit("= scan.raw", "= LOCAL"), r"ElementDataFile: .* same folder, got LOCAL"),
     "pattern": (edit("= scan.raw", "= s%03d.raw 1 2 1"), r"ElementDataFile: .* same folder"),
+    "an end inside": (edit("= scan.raw", "= scan.raw\0/../other.raw"), r"same folder, got scan\.raw\?/\.\./other"),
+    "escapes": (edit("= scan.raw", "= \x1b[2J\x85scan"), r"expected \?\[2J\?scan beside the header"),
+    "twice": (edit("DimSize", "DimSize = 400 400 400\nDimSize"), "DimSize: expected this field once, got it again"),
+    "byte order": (edit("ByteOrderMSB = False", "ByteOrderMSB = no"), "ByteOrderMSB: expected True or False, got no"),
     "colon": (
         edit("ElementDataFile", "ElementDataFile : ../other.raw\nElementDataFile"),
         r"same folder, got \.\./other",
@@ -345,6 +375,73 @@ class TestBadScan:
         raw.write_bytes(b"12345678" + raw.read_bytes())
         edit("ElementType", "HeaderSize = 8\nElementType")(header)
         assert sitk.GetArrayFromImage(read_scan(header)).ravel().tolist() == list(range(240))
+
+    @pytest.mark.parametrize("big_endian", [False, True])
+    def test_reads_what_simpleitk_reads(self, header, big_endian):
+        rng = np.random.default_rng(0)
+        direction = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        voxels = rng.integers(-2000, 3000, size=(3, 4, 5))
+        sitk.WriteImage(image_of(voxels, (2.5, 0.7, 0.8), (-170.2, 12.5, 900.1), direction), str(header))
+        if big_endian:
+            header.with_suffix(".raw").write_bytes(voxels.astype(">i2").tobytes())
+            edit("ByteOrderMSB = False", "ByteOrderMSB = True")(header)
+        ours, theirs = read_scan(header), sitk.ReadImage(str(header))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(ours), voxels)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(theirs), voxels)
+        for place in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(ours, place)() == getattr(theirs, place)()
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "ElementDataFile\0x = ../other.raw\nElementDataFile = scan.raw\n",
+            "\xa0ElementDataFile = scan.raw\nElementDataFile = ../other.raw\n",
+            "ElementDataFile\x1c = scan.raw\nElementDataFile = ../other.raw\n",
+        ],
+    )
+    def test_no_second_reader_finds_another_file_in_the_header(self, header, lines):
+        (header.parent.parent / "other.raw").write_bytes(np.full(240, 77, np.int16).tobytes())
+        text = header.read_text().replace("ElementDataFile = scan.raw\n", lines)
+        header.write_text(text, encoding="latin-1")
+        assert sitk.GetArrayFromImage(sitk.ReadImage(str(header))).max() == 77  # what this is about
+        try:
+            assert sitk.GetArrayFromImage(read_scan(header)).ravel().tolist() == list(range(240))
+        except InputError as error:
+            assert "ElementDataFile: expected the name of a file in the same folder" in str(error)
+
+    def test_memory_is_not_taken_for_what_is_refused(self, header, monkeypatch):
+        """Hollow files as large as their header says, and a few voxels that would become many."""
+        for name in ("fromfile", "empty"):
+            monkeypatch.setattr(luna16.np, name, lambda *args, **kwargs: pytest.fail("took memory"))
+        long = 2**31 // 2**15
+        edit("6 5 8", f"{long} {2**15} 2")(header)
+        os.truncate(header.with_suffix(".raw"), 2**33)
+        with pytest.raises(InputError, match="DimSize"):
+            load_volume(header, (1.0, 1.0, 1.0))
+        edit(f"{long} {2**15} 2", f"1 1 {2**15}")(header)
+        edit("ElementSpacing = 0.5 0.5 2", "ElementSpacing = 999 999 0.001")(header)
+        os.truncate(header.with_suffix(".raw"), 2**16)
+        with pytest.raises(
+            InputError, match=r"ElementSpacing: expected at most 32768000 voxels .*, got \(33, 999, 999\)"
+        ):
+            load_volume(header, (1.0, 1.0, 1.0))
+
+    def test_a_raw_file_that_shrinks_while_it_is_read(self, header, monkeypatch):
+        checked = luna16.check_header
+
+        def check_and_lose(path):
+            found = checked(path)
+            os.truncate(found.raw, 100)
+            return found
+
+        monkeypatch.setattr(luna16, "check_header", check_and_lose)
+        with pytest.raises(InputError, match=r"scan\.raw: expected a file that stays as it is"):
+            read_scan(header)
+
+    def test_a_header_that_is_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "scan.mhd")
+        with pytest.raises(InputError, match=r"scan\.mhd: expected a MetaImage header"):
+            read_scan(tmp_path / "scan.mhd")
 
     @pytest.mark.parametrize("name", BAD_SCANS)
     def test_is_refused_in_one_line(self, header, name):

@@ -1,4 +1,7 @@
-"""The command ``fmkernels``: write phantoms, train, detect, evaluate. Bad input ends with one line and exit code 2."""
+"""The command ``fmkernels``: write phantoms, train, detect, evaluate, examine.
+
+Bad input ends with one line and exit code 2.
+"""
 
 import argparse
 import json
@@ -24,7 +27,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0; 1 where training diverged; 2 on bad input; 130 after Ctrl-C."""
+    """Run the command line and return its exit code.
+
+    0; 1 where training diverged or a self-test failed; 2 on bad input; 130 after Ctrl-C.
+    """
     try:
         arguments = _parse(sys.argv[1:] if argv is None else list(argv))
         return arguments.run(arguments)
@@ -51,6 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         ("compare", _add_compare, "train both methods over seeds and print the paper's table"),
         ("detect", _add_detect, "find nodules in scans with a trained detector"),
         ("evaluate", _add_evaluate, "compute FROC and CPM of candidates by LUNA16's rules"),
+        ("doctor", _add_doctor, "say what is installed and which path each operation takes here, and test each"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         # The options of train come from its configuration, whose import is slow: only where they are asked for.
@@ -258,6 +265,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         draw_froc(arguments.plot, {arguments.candidates.stem: result})
     return 0
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fmkernels.doctor import doctor
+
+    return doctor()
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:

@@ -1,0 +1,150 @@
+"""``fmkernels doctor``: it says what runs where and why, passes where all is well, and catches what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fmkernels
+import fmkernels.cpu.crop_and_resize3d as crop
+import fmkernels.cpu.mixup3d as mixup
+import fmkernels.cpu.object_mixup3d as objects
+import fmkernels.cpu.predict_targets as targets
+import fmkernels.cpu.soft_target_focal_loss as loss
+from fmkernels import doctor, functional
+from fmkernels.focalmix.cli import main
+from fmkernels.kernels.tuning import TABLE
+
+OPS = sorted(functional.__all__)
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def only_the_cpu(monkeypatch):
+    """What this test plants is in the CPU path."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_all_is_well_and_everything_is_said(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        *(f"ok    {op} on cpu: " for op in OPS),
+        f"fmkernels {fmkernels.__version__}, Python {sys.version.split()[0]}",
+        f"torch {torch.__version__}",
+        "numpy ",
+        "triton ",
+        "SimpleITK ",
+        "CPU path: ",
+        "forward",
+        "gradient",
+        "all 6 self-tests passed",
+    ):
+        assert words in said
+    assert said.count("```") == 2 and "WRONG" not in said
+
+
+def off_by_a_little(launch):
+    """A launch whose results are one part in a thousand too large, whichever of them are floats."""
+
+    def call(*args, **kwargs):
+        def worse(x):
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(worse, x))
+            return x * 1.001 if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        return worse(launch(*args, **kwargs))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "op", "wrong"),
+    [
+        (loss, "launch_sum", "soft_target_focal_loss", "forward"),
+        (targets, "launch_predict_targets", "predict_targets", "forward"),
+        (mixup, "launch_mixup", "mixup3d", "forward"),
+        (mixup, "launch_gradient", "mixup3d", "gradient"),
+        (crop, "launch_crop_and_resize3d", "crop_and_resize3d", "forward"),
+        (crop, "launch_crop_and_resize3d_gradient", "crop_and_resize3d", "gradient"),
+        (objects, "launch_object_mixup", "object_mixup3d", "forward"),
+    ],
+)
+def test_a_wrong_operation_is_caught(monkeypatch, capsys, module, name, op, wrong):
+    monkeypatch.setattr(module, name, off_by_a_little(getattr(module, name)))
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert f"WRONG {op} on cpu" in said and f"{wrong} is wrong: error" in said and said.count("WRONG") == 1
+    assert "1 of 6 self-tests failed" in said
+
+
+def test_a_gradient_that_forgets_its_factor_is_caught(monkeypatch):
+    monkeypatch.setattr(loss, "launch_scale", lambda gradients, factor, divisor: None)
+    (result,) = (r for r in doctor.examine() if r.problem)
+    assert result.op == "soft_target_focal_loss" and result.problem.startswith("gradient is wrong")
+
+
+def test_not_a_number_is_caught(monkeypatch):
+    monkeypatch.setattr(functional, "predict_targets", lambda views, *_, **__: views[0] * torch.nan)
+    (result,) = (r for r in doctor.examine() if r.problem)
+    assert result.op == "predict_targets" and "forward is wrong: error inf" in result.problem
+
+
+def test_lambdas_of_another_distribution_are_caught(monkeypatch):
+    drawn = functional.sample_mixup
+
+    def skewed(*args, **kwargs):
+        lam, index = drawn(*args, **kwargs)
+        return 0.5 + (lam - 0.5) ** 2, index
+
+    monkeypatch.setattr(functional, "sample_mixup", skewed)
+    (result,) = (r for r in doctor.examine() if r.problem)
+    assert result.op == "sample_mixup" and "mean is 0.75" in result.problem
+
+
+def test_an_operation_that_raises_does_not_hide_the_others(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr(functional, "mixup3d", broken)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "RuntimeError: no kernel image\n" in said and "for this device" not in said and said.count("ok   ") == 5
+
+
+def test_without_triton_a_gpu_says_so(monkeypatch):
+    for module in [name for name in sys.modules if name.startswith("fmkernels.kernels.")]:
+        if not module.endswith("tuning"):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    missing = doctor._missing_kernels()
+    assert missing.startswith("Triton is missing: ") and "triton" in missing
+    result = doctor._examine("mixup3d", pytest.fail, torch.device("cuda", 0), "none", "", missing)
+    assert result.problem == missing
+
+
+@pytest.mark.parametrize(("architecture", "row"), [("gfx942", "row gfx942"), ("sm_75", "row default")])
+def test_rows_of_the_launch_table(monkeypatch, architecture, row):
+    monkeypatch.setattr(doctor.tuning, "architecture", lambda device: architecture)
+    launch = doctor._launch("crop_and_resize3d", CPU)
+    for name in ("crop_and_resize3d", "crop_and_resize3d_gradient"):
+        used = TABLE[name].get(architecture, TABLE[name]["default"])
+        assert f"{name} {row} {used}" in launch
+
+
+def test_nothing_but_torch_and_numpy_is_needed():
+    """Neither triton nor anything of the extra train; the interpreter is new, so that nothing is loaded already."""
+    code = """
+import sys
+for name in ("triton", "SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm", "reference", "tests"):
+    sys.modules[name] = None
+from fmkernels.focalmix.cli import main
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "triton is not installed" in done.stdout
+    assert "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; pip install" in done.stdout

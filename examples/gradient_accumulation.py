@@ -1,0 +1,34 @@
+"""Gradient accumulation with a GradScaler: the step of one large batch whatever its parts, divided by its positives."""
+
+import torch
+from torch import nn
+
+from fmkernels import soft_target_focal_loss
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+precision = torch.float16 if device == "cuda" else torch.bfloat16
+model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 1)).to(device)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+scaler = torch.amp.GradScaler(device)
+scans = torch.rand(8, 1, 8, 8, 8, device=device)
+targets = (scans > 0.9).float()
+PARTS = 4
+
+losses = []
+for _ in range(10):
+    positives = (targets > 0.5).sum()  # of the whole batch, on the device: the mean of the parts' means is another loss
+    total = torch.zeros((), device=device)
+    for part, part_targets in zip(scans.chunk(PARTS), targets.chunk(PARTS), strict=True):
+        with torch.autocast(device, dtype=precision):
+            logits = model(part)
+            # In 16 bits as the logits are, computed in float32: no upcast is needed before the loss.
+            loss = soft_target_focal_loss(logits, part_targets, alpha0=0.25, alpha1=0.75, normalizer=positives)
+        scaler.scale(loss).backward()  # any factor: small gradients do not vanish in float16
+        total += loss.detach()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    losses.append(total)
+losses = torch.stack(losses).tolist()
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, scale {scaler.get_scale():g}")

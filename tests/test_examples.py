@@ -1,0 +1,127 @@
+"""Every example runs and shows what it says, and so does the README's Python."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(name: str) -> dict:
+    """The variables of an example that has run, in this process."""
+    torch._dynamo.reset()
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def falls(losses: list[float]) -> bool:
+    return all(loss == loss for loss in losses) and losses[-1] < 0.9 * losses[0]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Examples take a GPU where they find one: its kernels cannot run beside the interpreted ones of these tests."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_replace_focal_loss(capsys):
+    after = run("replace_focal_loss")  # compares values and gradients itself
+    assert after["loss"].isfinite() and not after["logits"].grad[:, :, 0].any() and after["logits"].grad.any()
+    assert "hard targets" in capsys.readouterr().out
+
+
+def test_mixup_loader():
+    after = run("mixup_loader")
+    losses = after["losses"]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert after["mixed"].dtype == torch.float32 and after["mixed"].min() >= 0 and after["mixed"].max() <= 1
+
+
+def test_augment_ct():
+    after = run("augment_ct")
+    scans, flips, flipped, mixed = (after[name] for name in ("scans", "flips", "flipped", "mixed"))
+    for scan, mask, result in zip(scans, flips.tolist(), flipped, strict=True):
+        axes = [axis + 1 for axis in range(3) if mask >> axis & 1]
+        expected = ((scan.float() + 1200) / 1800).clamp(0, 1).flip(axes).bfloat16()
+        torch.testing.assert_close(result, expected)
+    assert mixed.dtype == torch.bfloat16 and not torch.equal(mixed[:, :, 4:12], flipped[:, :, 4:12])
+
+
+def test_second_stage():
+    after = run("second_stage")
+    assert after["crops"].shape == (3, 1, 24, 24, 24) and after["rois"].shape == (3, 8, 6, 6, 6)
+    assert after["backbone"].weight.grad.abs().sum() > 0
+    z1, z2 = after["wider"][0, [1, 4]].tolist()
+    assert (z1, z2) == (6.5, 22.5)
+
+
+def test_gradient_accumulation():
+    after = run("gradient_accumulation")
+    assert falls(after["losses"]) and after["scaler"].get_scale() > 1
+
+
+def test_cuda_graph():
+    name = "cuda_graph"
+    if torch.cuda.is_available():
+        assert run(name)["loss"].isfinite()
+        return
+    with pytest.raises(SystemExit) as end:
+        run(name)
+    assert not end.value.code
+
+
+def test_compiled_step():
+    if torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        assert falls(run("compiled_step")["losses"])
+    else:
+        pytest.skip("torch.compile needs a C++ compiler, found none")
+
+
+def test_ddp():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/ddp.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"rank {rank} of 2: the gradient of the joint batch" in done.stdout
+
+
+def test_every_example_is_tested_and_short():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert f"def test_{path.stem}(" in tests
+        assert 20 <= len(lines) <= 40, f"{path.name} has {len(lines)} lines"
+
+
+def test_python_in_the_readme():
+    blocks = re.findall(r"^```python\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    given = {
+        "torch": torch,
+        "logits": [torch.zeros(2, 3, 4, 4, 4, requires_grad=True), torch.zeros(2, 3, 2, 2, 2, requires_grad=True)],
+        "targets": [torch.rand(2, 3, 4, 4, 4), torch.rand(2, 3, 2, 2, 2)],
+        "number_of_positives": torch.tensor(5),
+        "view_logits": torch.zeros(4, 2, 3, 4, 4, 4),
+        "flips": torch.tensor([0, 1, 2, 4], dtype=torch.uint8),
+        "scans": torch.zeros(2, 1, 16, 16, 16, dtype=torch.int16),
+        "boxes": torch.tensor([[0.0, 1, 1, 1, 9, 9, 9], [1, 4, 4, 4, 10, 10, 10]]),
+        "donor_boxes": torch.tensor([[1.0, 1, 1, 1, 5, 5, 5], [0, 4, 4, 4, 10, 10, 10]]),
+        "share": torch.tensor([0.5, 0.7]),
+    }
+    assert blocks
+    for block in blocks:
+        exec(block, given)
+    assert all(level.grad is not None for level in given["logits"])
+    assert given["lesions"].shape == (2, 1, 32, 32, 32) and given["mixed"].dtype == torch.bfloat16

@@ -21,6 +21,7 @@ setup(
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26"],
     extras_require={
         "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
+        "monai": ["monai>=1.6", "torchvision>=0.26"],
         "dev": [
             "hypothesis>=6.100",
             "pytest>=8.2",

@@ -26,6 +26,7 @@ ALLOWED = {
     "nn": {"functional"},
     "doctor": {"functional", "kernels"},
     "focalmix": {"doctor", "focalmix", "functional", "nn"},
+    "integrations": {"functional", "nn"},
     "__init__": {"functional", "nn"},
     "__main__": {"focalmix"},
 }
@@ -63,6 +64,11 @@ def test_only_kernels_import_triton():
         path.relative_to(PACKAGE).parts[0] for path in modules() if any("triton" in n.split(".") for n in imports(path))
     }
     assert users <= {"kernels"}
+
+
+def test_only_integrations_import_monai():
+    users = {path for path in modules() if any(name.split(".")[0] == "monai" for name in imports(path))}
+    assert users == {PACKAGE / "integrations" / "monai.py"}
 
 
 def test_nothing_outside_of_tests_and_benchmarks_uses_the_reference():

@@ -98,6 +98,17 @@ def test_ddp():
         assert f"rank {rank} of 2: the gradient of the joint batch" in done.stdout
 
 
+def test_monai_focalmix():
+    pytest.importorskip("monai")
+    from monai.utils import optional_import
+
+    if not optional_import("torchvision.models.detection._utils", name="Matcher")[1]:
+        pytest.skip("MONAI's detector needs a torchvision that loads with this torch")
+    after = run("monai_focalmix")
+    assert falls(after["losses"])
+    assert all(y["anchor_targets"].shape == (2 * (4**3 + 2**3), 1) for y in after["found"])
+
+
 def test_every_example_is_tested_and_short():
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):

@@ -6,6 +6,7 @@ anchors. Flat lists of anchors run over levels, then anchors of a place, then z,
 ``torch.cat([logits.flatten(1) for logits in levels], 1)``.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Anchors:
         for stride, sizes, grid in zip(self.strides, self.sizes, self.grids(patch_size), strict=True):
             axes = [(torch.arange(n, device=device) + 0.5) * stride for n in grid]
             centers = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).reshape(1, -1, 3)
-            halves = torch.tensor(sizes, device=device).reshape(-1, 1, 3) / 2
+            halves = _constant(sizes, device).reshape(-1, 1, 3) / 2
             levels.append(torch.cat([centers - halves, centers + halves], -1).reshape(-1, 6))
         return torch.cat(levels)
 
@@ -82,6 +83,13 @@ class Matches:
     anchor: Tensor
     boxes: Tensor
     positive: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple, device: torch.device | str | None) -> Tensor:
+    """On the device once: a copy from the host waits for all that was launched before."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ def _closest(anchors: Anchors, grids: Sequence[tuple[int, int, int]], centers: T
     window = torch.cartesian_prod(steps, steps, steps)  # [125, 3]
     index, valid, first = [], [], 0
     for stride, (d, h, w) in zip(anchors.strides, grids, strict=True):
-        last = torch.tensor((d - 1, h - 1, w - 1), device=centers.device)
+        last = _constant((d - 1, h - 1, w - 1), centers.device)
         place = centers / stride - 0.5
         near = place.round().long().clamp(min=torch.zeros_like(last), max=last)[:, None] + window  # [n, 125, 3]
         outside = ((near < 0) | (near > last)).any(-1)

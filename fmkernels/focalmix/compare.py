@@ -1,11 +1,12 @@
 """FocalMix against the supervised baseline and against itself without one of its parts: the paper's table.
 
 Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
-where it was. The steps before unlabelled patches come in are the same for all methods and are trained once.
+where it was. The steps before unlabelled patches come in are the same for all methods of one loss and are trained once.
 """
 
 import csv
 import io
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Row:
     """At the seven operating points."""
     cpm: float
     interval: tuple[float, float]
-    """95 % of the CPM, over scans and seeds drawn with replacement."""
+    """95 % of the CPM, over scans and seeds drawn with replacement; few seeds make it too narrow."""
     gain: float | None
     """Of the CPM over the baseline, relative; None for the baseline."""
     gain_interval: tuple[float, float] | None
@@ -80,6 +81,8 @@ def compare(
     """
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("compare: expected one process, got several; torchrun is for train")
     out = Path(out)
     methods = {BASELINE: ("supervised", {"method": "supervised"}), FOCALMIX: ("focalmix", {"method": "focalmix"})}
     for part in without:
@@ -91,7 +94,7 @@ def compare(
         folders = {method: out / f"labeled-{count}" / own / f"seed-{seed}" for method, (own, _) in methods.items()}
         tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
         chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
-        if not (folders[name] / EVALUATION).exists() or load_config(folders[name]) != chosen:
+        if not (folders[name] / EVALUATION).exists() or load_config(folders[name]).result != chosen.result:
             if chosen.method == "focalmix" and chosen.loss == config.loss:
                 _share_burn_in(folders[BASELINE], folders[name])
             train(chosen, root, folders[name], resume=True)
@@ -128,8 +131,9 @@ def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
     gain = gain_interval = None
     if name != BASELINE and baseline.cpm > 0:
         gain = ours.cpm / baseline.cpm - 1
-        cpms = [mean.samples[:, ::10].mean(1) for mean in (ours, baseline)]
-        lower, upper = np.quantile(cpms[0] / np.maximum(cpms[1], 1e-9) - 1, (0.025, 0.975)).tolist()
+        drawn, below = (mean.samples[:, ::10].mean(1) for mean in (ours, baseline))
+        gains = np.divide(drawn, below, out=np.full_like(drawn, np.inf), where=below > 0) - 1
+        lower, upper = np.quantile(gains, (0.025, 0.975), method="inverted_cdf").tolist()
         gain_interval = (lower, upper)
     return Row(labeled, name, ours.operating_sensitivities, ours.cpm, ours.interval, gain, gain_interval)
 

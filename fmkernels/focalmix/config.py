@@ -6,7 +6,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Config:
         0.75, "focalmix: share of the unlabelled patches that are placed on what was found there after the burn-in"
     )
     unlabeled_weight: float = _option(4.0, "focalmix: of the loss of unlabelled images, once it has risen")
-    burn_in: int = _option(1800, "focalmix: steps with labelled patches alone before the others come in")
+    burn_in: int = _option(1800, "focalmix: steps with labelled patches alone before the others come in; see schedule")
     ramp: int = _option(100, "focalmix: steps over which the unlabelled weight rises")
     teacher: str = _option("ema", "focalmix: weights that predict targets: ema (averaged) or current")
     views: int = _option(4, "focalmix: flipped views that a target is predicted from, 1 to 8")
@@ -142,6 +142,11 @@ class Config:
         expect("train_subsets", len(self.train_subsets) > 0, "at least one")
         for name in ("validation_subsets", "test_subsets"):
             expect(name, not set(getattr(self, name)) & set(self.train_subsets), "none of train_subsets")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What decides the result of a run: all but what a resumed run may change."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if not option.metadata["runtime"]}
 
     @property
     def anchors(self) -> Anchors:

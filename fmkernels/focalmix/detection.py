@@ -51,7 +51,7 @@ def detect(
         model: a :class:`~fmkernels.focalmix.detector.Detector`.
         anchors: the anchors it was trained with.
         volume: the resampled scan.
-        patch_size: (D, H, W), multiples of the strides; those of the training.
+        patch_size: (D, H, W), multiples of the strides.
         overlap: voxels, less than any side of the patch.
         window: (lo, hi) HU.
         nms_threshold: intersection over union above which the less probable of two boxes goes.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,11 +16,16 @@ def apply_window(volumes: Tensor, window: tuple[float, float]) -> Tensor:
     return volumes.float().sub(low).div_(high - low).clamp_(0, 1)
 
 
+def flipped(volumes: Tensor, mask: int) -> Tensor:
+    """Volumes [..., D, H, W] flipped along the axes that a mask names: 1 = D, 2 = H, 4 = W."""
+    return volumes.flip([axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit])
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation, in float32 under autocast on the CPU as on GPUs: in bf16 its gradient is slow there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
+        return super().forward(x.float() if torch.is_autocast_enabled(x.device.type) else x)
 
 
 class ConvNorm(nn.Sequential):

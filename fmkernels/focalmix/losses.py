@@ -18,7 +18,7 @@ from fmkernels import functional
 from . import plain
 from .anchors import Matches, box_iou, decode_boxes, encode_boxes, match
 from .config import Config
-from .detector import apply_window
+from .detector import apply_window, flipped
 from .processes import sum_of_ranks
 
 
@@ -34,7 +34,7 @@ class Draw(NamedTuple):
     """What FocalMix leaves to chance, for B images, the labelled ones first, with room for ``objects`` in each."""
 
     flips: Tensor
-    """uint8 [views], masks; the first view is not flipped."""
+    """uint8 [views], masks, on the host; the first view is not flipped."""
     lam: Tensor
     """float32 [B], the share of each image."""
     index: Tensor
@@ -49,7 +49,7 @@ class Draw(NamedTuple):
     def to(self, device: torch.device) -> "Draw":
         if device.type == "cuda":  # or the copies wait for the device
             self = Draw(*(x.pin_memory() for x in self))
-        return Draw(*(x.to(device, non_blocking=True) for x in self))
+        return Draw(self.flips, *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
 def draw(config: Config, step: int, rank: int = 0, world: int = 1) -> Draw:
@@ -126,14 +126,10 @@ def predict(teacher: nn.Module, images: Tensor, config: Config, flips: Tensor) -
         objects: float32 [B, objects, 6]; NaN where there are fewer.
     """
     batch, ops = len(images), _ops(config)
-    views = images.new_empty((len(flips), *images.shape), dtype=torch.float32)
-    whole, itself = torch.ones(batch, device=images.device), torch.arange(batch, device=images.device)
-    for view, flip in zip(views, flips, strict=True):
-        ops.mixup3d(images, whole, itself, flips=flip.expand(batch), window=config.window, out=view)
-    logits, deltas = teacher(views.flatten(0, 1))
-    targets = ops.predict_targets(
-        [level.unflatten(0, (len(flips), batch)) for level in logits], flips, temperature=config.temperature
-    )
+    windowed = apply_window(images, config.window)
+    logits, deltas = teacher(torch.cat([flipped(windowed, mask) for mask in flips.tolist()]))
+    views = [level.unflatten(0, (len(flips), batch)) for level in logits]
+    targets = ops.predict_targets(views, flips.to(images.device, non_blocking=True), temperature=config.temperature)
     deltas = torch.cat([level[:batch].movedim(2, -1).reshape(batch, -1, 6) for level in deltas], 1).float()
     boxes = decode_boxes(deltas, config.anchors.boxes(config.patch_size, images.device))
     scores, objects = torch.cat([level.flatten(1) for level in targets], 1), []

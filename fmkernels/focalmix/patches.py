@@ -98,7 +98,8 @@ class PatchDataset(Dataset):
         weights = np.repeat(1 / counts.clip(1) if balance == "scan" else np.ones(len(counts)), counts)
         if around is not None:
             weights = weights * [around[uid][k, 6] for uid, k in self._places]
-            self._places = self._places if weights.any() else []
+        if not weights.any():
+            self._places, weights = [], weights[:0]
         self._chances = weights.cumsum() / weights.cumsum()[-1:]
         self._open: dict[str, _Scan] = {}
 

@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .detector import apply_window
-
-
-def _axes(mask: int) -> list[int]:
-    """The axes that a mask of flips means, counted from the end."""
-    return [axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit]
+from .detector import apply_window, flipped
 
 
 def mixup3d(
@@ -23,14 +18,10 @@ def mixup3d(
     lam: Tensor,
     index: Tensor,
     *,
-    flips: Tensor | None = None,
     window: tuple[float, float],
-    out: Tensor | None = None,
 ) -> Tensor:
     x = apply_window(volumes, window)
-    if flips is not None:
-        x = torch.stack([image.flip(_axes(mask)) for image, mask in zip(x, flips.tolist(), strict=True)])
-    return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1), out=out)
+    return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1))
 
 
 def object_mixup3d(
@@ -67,7 +58,7 @@ def predict_targets(view_logits: Sequence[Tensor], flips: Tensor, *, temperature
     for level in view_logits:
         mean = torch.sigmoid(level[0].float())
         for view, mask in zip(level[1:], masks[1:], strict=True):
-            mean += view.flip(_axes(mask)).float().sigmoid_()
+            mean += flipped(view, mask).float().sigmoid_()
         targets.append(mean.div_(len(masks)).logit_().div_(temperature).sigmoid_())
     return targets
 

@@ -41,7 +41,7 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(config, device) == torch.float16)
         self.step = 0
         self.found = torch.empty(0, 8)
-        """FocalMix: what the detector found in the unlabelled scans: scan, box in its voxels, probability."""
+        """FocalMix: what the detector found in the unlabelled scans: scan, box in its voxels, weight."""
         self.sums = torch.zeros(len(Losses._fields), device=device)
         """Of the losses since the last row of the metrics."""
         self.summed = 0
@@ -118,7 +118,8 @@ def learning_rate_factor(step: int, config: Config) -> float:
     """Share of ``config.learning_rate`` at a step: a linear rise over ``warmup`` steps times the schedule."""
     first, last = 0, config.steps
     if config.schedule == "restart":
-        first, last = (0, config.burn_in) if step < config.burn_in else (config.burn_in, config.steps)
+        turn = min(config.burn_in, config.steps)
+        first, last = (0, turn) if step < turn or turn == config.steps else (turn, config.steps)
     rise = min(1.0, (step - first + 1) / (config.warmup + 1))
     done = (step - first) / (last - first)
     if config.schedule in ("cosine", "restart"):

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,10 +162,10 @@ def _fit(
                 metrics.add(state.step, row)
                 state.sums.zero_()
                 state.summed = 0
-            if save and rank == 0:
-                state.save(out / CHECKPOINT, config, scans.train)
             if state.step == config.burn_in and rank == 0:
                 state.save(out / BURN_IN, config, scans.train)
+            if save and rank == 0:
+                state.save(out / CHECKPOINT, config, scans.train)
             if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; --resume continues it")
             stopwatch.start()
@@ -298,10 +298,9 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     begun = (out / CHECKPOINT).exists()
     stored = load_config(out) if begun else None
-    for option in fields(Config) if stored else ():
-        was, asked = getattr(stored, option.name), getattr(config, option.name)
-        if was != asked and not option.metadata["runtime"]:
-            raise InputError(f"{out / CONFIG}: {option.name}: expected {was} as in the run it holds, got {asked}")
+    for name, was in stored.result.items() if stored else ():
+        if was != (asked := config.result[name]):
+            raise InputError(f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}")
     if resume and not begun and place()[0] == 0:
         tqdm.write(f"{out}: nothing to resume, a new run begins", file=sys.stderr)
     if begun and not resume:
@@ -332,7 +331,9 @@ def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
         raise InputError(f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}")
     for part, series in ((part, parts[part]) for part in wanted):
         if series and not any(len(data.nodules(uid)) for uid in series):
-            raise InputError(f"{part}_subsets: expected at least one nodule in {root}, found none in {wanted[part]}")
+            few = config.labeled if part == "train" else None
+            where = f"the {few} scans that seed {config.seed} draws" if few else wanted[part]
+            raise InputError(f"{part}_subsets: expected at least one nodule in {root}, found none in {where}")
     if place()[0] == 0:
         data.prepare()
     if dist.is_initialized():

@@ -123,6 +123,19 @@ def test_gains_are_paired():
     assert same.gain == pytest.approx(0) and same.gain_interval == (0, 0)
 
 
+def test_a_gain_over_nothing_has_no_upper_end():
+    """One nodule of 20: a third of the draws of scans miss it."""
+    row = comparison._row(4, FOCALMIX, average([froc(3)]), average([froc(1)]))
+    assert row.gain == pytest.approx(2) and row.gain_interval[0] < 2 and row.gain_interval[1] == np.inf
+    assert "inf %" in as_text([row])
+
+
+def test_one_process_compares(luna_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="compare: expected one process"):
+        compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=1)
+
+
 def test_seeds_are_drawn_too():
     apart = comparison._row(4, FOCALMIX, average([froc(20), froc(0)]), average([froc(10), froc(10)]))
     assert np.allclose(apart.interval, (0, 1))

@@ -65,6 +65,21 @@ class TestDetector:
         sum((level * torch.randn_like(level)).sum() for level in (*logits, *deltas)).backward()
         assert all(weight.grad.abs().max() > 0 for weight in model.parameters())
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_computes_in_the_type_of_its_weights(self, dtype):
+        logits, deltas = detector().to(dtype)(images().to(dtype))
+        assert {level.dtype for level in (*logits, *deltas)} == {dtype}
+
+    def test_normalises_in_float32_under_autocast(self):
+        seen = []
+        model = detector()
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.GroupNorm):
+                layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(images())
+        assert set(seen) == {(torch.bfloat16, torch.float32)}
+
     def test_learns_where_a_bright_voxel_is(self):
         model = detector()
         volume, target = images(1, (16, 16, 16)) * 0.2, torch.zeros(1, 1, 8, 8, 8)

@@ -372,6 +372,9 @@ def test_schedules():
     restart = Config(steps=100, warmup=0, burn_in=40, schedule="restart")
     assert [learning_rate_factor(i, restart) for i in (0, 20, 40, 70, 100)] == pytest.approx([1, 0.5, 1, 0.5, 0])
     assert learning_rate_factor(39, restart) < 0.01
+    for burn_in in (0, 100, 150):  # one cosine alone
+        once = Config(steps=100, warmup=0, burn_in=burn_in, schedule="restart")
+        assert [learning_rate_factor(i, once) for i in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -399,7 +402,7 @@ def test_schedules():
         ("unlabeled_positive", 1.5),
         ("amp", "int8"),
         ("labeled", 0),
-        ("overlap", 32),
+        ("overlap", 48),
         ("train_subsets", ()),
         ("test_subsets", (0,)),
         ("train_subsets", (0, 11)),

@@ -81,6 +81,7 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
 def comparisons(workload: Workload) -> list[Comparison]:
     floor = {"forward": None, "backward": None, "both": None}
     named = {"op": "focalmix_step", "workload": str(workload), "inputs": workload.inputs, "floor": floor}
+    named["precision"] = torch.bfloat16  # under autocast that of the networks
     ours = [Provider(OURS, step(workload, "fused")), Provider("plain PyTorch", step(workload, "plain"))]
     alone = networks(workload)
     return [

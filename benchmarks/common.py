@@ -66,6 +66,7 @@ class Comparison:
         in another phase. The phases are "forward", without a graph; with a gradient, "backward", what follows a forward
         that made one, and "both", that and its forward.
     providers: one of them named OURS.
+    precision: the row of the tolerances that results are held to; that of their own type where None.
     scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
     elements: how many the workload has, where it is one of a series that grows.
     host: time how long the host is busy, which does not wait for a GPU.
@@ -78,6 +79,7 @@ class Comparison:
     floor: dict[str, int | None]
     providers: Sequence[Provider]
     scale: float = 1.0
+    precision: torch.dtype | None = None
     elements: int | None = None
     host: bool = False
     measured: bool = field(default=False, init=False)
@@ -149,12 +151,12 @@ class Comparison:
         inputs = (provider.inputs or self.inputs)()
         expected = _flat((provider.reference or self.reference)(*inputs))
         for result, wanted in zip(results, expected, strict=True):
-            assert_close(result, wanted)
+            assert_close(result, wanted, self.precision)
         if run.backward:
             upstream = [u.to(e.dtype) for u, e in zip(run.upstream, expected, strict=True)]
             gradients = torch.autograd.grad(expected, _leaves(inputs), upstream)
             for result, wanted in zip(run.forward_backward()[2], gradients, strict=True):
-                assert_close(result.double() / self.scale, wanted.double() / self.scale, result.dtype)
+                assert_close(result.double() / self.scale, wanted.double() / self.scale, self.precision or result.dtype)
         run.round()
         return run
 

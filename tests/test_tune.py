@@ -32,6 +32,7 @@ def test_the_table_in_use_is_as_it_would_be_written():
 
 
 def test_a_written_table_reads_back_is_stable_and_formatted():
+    pytest.importorskip("ruff")
     table = with_row(TABLE, "mixup3d", "sm_90", Launch(256, 8, max_registers=64, max_tiles=16, enough_programs=65536))
     table = with_row(table, "object_mixup3d", "sm_100", OTHER)
     source = rewritten(SOURCE.read_text(encoding="utf-8"), table)

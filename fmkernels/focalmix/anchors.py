@@ -178,8 +178,10 @@ def match(
 
 def _image_of(boxes: Sequence[Tensor]) -> Tensor:
     """int64 ``[n]``: the image of each box of the concatenated list."""
-    lengths = [len(b) for b in boxes]
-    return torch.arange(len(boxes)).repeat_interleave(torch.tensor(lengths)).to(boxes[0].device, non_blocking=True)
+    index = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(b) for b in boxes]))
+    if boxes[0].device.type == "cuda":  # or the copy waits for the device
+        index = index.pin_memory()
+    return index.to(boxes[0].device, non_blocking=True)
 
 
 def _closest(anchors: Anchors, grids: Sequence[tuple[int, int, int]], centers: Tensor, k: int) -> tuple[Tensor, Tensor]:

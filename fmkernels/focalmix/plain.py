@@ -4,7 +4,8 @@ Same names and meaning as in `fmkernels.functional`, as far as the step needs th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,7 @@ from torch import Tensor
 from .detector import apply_window, flipped
 
 
-def mixup3d(
-    volumes: Tensor,
-    lam: Tensor,
-    index: Tensor,
-    *,
-    window: tuple[float, float],
-) -> Tensor:
+def mixup3d(volumes: Tensor, lam: Tensor, index: Tensor, *, window: tuple[float, float]) -> Tensor:
     x = apply_window(volumes, window)
     return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1))
 
@@ -63,48 +58,46 @@ def predict_targets(view_logits: Sequence[Tensor], flips: Tensor, *, temperature
     return targets
 
 
-def soft_target_focal_loss(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    alpha0: float,
-    alpha1: float,
-    gamma: float,
-    weight: Tensor | None,
-    normalizer: Tensor,
-    mix: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    total = normalizer.new_zeros(())
-    for x, y in zip(logits, targets, strict=True):
-        x, y, ignored = x.float(), *_mixed(y, mix)
+def soft_target_focal_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any) -> Tensor:
+    def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        loss = (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
-        total = total + (loss if weight is None else loss * weight).masked_fill(ignored, 0.0).sum()
-    return total / normalizer.clamp(min=1)
+        return (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
+
+    return _total(loss, logits, targets, **arguments)
 
 
-def hard_target_focal_loss(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    alpha0: float,
-    alpha1: float,
-    gamma: float,
-    weight: Tensor | None,
-    normalizer: Tensor,
-    mix: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+def hard_target_focal_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any) -> Tensor:
     """The focal loss of common libraries, soft targets put into the formula of hard ones; its minimum is elsewhere.
 
     This is what ``--loss hard`` trains with: the soft-target focal loss is compared with it.
     """
-    total = normalizer.new_zeros(())
-    for x, y in zip(logits, targets, strict=True):
-        x, y, ignored = x.float(), *_mixed(y, mix)
+
+    def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         p = torch.sigmoid(x)
         p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha1 * y + alpha0 * (1 - y)
-        loss = alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        total = total + (loss if weight is None else loss * weight).masked_fill(ignored, 0.0).sum()
+        return alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(x, y, reduction="none")
+
+    return _total(loss, logits, targets, **arguments)
+
+
+def _total(
+    loss: Callable[[Tensor, Tensor, float, float, float], Tensor],
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+    weight: Tensor | None,
+    normalizer: Tensor,
+    mix: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The sum over all anchors that are not ignored, by the normalizer."""
+    total = normalizer.new_zeros(())
+    for x, y in zip(logits, targets, strict=True):
+        y, ignored = _mixed(y, mix)
+        losses = loss(x.float(), y, alpha0, alpha1, gamma)
+        total = total + (losses if weight is None else losses * weight).masked_fill(ignored, 0.0).sum()
     return total / normalizer.clamp(min=1)
 
 

@@ -64,9 +64,8 @@ class State:
         buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
         torch.save(checkpoint, buffer)
         with atomic_write(path) as temporary:
-            temporary.write_bytes(
-                buffer.getvalue()
-            )  # a view of it in an error's frames crashes Python 3.12's collector
+            # not getbuffer(): a view of it in an error's frames crashes Python 3.12's collector
+            temporary.write_bytes(buffer.getvalue())
 
     def load(self, path: Path, series: Sequence[str]) -> None:
         """Take over a checkpoint.

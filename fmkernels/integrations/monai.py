@@ -217,11 +217,8 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         images, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
         images, batch = convert_to_tensor(images, track_meta=False), len(images)
         masks = torch.tensor(flips, dtype=torch.uint8, device=images.device)
-        whole, itself = torch.ones(batch, device=images.device), torch.arange(batch, device=images.device)
-        views = images.new_empty((len(flips), *images.shape))
-        for view, mask in zip(views, masks, strict=True):
-            functional.mixup3d(images, whole, itself, flips=mask.expand(batch), out=view)
-        outputs = (self.network if network is None else network)(views.flatten(0, 1))
+        views = torch.cat([images.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
+        outputs = (self.network if network is None else network)(views)
         if isinstance(outputs, (list, tuple)):
             half = len(outputs) // 2
             outputs = {self.cls_key: list(outputs[:half]), self.box_reg_key: list(outputs[half:])}

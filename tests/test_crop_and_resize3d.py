@@ -16,7 +16,7 @@ from fmkernels.kernels import crop_and_resize3d as kernels
 from fmkernels.kernels import tuning
 from tests.conftest import Path
 from tests.support import on_gpu
-from tests.support.cases import cases, kernel_cases
+from tests.support.cases import cases, kernel_cases, kernel_only
 from tests.support.tolerance import TOLERANCE, assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -336,9 +336,8 @@ def test_strided_input(path, layout):
             assert torch.equal(crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window))
 
 
+@kernel_only  # the CPU path copies what it needs of a box
 def test_strided_input_is_not_copied(path, monkeypatch):
-    if path.name != "kernel":
-        pytest.skip("the CPU path copies what it needs of a box")
     volumes = make((2, 2, 5, 6, 7), device=path.device).to(memory_format=torch.channels_last_3d)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
     crop_and_resize3d(volumes, boxes_of(BOXES[:1], path.device), (2, 3, 5))

@@ -13,8 +13,11 @@ def cases(n: int) -> settings:
     return settings(max_examples=max(1, count), deadline=None, derandomize=True, database=None)
 
 
+kernel_only = pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
+"""For a test that takes ``path`` and has nothing to say of the CPU's."""
+
+
 def kernel_cases(n: int) -> Callable[[Callable], Callable]:
     """As ``cases``, for a test that takes ``path``: the kernel's only, and the same for all cases."""
-    only = pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
     tries = settings(cases(n), suppress_health_check=[HealthCheck.function_scoped_fixture])
-    return lambda test: only(tries(test))
+    return lambda test: kernel_only(tries(test))

@@ -78,21 +78,23 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-def comparisons(workload: Workload) -> list[Comparison]:
-    floor = {"forward": None, "backward": None, "both": None}
-    named = {"op": "focalmix_step", "workload": str(workload), "inputs": workload.inputs, "floor": floor}
-    named["precision"] = torch.bfloat16  # under autocast that of the networks
-    ours = [Provider(OURS, step(workload, "fused")), Provider("plain PyTorch", step(workload, "plain"))]
-    alone = networks(workload)
-    return [
-        Comparison(reference=step(workload, "plain"), providers=ours, **named),
-        Comparison(reference=alone, providers=[Provider("networks alone", alone)], **named),
-    ]
+def comparison(workload: Workload) -> Comparison:
+    plain, alone = step(workload, "plain"), networks(workload)
+    return Comparison(
+        op="focalmix_step",
+        workload=str(workload),
+        inputs=workload.inputs,
+        reference=plain,
+        floor=dict.fromkeys(("forward", "backward", "both")),
+        providers=[
+            Provider(OURS, step(workload, "fused")),
+            Provider("plain PyTorch", plain),
+            Provider("networks alone", alone, reference=alone),
+        ],
+        precision=torch.bfloat16,  # under autocast that of the networks
+    )
 
 
-EVERY = [comparison for workload in WORKLOADS for comparison in comparisons(workload)]
-
-
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
 def test_focalmix_step(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -6,6 +6,7 @@ where it was. The steps before unlabelled patches come in are the same for all m
 
 import csv
 import io
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from .files import atomic_write
 from .luna16 import LUNA16
 from .monitor import METRICS
 from .state import BURN_IN, CHECKPOINT
-from .train import CANDIDATES, EVALUATION, train
+from .train import CANDIDATES, EVALUATION, draw_scans, train
 
 BASELINE, FOCALMIX = "supervised", "FocalMix"
 ABLATIONS = {
@@ -88,6 +89,10 @@ def compare(
     for part in without:
         name, changes = ABLATIONS[part]
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
+    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
+    data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
+    for count, seed in itertools.product(labeled, range(seeds)):  # an impossible draw is told before hours of training
+        draw_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
     runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
     results: dict[tuple[int, str], list[froc.Froc]] = {}
     for number, (count, name, seed) in enumerate(runs, start=1):

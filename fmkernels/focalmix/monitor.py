@@ -38,6 +38,10 @@ class Stopwatch:
         self.steps.append(Counter())
         self.last = time.perf_counter()
 
+    def forget(self) -> None:
+        """Drop the steps before the present one: those that follow are of another kind."""
+        del self.steps[:-1]
+
     def lap(self, stage: str) -> None:
         """Book the time since the last lap on a stage."""
         if self.wait:

@@ -194,6 +194,7 @@ def _batches(
     if config.unlabeled_positive and first == config.burn_in:
         state.found = _rows(_search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled)
         stopwatch.lap("search")
+    stopwatch.forget()
     found = state.found.numpy()
     around = {uid: found[found[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)}
     positive, size = config.unlabeled_positive, config.unlabeled_batch_size
@@ -310,13 +311,23 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
 
 
 def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
+    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
+    data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
+    scans = draw_scans(config, data)
+    if place()[0] == 0:
+        data.prepare()
+    if dist.is_initialized():
+        dist.barrier()
+    return data, scans
+
+
+def draw_scans(config: Config, data: LUNA16) -> Scans:
+    """The scans of a run by their part in it; InputError where there are too few, or none of a part has a nodule."""
     wanted = {
         "train": config.train_subsets,
         "validation": config.validation_subsets,
         "test": config.test_subsets,
     }
-    subsets = [subset for part in wanted.values() for subset in part]
-    data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
     parts = {part: [uid for uid in data.series if data.subset(uid) in subsets] for part, subsets in wanted.items()}
     if config.labeled is not None:
         if config.labeled > len(parts["train"]):
@@ -331,14 +342,10 @@ def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
         raise InputError(f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}")
     for part, series in ((part, parts[part]) for part in wanted):
         if series and not any(len(data.nodules(uid)) for uid in series):
-            few = config.labeled if part == "train" else None
-            where = f"the {few} scans that seed {config.seed} draws" if few else wanted[part]
-            raise InputError(f"{part}_subsets: expected at least one nodule in {root}, found none in {where}")
-    if place()[0] == 0:
-        data.prepare()
-    if dist.is_initialized():
-        dist.barrier()
-    return data, Scans(**{"unlabeled": [], **parts})
+            by_seed = part == "train" and config.labeled is not None
+            where = f"the scans that seed {config.seed} draws" if by_seed else wanted[part]
+            raise InputError(f"{part}_subsets: expected at least one nodule in {data.root}, found none in {where}")
+    return Scans(**{"unlabeled": [], **parts})
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +94,8 @@ def test_the_burn_in_is_trained_once_and_changes_nothing(luna_folder, tmp_path, 
     shared = tmp_path / "both" / "labeled-2" / "focalmix" / "seed-0"
     assert_same_weights(shared, tmp_path / "alone")
     assert metrics(shared) == metrics(tmp_path / "alone")
+    for run in (shared, tmp_path / "alone"):  # only FocalMix's own steps are timed, wherever the others were trained
+        assert json.loads((run / "timing.json").read_text())["steps"] == 2
 
 
 def test_another_configuration_is_refused(luna_folder, tmp_path):
@@ -100,6 +104,15 @@ def test_another_configuration_is_refused(luna_folder, tmp_path):
         compare(replace(CONFIG, gamma=1.0), luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
     with pytest.raises(InputError, match="test_subsets: expected at least one"):
         compare(replace(CONFIG, test_subsets=()), luna_folder, tmp_path, labeled=[2], seeds=1)
+
+
+def test_an_impossible_draw_is_told_before_any_training(luna_folder, tmp_path, trained):
+    """Of the four training scans one has no nodule; the first seed that draws it alone is not the first seed."""
+    bare = next(seed for seed in itertools.count() if np.random.default_rng(seed).permutation(4)[0] == 3)
+    assert bare > 0
+    with pytest.raises(InputError, match=f"found none in the scans that seed {bare} draws"):
+        compare(CONFIG, luna_folder, tmp_path, labeled=[1], seeds=bare + 1)
+    assert not trained
 
 
 def froc(hits: int):

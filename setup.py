@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["fmkernels", "fmkernels.*"]),
     package_data={"fmkernels": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.11,<2.14", "numpy>=1.26"],
+    install_requires=["torch>=2.11,<2.14", "numba>=0.61", "numpy>=1.26"],
     extras_require={
         "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
         "monai": ["monai>=1.6", "torchvision>=0.26"],

@@ -1,45 +1,110 @@
-"""Pseudo-targets from flipped views on the CPU: block by block, so that the sums stay in the caches.
+"""Pseudo-targets from flipped views on the CPU, block by block: rows are gathered first, so that all sums fill vectors.
 
-The formulation differs from the kernel's on purpose: the sigmoid of the mean's logit over T, where the kernel keeps
-fractions and never leaves powers of two. Near y = 1 the mean's complement has lost digits, but only such as y itself,
+The formulation differs from the kernel's on purpose: the mean of sigmoids and its complement, where the kernel keeps
+both as fractions over a common denominator. Near y = 1 the complement has lost digits, but only such as y itself,
 rounded to float32, cannot show.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fmkernels.dtypes import compute_dtype
+from fmkernels.cpu.arithmetic import exp, load, log, stored
+from fmkernels.cpu.compiled import compiled, shared
 
-BLOCK = 1 << 15  # elements: a handful of float32 buffers of this size stay in a core's cache
+BLOCK = 1024  # elements: a handful of float32 blocks stay in the nearest cache
+LEAST = 8  # blocks for which a thread of their own pays
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@compiled
+def _gather(x, origin, shape, strides, flip, first, logit):
+    """Elements first, first + 1, ... of a sample [D, H, W, I] at an origin, of any strides, the flip undone."""
+    depth, height, width, inner = shape
+    stride_d, stride_h, stride_w, stride_i = strides
+    line, place = divmod(first, width * inner)
+    d, h = divmod(line, height)
+    done = 0
+    while done < logit.size:
+        row = origin + (depth - 1 - d if flip & 1 else d) * stride_d + (height - 1 - h if flip & 2 else h) * stride_h
+        size = min(logit.size - done, width * inner - place)
+        if inner == 1 and stride_w == 1 and flip & 4:
+            for i in range(size):
+                logit[done + i] = load(x, np.uint64(row + width - 1 - place - i))  # unsigned: no index from the end
+        elif inner == 1 and stride_w == 1:
+            for i in range(size):
+                logit[done + i] = load(x, np.uint64(row + place + i))
+        else:
+            w, a = divmod(place, inner)
+            for i in range(size):
+                logit[done + i] = load(x, np.uint64(row + (width - 1 - w if flip & 4 else w) * stride_w + a * stride_i))
+                a += 1
+                if a == inner:
+                    w, a = w + 1, 0
+        done += size
+        place, h = 0, h + 1
+        if h == height:
+            d, h = d + 1, 0
+
+
+@compiled
+def _add_view(logit, total):
+    """total += sigmoid(logit)."""
+    for i in range(logit.size):
+        total[i] += ONE / (ONE + exp(-logit[i]))
+
+
+@compiled
+def _sharpen(total, views, inverse_temperature, target):
+    """y^(1/T) / (y^(1/T) + (1 - y)^(1/T)) for y = total / views."""
+    for i in range(target.size):
+        odds = (views - total[i]) / total[i]
+        target[i] = ONE / (ONE + exp(log(odds) * inverse_temperature))
+
+
+@compiled
+def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
+    """Blocks ``start`` to ``end``, numbered through all samples, of one level.
+
+    Args:
+        x: logits [K, B, A, D, H, W, I], the memory from the first to the last.
+        shape: of x; ``strides`` alike.
+        flips: uint8 [K].
+        inverse_temperature: in the type computed in.
+        out: targets [B, A, D, H, W, I].
+    """
+    views, anchors = shape[0], shape[2]
+    length = shape[3] * shape[4] * shape[5] * shape[6]
+    blocks = (length + BLOCK - 1) // BLOCK
+    dtype = type(inverse_temperature)
+    logits, totals = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
+    for block in range(start, end):
+        sample, first = block // blocks, block % blocks * BLOCK
+        size = min(BLOCK, length - first)
+        logit, total = logits[:size], totals[:size]
+        total[:] = ZERO
+        origin = sample // anchors * strides[1] + sample % anchors * strides[2]
+        for k in range(views):
+            _gather(x, origin + k * strides[0], shape[3:], strides[3:], flips[k], first, logit)
+            _add_view(logit, total)
+        target = out[sample * length + first :][:size]
+        _sharpen(total, dtype(views), inverse_temperature, target)
 
 
 def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, temperature: float) -> list[Tensor]:
     """As fmkernels.kernels.predict_targets.launch_predict_targets."""
-    axes = [[axis - 4 for axis in range(3) if mask >> axis & 1] for mask in flips.tolist()]
-    targets = [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
-    for x, out in zip(view_logits, targets, strict=True):
-        dtype, depth = compute_dtype(x.dtype), x.shape[3]
-        for b, a, d in _parts(out):
-            mirrored = slice(depth - d.stop, depth - d.start)
-            total = 0
-            for view, flipped in zip(x, axes, strict=True):
-                part = view[b, a, mirrored if -4 in flipped else d]
-                total += torch.sigmoid((part.flip(flipped) if flipped else part).to(dtype))
-            out[b, a, d] = total.div_(len(axes)).logit_().div_(temperature).sigmoid_()
-    return targets
-
-
-def _parts(out: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Ranges of batch elements, anchors and slices, of about BLOCK elements together."""
-    if not out.numel():
-        return
-    batch, anchors, depth = out.shape[:3]
-    d = min(depth, max(1, BLOCK // out[0, 0, 0].numel()))
-    a = min(anchors, max(1, BLOCK // out[0, 0, :d].numel()))
-    b = max(1, BLOCK // out[0, :a, :d].numel()) if (a, d) == (anchors, depth) else 1
-    for i in range(0, batch, b):
-        for j in range(0, anchors, a):
-            for k in range(0, depth, d):
-                yield slice(i, i + b), slice(j, j + a), slice(k, min(k + d, depth))
+    masks, results = stored(flips), []
+    for x in view_logits:
+        out = torch.empty(x.shape[1:], dtype=torch.float32)
+        results.append(out)
+        if not out.numel():
+            continue
+        x = x.float() if x.dtype == torch.float16 else x
+        inverse = np.float64(1 / temperature) if x.dtype == torch.float64 else np.float32(1 / temperature)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        memory = stored(x.as_strided((span,), (1,)))
+        blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)
+        shared(_run, blocks, LEAST, memory, tuple(x.shape), x.stride(), masks, inverse, stored(out))
+    return results

@@ -1,108 +1,218 @@
-"""Soft-target focal loss on the CPU: the elements pass through the caches in blocks, all work done in place.
+"""Soft-target focal loss on the CPU: loss and gradient of an element come from one function, in blocks.
 
-The formulation differs from the kernel's on purpose (log-sigmoid and a power here, exp2 and polynomials there), so
-that each can catch the other's mistakes.
+Sums are taken by block, in float64, and added in order: the number of threads changes nothing. The formulation differs
+from the kernel's on purpose (p, q and the natural logarithm here, one fraction and powers of two there), so that each
+can catch the other's mistakes.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numba.extending import register_jitable
 from torch import Tensor
 
+from fmkernels.cpu.arithmetic import STRICT, exp, load, log, log1p, store, stored
+from fmkernels.cpu.compiled import compiled, shared
 from fmkernels.dtypes import compute_dtype
 
-BLOCK = 1 << 15  # elements: a handful of float32 buffers of this size stay in a core's cache
-SMALLEST, SMALLEST_DOUBLE = 1e-37, 1e-290  # keep p q / |d| finite in float32 and float64
+BLOCK = 4096  # elements: what lies between two passes stays in a core's caches
+LEAST = 8  # blocks for which a thread of their own pays
+LARGEST = np.finfo(np.float32).max
+NOTHING, LOSSES, GRADIENTS = range(3)  # what is written for every element
+ZERO, ONE, TWO = map(np.float32, range(3))
+NO_NUMBERS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}
+NO_INDEX = np.empty(0, np.int64)
+TARGETS = {
+    torch.float32: (torch.float32, torch.uint8, torch.bool),
+    torch.bfloat16: (torch.float32, torch.bfloat16, torch.uint8, torch.bool),
+    torch.float64: (torch.float64,),
+}
+"""Of what types a loop takes the targets, by that of the logits."""
 
 
-class _Block(NamedTuple):
-    level: int
-    part: tuple[slice, slice]  # rows and columns of the level seen as [rows, inner]
-    loss: Tensor  # weighted, 0 where ignored
-    gradient: Tensor | None
-    ignored: Tensor | None  # None where nothing is
-    counted: int
+@register_jitable(**STRICT)
+def soft_target_focal(x, y, alpha0, alpha1, gamma, gamma_is_2):
+    """Loss and d loss / d x of one element, both 0 where the target is negative.
+
+    With p = sigmoid(x), q = sigmoid(-x) and d = (1 - y) p - y q, which is p - y without its cancellation, the
+    derivative of |d|^g CE is |d|^g (g CE p q / d + d).
+    """
+    x = LARGEST if x > LARGEST else x
+    x = -LARGEST if x < -LARGEST else x
+    e = exp(-abs(x))
+    larger = ONE / (ONE + e)
+    p = larger if x > ZERO else e * larger
+    q = e * larger if x > ZERO else larger
+    d = (ONE - y) * p - y * q
+    cross_entropy = (x * (ONE - y) if x > ZERO else -x * y) + log1p(e)
+    scale = alpha0 + y * (alpha1 - alpha0)
+    if gamma_is_2:
+        loss = scale * (d * d) * cross_entropy
+        gradient = scale * d * (TWO * (p * q * cross_entropy) + d * d)
+    else:
+        power = scale * (exp(gamma * log(abs(d))) if gamma > ZERO else ONE)
+        loss = power * cross_entropy
+        gradient = power * (gamma * (p * q / d * cross_entropy) + d) if d != ZERO else ZERO  # the cusp of gamma < 1
+    return ZERO if y < ZERO else loss, ZERO if y < ZERO else gradient
 
 
-def _blocks(
+@compiled
+def _focal(x, y, alpha0, alpha1, gamma, factor, loss, gradient):
+    """Losses of a block, and gradients times ``factor``; returns how many elements count."""
+    if gamma == TWO:
+        for i in range(x.size):
+            loss[i], slope = soft_target_focal(load(x, i), load(y, i), alpha0, alpha1, gamma, True)
+            store(gradient, i, slope * factor)
+    else:
+        for i in range(x.size):
+            loss[i], slope = soft_target_focal(load(x, i), load(y, i), alpha0, alpha1, gamma, False)
+            store(gradient, i, slope * factor)
+    count = 0
+    for i in range(y.size):
+        count += not load(y, i) < 0
+    return count
+
+
+@compiled
+def _mix_targets(y, lam, index, first, target):
+    """Mixed targets from element ``first`` on; -1 where either is ignored."""
+    rows, inner = lam.size, y.size // lam.size
+    done = 0
+    while done < target.size:
+        row, column = divmod(first + done, inner)
+        if not 0 <= index[row] < rows:
+            raise IndexError("soft_target_focal_loss: mix index out of range")
+        size = min(target.size - done, inner - column)
+        own, partner = y[first + done :][:size], y[index[row] * inner + column :][:size]
+        part, share = target[done:][:size], lam[row]
+        for i in range(size):
+            a, b = load(own, i), load(partner, i)
+            part[i] = -ONE if a < 0 or b < 0 else share * a + (ONE - share) * b
+        done += size
+
+
+@compiled
+def _weigh(weight, inner, first, target, values):
+    """values *= weight, each of which holds for ``inner`` elements, where the target counts."""
+    done = 0
+    while done < values.size:
+        row, column = divmod(first + done, inner)
+        size = values.size - done if inner == 1 else min(values.size - done, inner - column)
+        part, counted, factor = values[done:][:size], target[done:][:size], weight[row:]
+        if inner == 1:
+            for i in range(size):
+                part[i] = ZERO if counted[i] < ZERO else part[i] * load(factor, i)
+        else:
+            for i in range(size):
+                part[i] = ZERO if counted[i] < ZERO else part[i] * load(factor, 0)
+        done += size
+
+
+@compiled
+def _run(start, end, x, y, weight, lam, index, upstream, factor, alpha0, alpha1, gamma, what, out, sums):
+    """Blocks ``start`` to ``end`` of one level.
+
+    Args:
+        x: logits; with y (targets), upstream (empty or like x) and out, all of its elements [rows * inner].
+        weight: [rows] or [rows * inner], or empty; in the type computed in, as is lam: [rows], or empty.
+        factor: of the gradients, beside ``upstream``.
+        what: NOTHING, LOSSES or GRADIENTS, written to ``out``.
+        sums: float64 [blocks, 2], written: losses of a block, and how many of its elements count.
+    """
+    dtype = weight.dtype.type
+    targets, losses, gradients = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
+    formula, factor = (dtype(alpha0), dtype(alpha1), dtype(gamma)), dtype(factor)
+    mixed, direct = lam.size > 0, what == GRADIENTS and weight.size == 0 and upstream.size == 0
+    for block in range(start, end):
+        first = block * BLOCK
+        size = min(BLOCK, x.size - first)
+        logit, own, result = x[first : first + size], y[first : first + size], out[first : first + size]
+        target, loss, gradient = targets[:size], losses[:size], gradients[:size]
+        if mixed:
+            _mix_targets(y, lam, index, first, target)
+        elif not direct:
+            for i in range(size):
+                target[i] = load(own, i)
+        if direct and not mixed:  # each memory read and written in one pass
+            count = _focal(logit, own, *formula, factor, loss, result)
+        elif direct:
+            count = _focal(logit, target, *formula, factor, loss, result)
+        else:
+            count = _focal(logit, target, *formula, dtype(1), loss, gradient)
+            if weight.size > 0:
+                _weigh(weight, x.size // weight.size, first, target, loss)
+                _weigh(weight, x.size // weight.size, first, target, gradient)
+            if upstream.size > 0:
+                _weigh(upstream, 1, first, target, gradient)
+            if what == LOSSES:
+                for i in range(size):
+                    store(result, i, loss[i])
+            elif what == GRADIENTS:
+                for i in range(size):
+                    store(result, i, gradient[i] * factor)
+        total = 0.0
+        for i in range(size):
+            total += loss[i]
+        sums[block, 0], sums[block, 1] = total, count
+
+
+@compiled
+def _add(sums):
+    """The sums of all blocks, in order."""
+    total, count = 0.0, 0.0
+    for block in range(sums.shape[0]):
+        total += sums[block, 0]
+        count += sums[block, 1]
+    return total, count
+
+
+def _stored(x: Tensor, *types: torch.dtype) -> np.ndarray:
+    """The memory of a tensor of one of these types; of a copy in the first of them, if it is of none."""
+    return stored(x if x.dtype in types else x.to(types[0]))
+
+
+def _run_levels(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    divisor: float,
     lam: Tensor | None,
     index: Tensor | None,
-    rows: int,
-    alpha0: float,
-    alpha1: float,
-    gamma: float,
-    with_gradient: bool,
-) -> Iterator[_Block]:
-    """Loss and gradient (in the compute type) of block after block of every level."""
+    alphas_gamma: tuple[float, float, float],
+    what: int,
+) -> tuple[list[Tensor], float, float]:
+    """What is wanted of every element, the sum of the losses, and how many elements count."""
     dtype = compute_dtype(logits[0].dtype)
-    for level, (x, y) in enumerate(zip(logits, targets, strict=True)):
-        x, y = _as_rows(x, rows), _as_rows(y, rows)
-        w = _as_rows(weights[level], rows) if weights else None  # [rows, 1 or inner]
-        for part in _parts(rows, x.shape[1]):
-            target = y[part].to(dtype)
-            ignored = target < 0
-            if lam is not None:
-                share = lam[part[0], None].to(dtype)
-                second = y[:, part[1]].index_select(0, index[part[0]]).to(dtype)
-                ignored |= second < 0
-                target = share * target + (1 - share) * second
-            loss, gradient = _focal(x[part].to(dtype), target, alpha0, alpha1, gamma, with_gradient)
-            if w is not None:
-                factor = (w[part[0]] if w.shape[1] == 1 else w[part]).to(dtype)
-                loss *= factor
-                if gradient is not None:
-                    gradient *= factor
-            counted = ignored.numel() - int(ignored.sum())
-            if counted < ignored.numel():
-                loss.masked_fill_(ignored, 0)
-                if gradient is not None:
-                    gradient.masked_fill_(ignored, 0)
-            yield _Block(level, part, loss, gradient, ignored if counted < ignored.numel() else None, counted)
+    kind = dtype if logits[0].dtype == torch.float16 else logits[0].dtype
+    lam = NO_NUMBERS[dtype] if lam is None else _stored(lam, dtype)
+    index = NO_INDEX if index is None else stored(index)
+    results, total, count = [], 0.0, 0.0
+    for level, logit in enumerate(logits):
+        x = _stored(logit, kind)
+        y = _stored(targets[level], *TARGETS[kind])
+        weight = _stored(weights[level], dtype) if weights else NO_NUMBERS[dtype]
+        given, factor, result = x[:0], 1.0, x[:0]
+        if upstream and upstream[level].dim() == 0:
+            factor = float(upstream[level])
+        elif upstream:
+            given = _stored(upstream[level], kind)
+        if what != NOTHING:
+            results.append(torch.empty_like(logit, dtype=kind))
+            result = stored(results[-1])
+        sums = np.empty((-(-x.size // BLOCK), 2))
+        shared(
+            _run, len(sums), LEAST, x, y, weight, lam, index, given, factor / divisor, *alphas_gamma, what, result, sums
+        )  # fmt: skip
+        level_total, level_count = _add(sums)
+        total += level_total
+        count += level_count
+    return [r if r.dtype == logits[0].dtype else r.to(logits[0].dtype) for r in results], total, count
 
 
-def _as_rows(x: Tensor, rows: int) -> Tensor:
-    return x.reshape(rows, -1) if x.numel() else x.reshape(rows, 0)
-
-
-def _parts(rows: int, inner: int) -> Iterator[tuple[slice, slice]]:
-    if inner == 0:
-        return
-    height, width = max(1, BLOCK // inner), min(BLOCK, inner)
-    for top in range(0, rows, height):
-        for left in range(0, inner, width):
-            yield slice(top, min(top + height, rows)), slice(left, min(left + width, inner))
-
-
-def _focal(
-    x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    limit = torch.finfo(torch.float32).max
-    x = x.clamp(-limit, limit)
-    p, q = torch.sigmoid(x), torch.sigmoid(-x)
-    d = (1 - y).mul_(p).addcmul_(y, q, value=-1)
-    cross_entropy = x.clamp(min=0).mul_(1 - y).addcmul_(x.clamp(max=0), y, value=-1)
-    cross_entropy += x.abs_().neg_().exp_().log1p_()
-    scale = (y * (alpha1 - alpha0)).add_(alpha0)
-    distance = d.abs()
-    if gamma == 2:
-        scale_power = scale.mul_(distance).mul_(distance)
-    elif gamma == 0:
-        scale_power = scale
-    else:
-        scale_power = scale.mul_(distance**gamma)
-    loss = scale_power * cross_entropy
-    if not with_gradient:
-        return loss, None
-    if gamma == 0:
-        return loss, scale.mul_(d)
-    # d/dx [s |d|^g CE] = sign(d) (g loss p q / |d| + s |d|^(g+1)); at p = y it is 0, the cusp of gamma < 1 included
-    smallest = SMALLEST_DOUBLE if d.dtype == torch.float64 else SMALLEST
-    slope = p.mul_(q).div_(distance.clamp(min=smallest)).mul_(cross_entropy).mul_(scale_power).mul_(gamma)
-    return loss, slope.addcmul_(scale_power, distance).mul_(d.sign_())
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.array(value, NO_NUMBERS[dtype].dtype))
 
 
 def launch_sum(
@@ -120,22 +230,14 @@ def launch_sum(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As fmkernels.kernels.soft_target_focal_loss.launch_sum."""
+    known = 1.0 if normalizer is None else max(float(normalizer), 1.0)
+    gradients, total, count = _run_levels(
+        logits, targets, weights, [], known, lam, index, (alpha0, alpha1, gamma),
+        GRADIENTS if with_gradient else NOTHING,
+    )  # fmt: skip
+    left = max(count, 1.0) if mean and normalizer is None else 1.0
     dtype = compute_dtype(logits[0].dtype)
-    known = None if normalizer is None else max(float(normalizer), 1.0)
-    gradients = [torch.empty_like(x) for x in logits] if with_gradient else []
-    total, count = 0.0, 0
-    for block in _blocks(logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, with_gradient):
-        total += float(block.loss.sum(dtype=torch.float64))
-        count += block.counted
-        if block.gradient is not None:
-            if known is not None:
-                block.gradient.div_(known)
-            _as_rows(gradients[block.level], rows)[block.part] = block.gradient
-    left = 1.0
-    if mean:
-        left = float(max(count, 1)) if known is None else 1.0
-        total /= left if known is None else known
-    return torch.tensor(total, dtype=dtype), torch.tensor(left, dtype=dtype), gradients
+    return _scalar(total / (known * left), dtype), _scalar(left, dtype), gradients
 
 
 def launch_elementwise(
@@ -152,19 +254,11 @@ def launch_elementwise(
     gamma: float,
 ) -> list[Tensor]:
     """As fmkernels.kernels.soft_target_focal_loss.launch_elementwise."""
-    out = [torch.empty_like(x) for x in logits]
-    for block in _blocks(logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, bool(upstream)):
-        if block.gradient is None:
-            value = block.loss
-        else:
-            given = upstream[block.level]
-            factor = given if given.dim() == 0 else _as_rows(given, rows)[block.part]
-            factor = factor.to(block.gradient.dtype)
-            value = block.gradient.mul_(factor if divisor is None else factor / max(float(divisor), 1.0))
-            if block.ignored is not None:
-                value.masked_fill_(block.ignored, 0)
-        _as_rows(out[block.level], rows)[block.part] = value
-    return out
+    known = 1.0 if divisor is None else max(float(divisor), 1.0)
+    return _run_levels(
+        logits, targets, weights, upstream, known, lam, index, (alpha0, alpha1, gamma),
+        GRADIENTS if upstream else LOSSES,
+    )[0]  # fmt: skip
 
 
 def launch_scale(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor) -> None:

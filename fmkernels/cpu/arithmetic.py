@@ -1,0 +1,169 @@
+"""How the loops of the CPU path read and write tensors of any element type, and the functions they compute with.
+
+Numba knows neither bfloat16 nor float16. A bfloat16 tensor goes to a loop as uint16, decoded and rounded by `load` and
+`store` as it is read and written; float16, rare on a CPU, is converted before and after by torch::
+
+    source, target = stored(x), stored(out)  # on the host: flat arrays that share the memory of dense tensors
+
+    store(target, i, factor * load(source, i))  # in a compiled loop
+"""
+
+import math
+
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload, register_jitable
+from torch import Tensor
+
+INLINE = {"forceinline": True}
+"""Options of functions without which a loop around them would not fill vectors."""
+STRICT = {"forceinline": True, "fastmath": {"contract", "nsz"}}
+"""The same, of functions whose sums and products must be taken in the order written."""
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693145751953125), np.float32(1.4286068203094172e-06)  # high times 2^8 is exact
+_ROUNDER = np.float32(1.5 * 2**23)  # added, it leaves the nearest integer in the last bits
+# e^r = 1 + r + r^2 P(r) for |r| <= log(2) / 2, relative error 3e-9 (minimax fit, degree 4)
+_P0, _P1, _P2, _P3, _P4 = map(np.float32, (0.49999994, 0.16666521, 0.04166839, 0.0083687454, 0.0013814539))
+# log(1 + f) = f - s (f - s^2 R(s^2)), s = f / (2 + f), for f in [-0.3, 1], relative error 5e-9 (degree 3)
+_R0, _R1, _R2, _R3 = map(np.float32, (0.6666642, 0.40021533, 0.28001678, 0.28012666))
+
+
+def stored(x: Tensor) -> np.ndarray:
+    """The memory of a dense tensor as a flat array for compiled loops: bfloat16 as uint16, bool as uint8.
+
+    Not for float16, which no loop takes.
+    """
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    elif x.dtype == torch.bool:
+        x = x.view(torch.uint8)
+    memory = x.numpy()
+    return memory if memory.ndim == 1 else memory.reshape(-1)
+
+
+def load(array, i):
+    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, other types as they are."""
+    raise NotImplementedError("only for compiled loops")
+
+
+def store(array, i, value):
+    """Element i = value, in a compiled loop: to nearest, ties to even; integers saturate, and hold 0 for NaN."""
+    raise NotImplementedError("only for compiled loops")
+
+
+@register_jitable
+def _to_bfloat16(value):
+    bits = np.float32(value).view(np.uint32)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if value == value else 0x7FC0
+
+
+@overload(load, jit_options=INLINE)
+def _load(array, i):
+    if array.dtype == types.uint16:
+        return lambda array, i: np.uint32(array[i] << 16).view(np.float32)
+    return lambda array, i: array[i]
+
+
+@overload(store, jit_options=INLINE)
+def _store(array, i, value):
+    if array.dtype == types.uint16:
+
+        def write(array, i, value):
+            array[i] = _to_bfloat16(value)
+
+    elif isinstance(array.dtype, types.Integer):
+        low, high = np.float32(array.dtype.minval), np.float32(array.dtype.maxval)
+
+        def write(array, i, value):
+            array[i] = np.rint(min(max(value, low), high)) if value == value else 0
+
+    else:
+
+        def write(array, i, value):
+            array[i] = value
+
+    return write
+
+
+def exp(x):
+    """e^x, in a compiled loop: float32 within 1.1 units in the last place, in full vectors."""
+    raise NotImplementedError("only for compiled loops")
+
+
+def log(x):
+    """The natural logarithm, in a compiled loop: float32 within 1 unit in the last place, in full vectors."""
+    raise NotImplementedError("only for compiled loops")
+
+
+def log1p(x):
+    """log(1 + x) for x in [0, 1], in a compiled loop: float32 within 1 unit in the last place, in full vectors."""
+    raise NotImplementedError("only for compiled loops")
+
+
+@register_jitable
+def _float(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@register_jitable
+def _bits(value):
+    return np.float32(value).view(np.uint32)
+
+
+@overload(exp, jit_options=STRICT)
+def _exp(x):
+    if x == types.float64:
+        return lambda x: math.exp(x)
+
+    def exp_float32(x):
+        x = np.float32(-105) if x < np.float32(-105) else x
+        x = np.float32(89) if x > np.float32(89) else x
+        shifted = x * _LOG2E + _ROUNDER
+        n = shifted - _ROUNDER
+        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        p = (((_P4 * r + _P3) * r + _P2) * r + _P1) * r + _P0
+        power = np.int32(_bits(shifted)) - np.int32(0x4B400000)
+        half = power >> 1
+        first, second = _float((half + 127) << 23), _float((power - half + 127) << 23)
+        return ((r * r) * p + r + np.float32(1)) * first * second
+
+    return exp_float32
+
+
+@register_jitable(**STRICT)
+def _log_series(f, correction):
+    """log(1 + f) + correction, for f in [-0.3, 1]."""
+    s = f / (np.float32(2) + f)
+    z = s * s
+    series = ((_R3 * z + _R2) * z + _R1) * z + _R0
+    return f - (s * (f - z * series) - correction)
+
+
+@overload(log1p, jit_options=STRICT)
+def _log1p(x):
+    if x == types.float64:
+        return lambda x: math.log1p(x)
+    return lambda x: _log_series(x, np.float32(0))
+
+
+@overload(log, jit_options=STRICT)
+def _log(x):
+    if x == types.float64:
+        return lambda x: math.log(x)
+
+    def log_float32(x):
+        tiny = x < np.float32(2.0**-126)
+        bits = _bits(x * np.float32(2.0**23) if tiny else x)
+        power = np.int32(np.int32(bits - 0x3F3504F3) >> 23)  # the fraction lies in [sqrt(1/2), sqrt(2))
+        f = _float(bits - (power << 23)) - np.float32(1)
+        n = np.float32(power) - np.float32(23 if tiny else 0)
+        result = n * _LN2_HIGH + _log_series(f, n * _LN2_LOW)
+        result = x if x == np.float32(np.inf) else result
+        result = np.float32(-np.inf) if x == 0 else result
+        return result if x >= 0 else np.float32(np.nan)
+
+    return log_float32

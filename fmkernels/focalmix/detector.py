@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .group_norm import GroupNorm
 
 PRIOR = 0.01  # the probability every anchor starts with, so that easy background does not fill the first steps
 
@@ -21,19 +22,17 @@ def flipped(volumes: Tensor, mask: int) -> Tensor:
     return volumes.flip([axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit])
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation, in float32 under autocast on the CPU as on GPUs: in bf16 its gradient is slow there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float() if torch.is_autocast_enabled(x.device.type) else x)
-
-
 class ConvNorm(nn.Sequential):
-    """Convolution of 3 voxels, group normalisation (groups of 4), ReLU unless ``relu`` is False."""
+    """Convolution of 3 voxels, group normalisation (groups of 4), sum with a residual if one is given, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, relu: bool = True) -> None:
-        layers = [nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), GroupNorm(outputs // 4, outputs)]
-        super().__init__(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), GroupNorm(outputs // 4, outputs, relu=True)
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        convolution, norm = self
+        return norm(convolution(x), residual)
 
 
 class Residual(nn.Module):
@@ -41,10 +40,11 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(ConvNorm(channels, channels), ConvNorm(channels, channels, relu=False))
+        self.layers = nn.Sequential(ConvNorm(channels, channels), ConvNorm(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.layers(x), inplace=True)
+        first, second = self.layers
+        return second(first(x), residual=x)
 
 
 class Detector(nn.Module):

@@ -1,7 +1,6 @@
 """crop_and_resize3d on the CPU path and through the kernels, against the float64 reference and outsiders."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from fmkernels import crop_and_resize3d
 from fmkernels.cpu import crop_and_resize3d as cpu
 from fmkernels.kernels import crop_and_resize3d as kernels
 from fmkernels.kernels import tuning
-from tests.conftest import Path
 from tests.support import on_gpu
-from tests.support.cases import cases, kernel_cases, kernel_only
+from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import TOLERANCE, assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -191,6 +189,14 @@ def test_identity_crop_is_exact(path, dtype):
         assert torch.equal(part, volumes[:1, :, 1:3, :, 2:4])
 
 
+def test_identity_crop_is_exact_whatever_the_extent():
+    """49 * (1 / 49) is not 1."""
+    for dtype in (torch.float32, torch.float64):
+        volumes = make((1, 1, 2, 49, 107), dtype)
+        volumes[0, 0, 1, 9, 11] = math.inf
+        assert torch.equal(crop_and_resize3d(volumes, boxes_of([[0, 0, 0, 0, 2, 49, 107]]), (2, 49, 107)), volumes)
+
+
 def test_scaling_volume_and_box_changes_nothing(path):
     fine = (torch.arange(16.0, device=path.device) + 0.5) / 2 - 0.5
     volumes = torch.arange(8.0, device=path.device).expand(1, 1, 8, 8, 8), fine.expand(1, 1, 16, 16, 16)
@@ -336,7 +342,6 @@ def test_strided_input(path, layout):
             assert torch.equal(crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window))
 
 
-@kernel_only  # the CPU path copies what it needs of a box
 def test_strided_input_is_not_copied(path, monkeypatch):
     volumes = make((2, 2, 5, 6, 7), device=path.device).to(memory_format=torch.channels_last_3d)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
@@ -376,15 +381,13 @@ def test_windows_far_from_zero_and_narrow(path):
         compare(volumes, boxes, (2, 2, 5), window=window)
 
 
-def test_whole_voxels_of_every_face_but_one(monkeypatch):
-    """What torch's resize must not be given."""
-    monkeypatch.setattr(cpu, "SMALL", 0)
+def test_whole_voxels_of_every_face_but_one():
     whole, volumes = [0, 1, 1, 1, 4, 5, 6], make((1, 1, 5, 6, 7))
     for face, bound in ((i, b) for i in range(1, 7) for b in (whole[i] - 0.4, whole[i] + 0.4, whole[i] + 9, -2)):
         compare(volumes, boxes_of([[*whole[:face], bound, *whole[face + 1 :]]]), (2, 3, 2))
 
 
-def test_boxes_larger_than_a_product_of_the_cpu_path():
+def test_large_boxes():
     volumes = make((1, 2, 70, 7, 90))
     rows = [[0, 0.3, 0.2, 5.1, 69.4, 6.8, 88.2], [0, 0, 0, 0, 70, 7, 90], [0, 66.5, 1, 0, 3.2, 6, 88]]
     for size in ((3, 4, 5), (80, 3, 70)):
@@ -545,47 +548,21 @@ def test_second_derivative_raises(path):
         gradient.sum().backward()
 
 
-# how the CPU path is made to go one of its ways with boxes that are otherwise too small or too large for it
-WAYS = {
-    "gathered": {"ENLARGED": 0},
-    "products": {"SMALL": 0, "ENLARGED": 0},
-    "interpolated": {"SMALL": 0, "ENLARGED": 0, "DENSE": 0},
-    "torch's resize": {"SMALL": 0, "ENLARGED": 10**9, "GROUP": 1},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_the_cpu_path(way, monkeypatch):
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(cpu, name, value)
-    path = Path("cpu", torch.device("cpu"))
-    for clamp in CLAMPS:
-        for window in (None, WINDOW):
-            for dtype in VOXELS:
-                test_matches_reference(path, dtype, window, clamp)
-            for dtype in FLOATS:
-                test_gradients_match_the_reference(path, dtype, window and (-2.0, 3.0), clamp)
-        test_float64_on_the_cpu_is_exact(clamp)
-    for layout in layouts(torch.zeros(2, 2, 5, 6, 7)):
-        test_strided_input(path, layout)
-    for dtype in VOXELS:
-        test_identity_crop_is_exact(path, dtype)
-    for size in ((2, 3, 2), (2, 9, 17)):
-        test_equals_crop_and_interpolate(path, size, torch.float32)
-    test_what_is_not_finite_stays_where_it_is(path)
-    test_an_infinite_gradient_stays_where_it_is(path)
-    test_repeated_backward_is_the_same_bit_for_bit(path)
-
-
-def test_products_of_less_precision_are_not_used(monkeypatch):
-    for name, value in WAYS["products"].items():
-        monkeypatch.setattr(cpu, name, value)
-    torch.set_float32_matmul_precision("medium")
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    """Parts begin within a crop, and within a volume."""
+    monkeypatch.setattr(cpu, "LEAST", 1)
+    volumes, boxes = make((2, 2, 5, 6, 7)).requires_grad_(), boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]])
+    upstream = make((len(boxes), 2, 3, 4, 5), seed=4)
+    results = []
+    threads = torch.get_num_threads()
     try:
-        test_identity_crop_is_exact(Path("cpu", torch.device("cpu")), torch.float32)
-        compare(make((1, 1, 20, 20, 20)), boxes_of([[0, 0.5, 0.25, 0.75, 18.5, 19.25, 20]]), (24, 24, 24))
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            crops = crop_and_resize3d(volumes, boxes, (3, 4, 5), window=(-2.0, 3.0))
+            results.append((crops, torch.autograd.grad(crops, volumes, upstream)[0]))
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 
 # --- torch.library, torch.compile ------------------------------------------------------------------------------------
@@ -700,7 +677,6 @@ CASE = st.fixed_dictionaries(
         "clamp": st.sampled_from(CLAMPS),
         "layout": st.sampled_from(["contiguous", "contiguous", *layouts(torch.zeros(2, 2, 5, 6, 7))]),
         "seed": st.integers(0, 2**16),
-        "way": st.sampled_from([*WAYS]),
     }
 )
 
@@ -718,8 +694,7 @@ def check_case(case, device="cpu"):
 @cases(2000)
 @given(case=CASE)
 def test_any_case_on_the_cpu_path(case):
-    with mock.patch.multiple(cpu, **WAYS[case["way"]]):
-        check_case(case)
+    check_case(case)
 
 
 @kernel_cases(200)

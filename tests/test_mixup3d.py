@@ -220,6 +220,12 @@ def test_voxels_that_are_not_finite(path):
         assert torch.equal(result.isfinite(), exact.isfinite())
 
 
+def test_what_float32_holds_does_not_overflow(path):
+    volumes = torch.tensor([3e38, -3e38], device=path.device).reshape(2, 1, 1, 1, 1)
+    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    compare(volumes, lam, index)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_are_mixed_in_float32_and_rounded_once(path, dtype):
     volumes = make((3, 1, 4, 5, 16), dtype, path.device)
@@ -331,7 +337,7 @@ def test_volumes_larger_than_a_block_of_the_cpu_path():
 
 @pytest.mark.parametrize("voxels", [1, 7, 40, 300])
 def test_boxes_of_the_cpu_path(voxels, monkeypatch):
-    monkeypatch.setattr(cpu, "BLOCK", voxels)
+    monkeypatch.setattr(cpu, "BOX", voxels)
     monkeypatch.setattr(cpu, "SMALLEST_BOX", 1)
     volumes = make((3, 2, 3, 4, 9))
     lam, index, flips = draw(3)
@@ -776,10 +782,10 @@ def check_gradients(case, device):
 
 
 @cases(2000)
-@given(case=CASE, voxels=st.sampled_from([32, 150, 1000, cpu.BLOCK]))
+@given(case=CASE, voxels=st.sampled_from([32, 150, 1000, cpu.BOX]))
 def test_any_case_on_the_cpu_path(case, voxels):
     """With boxes of about so many voxels."""
-    with mock.patch.multiple(cpu, BLOCK=voxels, SMALLEST_BOX=1):
+    with mock.patch.multiple(cpu, BOX=voxels, SMALLEST_BOX=1):
         check_values(case, "cpu")
         check_gradients(case, "cpu")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import reference
 from fmkernels import object_mixup3d
+from fmkernels.cpu import object_mixup3d as cpu
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
@@ -492,15 +493,22 @@ def test_in_place_is_out_of_place_for_large_objects_of_any_layout():
     assert torch.equal(object_mixup3d(volumes, *boxes, out=volumes), expected)
 
 
-def test_is_as_exact_where_the_user_allows_less_of_products():
-    volumes = make((1, 1, 24, 24, 24))
-    boxes = rows((0, 1, 1, 1, 21, 22, 23)), rows((0, 2.5, 3.5, 4.5, 12, 14, 16)), torch.tensor([0.3])
-    before = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
+    """Parts begin within a volume and within a target, and targets overlap."""
+    monkeypatch.setattr(cpu, "LEAST", 1)
+    volumes = make((2, 2, 9, 8, 7), dtype)
+    boxes = draw(9, volumes.shape)
+    threads, results = torch.get_num_threads(), []
     try:
-        torch.set_float32_matmul_precision("medium")
-        assert_right(object_mixup3d(volumes, *boxes), volumes, *boxes)
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            ours = volumes.clone()
+            object_mixup3d(ours, *boxes, out=ours)
+            results += [ours, object_mixup3d(volumes, *boxes)]
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+    assert not torch.equal(results[0], volumes) and all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("donors", [False, True])

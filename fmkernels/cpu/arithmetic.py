@@ -56,15 +56,28 @@ def store(array, i, value):
 
 
 @register_jitable
-def _to_bfloat16(value):
-    bits = np.float32(value).view(np.uint32)
+def float_of(bits):
+    """The float32 with these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@register_jitable
+def bits_of(value):
+    """Those of a float32, as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@register_jitable
+def to_bfloat16(value):
+    """The bits of a float32 rounded to bfloat16, to nearest, ties to even."""
+    bits = bits_of(value)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if value == value else 0x7FC0
 
 
 @overload(load, jit_options=INLINE)
 def _load(array, i):
     if array.dtype == types.uint16:
-        return lambda array, i: np.uint32(array[i] << 16).view(np.float32)
+        return lambda array, i: float_of(array[i] << 16)
     return lambda array, i: array[i]
 
 
@@ -73,7 +86,7 @@ def _store(array, i, value):
     if array.dtype == types.uint16:
 
         def write(array, i, value):
-            array[i] = _to_bfloat16(value)
+            array[i] = to_bfloat16(value)
 
     elif isinstance(array.dtype, types.Integer):
         low, high = np.float32(array.dtype.minval), np.float32(array.dtype.maxval)
@@ -104,16 +117,6 @@ def log1p(x):
     raise NotImplementedError("only for compiled loops")
 
 
-@register_jitable
-def _float(bits):
-    return np.uint32(bits).view(np.float32)
-
-
-@register_jitable
-def _bits(value):
-    return np.float32(value).view(np.uint32)
-
-
 @overload(exp, jit_options=STRICT)
 def _exp(x):
     if x == types.float64:
@@ -126,9 +129,9 @@ def _exp(x):
         n = shifted - _ROUNDER
         r = (x - n * _LN2_HIGH) - n * _LN2_LOW
         p = (((_P4 * r + _P3) * r + _P2) * r + _P1) * r + _P0
-        power = np.int32(_bits(shifted)) - np.int32(0x4B400000)
+        power = np.int32(bits_of(shifted)) - np.int32(0x4B400000)
         half = power >> 1
-        first, second = _float((half + 127) << 23), _float((power - half + 127) << 23)
+        first, second = float_of((half + 127) << 23), float_of((power - half + 127) << 23)
         return ((r * r) * p + r + np.float32(1)) * first * second
 
     return exp_float32
@@ -157,9 +160,9 @@ def _log(x):
 
     def log_float32(x):
         tiny = x < np.float32(2.0**-126)
-        bits = _bits(x * np.float32(2.0**23) if tiny else x)
+        bits = bits_of(x * np.float32(2.0**23) if tiny else x)
         power = np.int32(np.int32(bits - 0x3F3504F3) >> 23)  # the fraction lies in [sqrt(1/2), sqrt(2))
-        f = _float(bits - (power << 23)) - np.float32(1)
+        f = float_of(bits - (power << 23)) - np.float32(1)
         n = np.float32(power) - np.float32(23 if tiny else 0)
         result = n * _LN2_HIGH + _log_series(f, n * _LN2_LOW)
         result = x if x == np.float32(np.inf) else result

@@ -15,8 +15,9 @@ from typing import Any
 import numba
 import torch
 
-FREEDOM = {"contract", "reassoc", "nsz", "arcp"}
-"""What the compiler may do to arithmetic: sums in any (fixed) order, so that they fill vectors. NaN and inf stay."""
+FREEDOM = {"contract"}
+"""What the compiler may do to arithmetic: fuse a product and a sum. More has cost here: reordered, the mean of two
+infinities was NaN; with reciprocals for quotients, what was to be copied was resampled."""
 
 
 def compiled(function: Callable) -> Callable:

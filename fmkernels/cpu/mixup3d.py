@@ -1,90 +1,262 @@
 """Batched 3D mixup on the CPU: box of voxels after box, each mixed for all samples before the next.
 
-What has to be copied, flipped or windowed is so a box at a time, which bounds the memory taken. In place, all that a
-box reads is copied before anything is written to it. Where volumes are flipped, it goes together with its mirror
-images, which are boxes too, because every axis is cut symmetrically.
+The sources of a box are loaded once, flipped and windowed, into blocks that stay in a core's cache, and mixed from
+there; nothing is stored before they all are, so that they may be overwritten. Where volumes are flipped in place, a box
+goes together with its mirror images, which are boxes too: an axis is cut as seen from either of its ends.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fmkernels.cpu.voxels import store, window_voxels
+from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.voxels import FLOAT32, FLOAT64, INT16, KINDS, ZEROS, elements, load_block, store_block, window_voxel
 from fmkernels.dtypes import compute_dtype
 
-BLOCK = 1 << 20  # voxels of all samples that each thread takes at a time: few calls, little memory
-SMALLEST_BOX = 1 << 14  # voxels of one sample: with fewer, the calls cost more than the work
+BOX = 1024  # voxels of a box, at most
+SCRATCH = 1 << 16  # voxels kept of a box, of all samples and mirror images, unless boxes would become too small
+SMALLEST_BOX = 64
+LEAST = 1 << 16  # voxels of all samples for which another thread is worth its while
 
-Box = tuple[tuple[int, int], ...]  # start and end along each axis of a volume
-
-
-def _cuts(size: int, step: int) -> list[tuple[int, int]]:
-    """range(size) in parts of at most ``step``; the mirror image of a part is a part."""
-    if step >= size:
-        return [(0, size)]
-    half = [(i, min(i + step, size // 2)) for i in range(0, size // 2, step)]
-    middle = [(size // 2, size // 2 + 1)] if size % 2 else []
-    return half + middle + [(size - end, size - start) for start, end in reversed(half)]
+_AS_THEY_LIE = {torch.float32, torch.float64, torch.int16}  # mixed from where they are, if nothing overwrites them
+_NEVER = (0, 0, 0, 0)  # axes of volumes that are not flipped
 
 
-def _mirrored(box: Box, flip: int, sizes: Sequence[int], axes: Sequence[int]) -> Box:
-    return tuple(
-        (size - end, size - start) if flip & bit else (start, end)
-        for (start, end), size, bit in zip(box, sizes, axes, strict=True)
-    )
+@compiled
+def _flip(masks, row):
+    """The mask of a volume; no masks have no address."""
+    return np.int64(elements(masks + row, 1, np.uint8)[0]) if masks else 0
 
 
-def _orbits(sizes: Sequence[int], axes: Sequence[int], voxels: int, images: bool) -> Iterator[list[Box]]:
-    """Boxes of about so many voxels that fill a volume: one by one, or each with its mirror images."""
-    cuts, inner = [], 1
-    for size, bit in zip(reversed(sizes), reversed(axes), strict=True):
-        parts = _cuts(size, max(1, voxels // inner))
-        cuts.insert(0, parts[: (len(parts) + 1) // 2] if images and bit else parts)
-        inner *= size
-    for box in itertools.product(*cuts):
-        flips = range(8) if images else [0]
-        yield list(dict.fromkeys(_mirrored(box, flip, sizes, axes) for flip in flips))
+@compiled
+def _box(number, extents, longest):
+    """Where box ``number`` begins along each axis, and its lengths along the last two.
+
+    The first ``extents`` voxels of each axis are cut into boxes of 1 x 1 x ``longest``.
+    """
+    rest, i3 = divmod(number, -(-extents[3] // longest[1]))
+    rest, i2 = divmod(rest, -(-extents[2] // longest[0]))
+    i0, i1 = divmod(rest, extents[1])
+    i2, i3 = i2 * longest[0], i3 * longest[1]
+    return (i0, i1, i2, i3), (min(longest[0], extents[2] - i2), min(longest[1], extents[3] - i3))
 
 
-def _view(volume: Tensor, box: Box) -> Tensor:
-    return volume[tuple(slice(start, end) for start, end in box)]
+@compiled
+def _image(corner, lengths, sizes, axes, mask):
+    """Where the mirror image of a box begins along each axis."""
+    i0, i1, i2, i3 = corner
+    if mask & axes[0]:
+        i0 = sizes[0] - 1 - i0
+    if mask & axes[1]:
+        i1 = sizes[1] - 1 - i1
+    if mask & axes[2]:
+        i2 = sizes[2] - lengths[0] - i2
+    if mask & axes[3]:
+        i3 = sizes[3] - lengths[1] - i3
+    return i0, i1, i2, i3
 
 
-def _flipped(voxels: Tensor, flip: int, axes: Sequence[int]) -> Tensor:
-    mirrored = [axis for axis, bit in enumerate(axes) if flip & bit]
-    return voxels.flip(mirrored) if mirrored else voxels
+@compiled
+def _place(row, corner, sizes):
+    """Number of a voxel among those of all volumes."""
+    place = row
+    for axis in range(4):
+        place = place * sizes[axis] + corner[axis]
+    return place
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Volumes as they are mixed: flipped by their masks, windowed, of type ``dtype``."""
-
-    volumes: Tensor
-    flips: Tensor | None
-    axes: Sequence[int]
-    window: Sequence[float] | None
-    dtype: torch.dtype
-    copy: bool  # they are overwritten while they are needed
-
-    def part(self, row: int, box: Box) -> Tensor:
-        """What lies in ``box`` of volume ``row``: a view of it where nothing is to be done."""
-        volume = self.volumes[row]
-        flip = 0 if self.flips is None else int(self.flips[row])
-        view = _view(volume, _mirrored(box, flip, volume.shape, self.axes))
-        part = _flipped(view, flip, self.axes)
-        must_copy = part is view and (self.copy or self.window is not None)
-        part = part.to(self.dtype, copy=must_copy)
-        return part if self.window is None else window_voxels(part, self.window)
+@compiled
+def _load_box(volumes, row, corner, lengths, sizes, axes, flip, block):
+    """A box of a volume, its rows and the voxels of each in reverse where ``flip`` says so."""
+    address, kind, _ = volumes
+    start = _place(row, corner, sizes)
+    rows, n = lengths if flip & (axes[2] | axes[3]) else (1, block.size)
+    step = -1 if flip & axes[3] else 1
+    for j in range(rows):
+        i = (rows - 1 - j if flip & axes[2] else j) * n
+        load_block(address, kind, start + (i + n - 1 if step < 0 else i), step, block[j * n : (j + 1) * n])
 
 
-def _mix(own: Tensor, donor: Tensor, share: float, target: Tensor) -> None:
-    if target.is_floating_point():
-        torch.lerp(donor, own, share, out=target)
+@compiled
+def _own_images(corner, lengths, sizes, axes):
+    """The flips (a mask) of which a box is its own image."""
+    image, mask = _image(corner, lengths, sizes, axes, 7), 0
+    for axis in range(4):
+        if image[axis] == corner[axis]:
+            mask |= axes[axis]
+    return mask
+
+
+@compiled
+def _mix(own, donor, share, window, block):
+    """block = share * own + (1 - share) * donor, both windowed."""
+    dtype = block.dtype.type
+    windowed, low, scale = window[0], dtype(window[1]), dtype(window[2])
+    rest = dtype(1) - share
+    if windowed:
+        for i in range(block.size):
+            a, b = window_voxel(dtype(own[i]), low, scale), window_voxel(dtype(donor[i]), low, scale)
+            block[i] = share * a + rest * b
     else:
-        store(torch.lerp(donor, own, share), target)
+        for i in range(block.size):
+            block[i] = share * dtype(own[i]) + rest * dtype(donor[i])
+
+
+@compiled
+def _mix_boxes(
+    first,
+    last,
+    volumes,
+    donors,
+    out,
+    lam,
+    index,
+    batch,
+    pool,
+    sizes,
+    axes,
+    extents,
+    longest,
+    images,
+    kept,
+    window,
+    zero,
+):
+    """Boxes number ``first`` to ``last`` of all samples. Tensors are addresses, with the kind of their elements."""
+    partners, shares = elements(index, batch, np.int64), np.full(batch, zero)
+    load_block(lam[0], lam[1], 0, 1, shares)
+    alone = donors[0] == 0
+    if alone:
+        donors, pool = volumes, batch
+    needed = np.full(pool, alone)
+    for b in range(batch):
+        needed[partners[b]] = True
+    slots = np.cumsum(needed) - 1
+    voxels = longest[0] * longest[1]
+    sources = np.full((slots[-1] + 1 if kept else 0, images, voxels), zero)
+    owns, mixed = np.full((images, voxels), zero), np.full(voxels, zero)
+    compute, size = mixed.dtype, mixed.itemsize
+    for number in range(first, last):
+        corner, lengths = _box(number, extents, longest)
+        n, same = lengths[0] * lengths[1], _own_images(corner, lengths, sizes, axes)
+        if kept:
+            for row in range(pool):
+                flip = _flip(donors[2], row)
+                for image in range(images if needed[row] else 0):
+                    if not image & same:
+                        place = _image(corner, lengths, sizes, axes, image ^ flip)
+                        _load_box(donors, row, place, lengths, sizes, axes, flip, sources[slots[row], image, :n])
+        for b in range(batch):
+            if kept and not alone:
+                flip = _flip(volumes[2], b)
+                for image in range(images):
+                    if not image & same:
+                        place = _image(corner, lengths, sizes, axes, image ^ flip)
+                        _load_box(volumes, b, place, lengths, sizes, axes, flip, owns[image, :n])
+            for image in range(images):
+                if image & same:
+                    continue
+                start = _place(b, _image(corner, lengths, sizes, axes, image), sizes)
+                at_once = out[1] == (FLOAT64 if size == 8 else FLOAT32)
+                block = elements(out[0] + size * start, n, compute) if at_once else mixed[:n]
+                if kept:
+                    own = sources[b, image, :n] if alone else owns[image, :n]
+                    _mix(own, sources[slots[partners[b]], image, :n], shares[b], window, block)
+                else:
+                    other = _place(partners[b], corner, sizes)
+                    if volumes[1] == INT16:
+                        own = elements(volumes[0] + 2 * start, n, np.int16)
+                        _mix(own, elements(donors[0] + 2 * other, n, np.int16), shares[b], window, block)
+                    else:
+                        own = elements(volumes[0] + size * start, n, compute)
+                        _mix(own, elements(donors[0] + size * other, n, compute), shares[b], window, block)
+                if not at_once:
+                    store_block(block, out[0], out[1], start)
+
+
+@compiled
+def _gradient_boxes(
+    first,
+    last,
+    upstream,
+    windowed,
+    gradient,
+    lam,
+    index,
+    batch,
+    rows,
+    sizes,
+    axes,
+    extents,
+    longest,
+    window,
+    own,
+    donor,
+    zero,
+):
+    """Boxes number ``first`` to ``last`` of all sources. Tensors are addresses, with the kind of their elements."""
+    partners = elements(index, batch, np.int64)
+    shares = np.full(batch, zero)
+    load_block(lam[0], lam[1], 0, 1, shares)
+    one = zero + shares.dtype.type(1)
+    voxels = longest[0] * longest[1]
+    totals, blocks = np.full(voxels, zero), np.full(voxels, zero)
+    low, high, scale = shares.dtype.type(window[0]), shares.dtype.type(window[1]), shares.dtype.type(window[2])
+    for number in range(first, last):
+        corner, lengths = _box(number, extents, longest)
+        n = lengths[0] * lengths[1]
+        total, block = totals[:n], blocks[:n]
+        for row in range(rows):
+            flip = _flip(gradient[2], row)
+            place = _image(corner, lengths, sizes, axes, flip)
+            total[:] = zero
+            for b in range(-1 if own else 0, batch if donor else 0):
+                if b < 0 or partners[b] == row:
+                    _load_box(upstream, row if b < 0 else b, place, lengths, sizes, axes, flip, block)
+                    share = shares[row] if b < 0 else one - shares[b]
+                    for i in range(n):
+                        total[i] += share * block[i]
+            start = _place(row, corner, sizes)
+            if windowed[0]:
+                load_block(windowed[0], windowed[1], start, 1, block)
+                for i in range(n):
+                    total[i] = total[i] * scale if low <= block[i] <= high else zero
+            store_block(total, gradient[0], gradient[1], start)
+
+
+def _cut(
+    sizes: Sequence[int], axes: Sequence[int], samples: int, images: bool
+) -> tuple[Sequence[int], Sequence[int], int]:
+    """How volumes are cut: extents and longest boxes as `_box` takes them, and the number of boxes.
+
+    With images, boxes fill the first half of each axis along which volumes are flipped, unless they are as long as it.
+    """
+    span = max(SMALLEST_BOX, min(BOX, SCRATCH // (samples * (8 if images else 1))))
+    width = min(sizes[3], span)
+    height = min(sizes[2], span // width)
+    extents = sizes
+    if images:
+        extents = tuple(
+            (n + 1) // 2 if bit and n > length else n
+            for n, bit, length in zip(sizes, axes, (1, 1, height, width), strict=True)
+        )
+    n0, n1, n2, n3 = extents
+    return extents, (height, width), n0 * n1 * -(-n2 // height) * -(-n3 // width)
+
+
+def _check_index(index: Tensor, pool: int) -> None:
+    partners = index.tolist()
+    if partners and (min(partners) < 0 or max(partners) >= pool):
+        raise ValueError(f"mixup3d: index must lie in [0, {pool}), got {partners}")
+
+
+def _volumes(x: Tensor | None, flips: Tensor | None = None) -> tuple[int, int, int]:
+    """As the loops take them: address, kind of the elements, address of the masks; 0 where there are none."""
+    if x is None:
+        return 0, 0, 0
+    return x.data_ptr(), KINDS[x.dtype], 0 if flips is None else flips.data_ptr()
 
 
 def launch_mixup(
@@ -116,33 +288,25 @@ def launch_mixup_into(
     out: Tensor,
 ) -> None:
     """As fmkernels.kernels.mixup3d.launch_mixup_into."""
-    shared = donors is None
-    if shared:
-        donors, donor_flips = volumes, flips
-    shares, partners = lam.tolist(), index.tolist()
-    if not all(0 <= row < len(donors) for row in partners):
-        raise ValueError(f"mixup3d: index must lie in [0, {len(donors)}), got {partners}")
-    if not out.numel():
+    batch = volumes.shape[0]
+    pool = batch if donors is None else donors.shape[0]
+    _check_index(index, pool)
+    voxels = out.numel()
+    if not voxels:
         return
     flipped = flips is not None or donor_flips is not None
-    if not flipped:
-        volumes, donors, out, axes = (*(x.view(len(x), -1) for x in (volumes, donors, out)), [0])
-    over_donors, over_volumes = (x.data_ptr() == out.data_ptr() for x in (donors, volumes))
-    images = flipped and (over_donors or over_volumes)
-    as_stored = window is None and out.dtype == volumes.dtype and out.is_floating_point()
-    dtype = out.dtype if as_stored else compute_dtype(volumes.dtype)  # torch.lerp computes 16 bits in float32
-    donor = _Sources(donors, donor_flips, axes, window, dtype, copy=over_donors)
-    own = donor if shared else _Sources(volumes, flips, axes, window, dtype, copy=False)
-    voxels = max(SMALLEST_BOX, BLOCK // len(out)) * torch.get_num_threads()
-    for boxes in _orbits(out.shape[1:], axes, voxels, images):
-        donor_parts = {(row, box): donor.part(row, box) for row in set(partners) for box in boxes}
-        own_parts = {
-            (row, box): donor_parts[row, box] if shared and (row, box) in donor_parts else own.part(row, box)
-            for row in range(len(out))
-            for box in boxes
-        }
-        for (row, box), part in own_parts.items():
-            _mix(part, donor_parts[partners[row], box], shares[row], _view(out[row], box))
+    over = out.data_ptr() in (volumes.data_ptr(), None if donors is None else donors.data_ptr())
+    images = flipped and over
+    kept = flipped or over or volumes.dtype not in _AS_THEY_LIE
+    sizes = tuple(volumes.shape[1:]) if flipped else (1, 1, 1, voxels // batch)
+    axes = tuple(axes) if flipped else _NEVER
+    extents, lengths, boxes = _cut(sizes, axes, batch, images)
+    low, high = window or (0.0, 1.0)
+    shared(
+        _mix_boxes, boxes, LEAST * boxes // voxels, _volumes(volumes, flips), _volumes(donors, donor_flips),
+        _volumes(out), _volumes(lam), index.data_ptr(), batch, pool, sizes, axes, extents, lengths,
+        8 if images else 1, kept, (window is not None, low, 1 / (high - low)), ZEROS[compute_dtype(volumes.dtype)],
+    )  # fmt: skip
 
 
 def launch_gradient(
@@ -160,25 +324,18 @@ def launch_gradient(
 ) -> Tensor:
     """As fmkernels.kernels.mixup3d.launch_gradient."""
     gradient = upstream.new_empty((sources, *upstream.shape[1:]), dtype=dtype)
-    if not gradient.numel():
+    voxels = gradient.numel()
+    if not voxels:
         return gradient
-    shares, partners = lam.tolist(), index.tolist()
-    terms = [[(row, shares[row])] if own else [] for row in range(sources)]  # which result took how much of each source
-    if donor:
-        for sample, row in enumerate(partners):
-            terms[row].append((sample, 1 - shares[sample]))
-    sizes, masks = gradient.shape[1:], [0] * sources if flips is None else flips.tolist()
-    voxels = max(SMALLEST_BOX, BLOCK // sources) * torch.get_num_threads()
-    for (box,) in _orbits(sizes, axes, voxels, False):
-        for row, mask in enumerate(masks):
-            image = _mirrored(box, mask, sizes, axes)
-            target = _view(gradient[row], box)
-            total = torch.zeros_like(target, dtype=compute_dtype(gradient.dtype))
-            for sample, share in terms[row]:
-                total.add_(_view(upstream[sample], image).to(total.dtype), alpha=share)
-            total = _flipped(total, mask, axes)
-            if windowed is not None:
-                (low, high), value = window, _view(windowed[row], box).to(total.dtype)
-                total = torch.where((value >= low) & (value <= high), total.mul_(1 / (high - low)), 0)
-            target.copy_(total)
+    flipped = flips is not None
+    sizes = tuple(upstream.shape[1:]) if flipped else (1, 1, 1, voxels // sources)
+    axes = tuple(axes) if flipped else _NEVER
+    extents, lengths, boxes = _cut(sizes, axes, sources, False)
+    low, high = window or (0.0, 1.0)
+    zero = ZEROS[compute_dtype(dtype)]
+    shared(
+        _gradient_boxes, boxes, LEAST * boxes // voxels, _volumes(upstream), _volumes(windowed),
+        _volumes(gradient, flips), _volumes(lam), index.data_ptr(), upstream.shape[0], sources, sizes, axes, extents,
+        lengths, (low, high, 1 / (high - low)), own, donor, zero,
+    )  # fmt: skip
     return gradient

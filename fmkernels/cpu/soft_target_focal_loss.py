@@ -21,7 +21,7 @@ LEAST = 8  # blocks for which a thread of their own pays
 LARGEST = np.finfo(np.float32).max
 NOTHING, LOSSES, GRADIENTS = range(3)  # what is written for every element
 ZERO, ONE, TWO = map(np.float32, range(3))
-NO_NUMBERS = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}
+NO_NUMBERS: dict[torch.dtype, np.ndarray] = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}
 NO_INDEX = np.empty(0, np.int64)
 TARGETS = {
     torch.float32: (torch.float32, torch.uint8, torch.bool),
@@ -151,10 +151,16 @@ def _run(start, end, x, y, weight, lam, index, upstream, factor, alpha0, alpha1,
             elif what == GRADIENTS:
                 for i in range(size):
                     store(result, i, gradient[i] * factor)
-        total = 0.0
-        for i in range(size):
-            total += loss[i]
-        sums[block, 0], sums[block, 1] = total, count
+        sums[block, 0], sums[block, 1] = _sum(loss), count
+
+
+@register_jitable(fastmath={"reassoc"})
+def _sum(values):
+    """In float64, and in an order that fills vectors."""
+    total = 0.0
+    for i in range(values.size):
+        total += values[i]
+    return total
 
 
 @compiled
@@ -186,8 +192,8 @@ def _run_levels(
     """What is wanted of every element, the sum of the losses, and how many elements count."""
     dtype = compute_dtype(logits[0].dtype)
     kind = dtype if logits[0].dtype == torch.float16 else logits[0].dtype
-    lam = NO_NUMBERS[dtype] if lam is None else _stored(lam, dtype)
-    index = NO_INDEX if index is None else stored(index)
+    shares = NO_NUMBERS[dtype] if lam is None else _stored(lam, dtype)
+    partners = NO_INDEX if index is None else stored(index)
     results, total, count = [], 0.0, 0.0
     for level, logit in enumerate(logits):
         x = _stored(logit, kind)
@@ -203,7 +209,8 @@ def _run_levels(
             result = stored(results[-1])
         sums = np.empty((-(-x.size // BLOCK), 2))
         shared(
-            _run, len(sums), LEAST, x, y, weight, lam, index, given, factor / divisor, *alphas_gamma, what, result, sums
+            _run, len(sums), LEAST, x, y, weight, shares, partners, given, factor / divisor, *alphas_gamma, what,
+            result, sums,
         )  # fmt: skip
         level_total, level_count = _add(sums)
         total += level_total

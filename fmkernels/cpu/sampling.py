@@ -1,0 +1,121 @@
+"""How the volume ops sample on the CPU: where samples lie along an axis, and the values between voxels.
+
+Interpolation goes axis by axis. A row of voxels is sampled along x once, whatever samples along y and z take from it:
+of such rows, and of planes made of them, the last two are kept, that of an even voxel and that of an odd one.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from fmkernels.cpu.compiled import compiled
+from fmkernels.cpu.voxels import FLOAT32, FLOAT64, elements, load_block, window_block
+
+
+class Axis(NamedTuple):
+    """The voxels below and above each sample along an axis, one if it lies on it, and the weight of that above."""
+
+    below: np.ndarray
+    above: np.ndarray
+    weight: np.ndarray
+
+
+@compiled
+def new_axis(shape, zero):
+    """For so many samples that are yet to be placed, or [K, n] of them."""
+    return Axis(np.empty(shape, np.int32), np.empty(shape, np.int32), np.full(shape, zero))
+
+
+@compiled
+def axis_of(axes, k):
+    """Row ``k`` of axes of [K, n] samples."""
+    return Axis(axes.below[k], axes.above[k], axes.weight[k])
+
+
+@compiled
+def place(start, end, size, clamp_box, axis):
+    """Place the samples of a box along an axis of ``size`` voxels, whose centres lie at 0, 1, 2 ..."""
+    start, end, n = np.float64(start), np.float64(end), axis.weight.size
+    low, high = 0.0, size - 1.0
+    if clamp_box:
+        low, high = max(math.ceil(start - 0.5), 0.0), min(math.ceil(end - 0.5) - 1.0, high)
+        if low > high:
+            low = high = min(max(math.floor((start + end) / 2), 0.0), size - 1.0)
+    for i in range(n):
+        position = min(max(start + (i + 0.5) * (end - start) / n - 0.5, low), high)
+        below = math.floor(position)
+        axis.below[i], axis.above[i] = below, math.ceil(position)
+        axis.weight[i] = position - below
+
+
+@compiled
+def box_of(boxes, k):
+    """Row ``k`` of the boxes [K, 7] at an address."""
+    return elements(boxes + 28 * k, 7, np.float32)
+
+
+@compiled
+def is_usable(box, shape):
+    """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and its extents are finite."""
+    finite = abs(box[4] - box[1]) < np.inf and abs(box[5] - box[2]) < np.inf and abs(box[6] - box[3]) < np.inf
+    return finite and 0 <= box[0] < shape[0] and shape[2] > 0 and shape[3] > 0 and shape[4] > 0
+
+
+@compiled
+def own_kind(block):
+    """The kind of the elements of an array, float32 or float64."""
+    return FLOAT64 if block.itemsize == 8 else FLOAT32
+
+
+@compiled
+def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
+    """plane [h, w] = samples of the plane of voxels that begins with element ``start``."""
+    (address, kind), (windowed, low, scale) = volumes, window
+    as_it_is = kind == own_kind(line) and strides[4] == 1 and not windowed
+    left = min(x.below[0], x.below[-1])
+    part = line[left:]
+    one = line.dtype.type(1)
+    even = odd = -1
+    for j in range(y.weight.size):
+        for voxel in range(y.below[j], y.above[j] + 1):
+            if voxel == (odd if voxel & 1 else even):
+                continue
+            odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
+            begin = start + voxel * strides[3]
+            if as_it_is:
+                voxels = elements(address + line.itemsize * begin, line.size, line.dtype)
+            else:
+                voxels = line
+                load_block(address, kind, begin + left * strides[4], strides[4], part)
+                if windowed:
+                    window_block(part, low, scale)
+            for i in range(x.weight.size):
+                near, weight = voxels[x.below[i]], x.weight[i]
+                between = near * (one - weight) + voxels[x.above[i]] * weight
+                rows[voxel & 1, i] = between if weight > 0 else near
+        below, above, weight = y.below[j] & 1, y.above[j] & 1, y.weight[j]
+        for i in range(x.weight.size):
+            between = rows[below, i] * (one - weight) + rows[above, i] * weight
+            plane[j, i] = between if weight > 0 else rows[below, i]
+
+
+@compiled
+def sample(volumes, start, strides, window, z, y, x, first, last, layers):
+    """layers = samples ``first`` to ``last`` along z, [last - first, h * w], of the channel from element ``start``."""
+    dtype, one = layers.dtype, layers.dtype.type(1)
+    h, w = y.weight.size, x.weight.size
+    line = np.empty(max(x.above[0], x.above[-1]) + 1, dtype)
+    rows, planes = np.empty((2, w), dtype), np.empty((2, h, w), dtype)
+    flat = planes.reshape(2, h * w)
+    even = odd = -1
+    for i in range(first, last):
+        for voxel in range(z.below[i], z.above[i] + 1):
+            if voxel == (odd if voxel & 1 else even):
+                continue
+            odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
+            _sample_plane(volumes, start + voxel * strides[2], strides, window, y, x, line, rows, planes[voxel & 1])
+        below, above, weight = z.below[i] & 1, z.above[i] & 1, z.weight[i]
+        for j in range(h * w):
+            between = flat[below, j] * (one - weight) + flat[above, j] * weight
+            layers[i - first, j] = between if weight > 0 else flat[below, j]

@@ -1,0 +1,243 @@
+"""What all operations share on the CPU: threads, forked and concurrent callers, compiled code kept, its arithmetic."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import fmkernels.cpu
+from fmkernels import crop_and_resize3d, mixup3d, object_mixup3d, predict_targets, soft_target_focal_loss
+from fmkernels.cpu import arithmetic
+from fmkernels.cpu.compiled import compiled, shared
+
+GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
+VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
+BOXES = torch.tensor([[k % 4, 1.5 + k, 2, 3, 12.5 + k, 18, 30] for k in range(16)])
+LAM, INDEX = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([1, 2, 3, 0])
+WINDOW = (-1000.0, 400.0)
+
+
+def loss(reduction):
+    logits = (VOLUMES / 500).requires_grad_()
+    losses = soft_target_focal_loss(logits, VOLUMES.abs() / 2000, mix=(LAM, INDEX), reduction=reduction)
+    return losses.detach(), *torch.autograd.grad(losses.sum(), logits)
+
+
+def crop():
+    volumes = VOLUMES.float().requires_grad_()
+    crops = crop_and_resize3d(volumes, BOXES, (20, 24, 28), window=WINDOW)
+    return crops.detach(), *torch.autograd.grad(crops.square().sum(), volumes)
+
+
+def mix():
+    volumes, flips = VOLUMES.float().requires_grad_(), torch.tensor([0, 3, 5, 6], dtype=torch.uint8)
+    mixed = mixup3d(volumes, LAM, INDEX, flips=flips)
+    return mixup3d(VOLUMES, LAM, INDEX, window=WINDOW), *torch.autograd.grad(mixed.square().sum(), volumes)
+
+
+CALLS = {
+    "soft_target_focal_loss mean": lambda: loss("mean"),
+    "soft_target_focal_loss none": lambda: loss("none"),
+    "predict_targets": lambda: (predict_targets((VOLUMES / 500)[:, None], torch.tensor([0, 1, 6, 7]).byte()),),
+    "mixup3d": mix,
+    "crop_and_resize3d": crop,
+    "object_mixup3d": lambda: (object_mixup3d(VOLUMES, BOXES, BOXES.flip(0), torch.full((16,), 0.6), window=WINDOW),),
+}
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch allows, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def equal(results, others):
+    return len(results) == len(others) and all(map(torch.equal, results, others))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_number_of_threads_changes_no_bit(call, threads):
+    threads(1)
+    alone = call()
+    for number in (2, 5):
+        threads(number)
+        assert equal(call(), alone)
+
+
+def test_a_range_is_shared_out_over_threads(threads):
+    def loop(start, end, parts):
+        meeting.wait()  # breaks unless all parts run at once
+        parts.append((start, end))
+
+    meeting = threading.Barrier(3, timeout=20)
+    threads(3)
+    parts = []
+    if (os.cpu_count() or 1) >= 2:
+        shared(loop, 100, 30, parts)
+        assert sorted(parts) == [(0, 33), (33, 66), (66, 100)]
+    meeting = threading.Barrier(1)
+    parts.clear()
+    shared(loop, 100, 51, parts)
+    assert parts == [(0, 100)]
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_an_error_in_any_thread_reaches_the_caller(row, threads):
+    threads(4)
+    index = INDEX.clone()
+    index[row] = 4
+    with pytest.raises(IndexError, match="mix index out of range"):
+        soft_target_focal_loss(VOLUMES.float(), VOLUMES.abs() / 2000, mix=(LAM, index))
+
+
+def test_concurrent_callers_do_not_disturb_each_other(threads):
+    threads(2)
+    alone = {name: call() for name, call in CALLS.items()}
+    with ThreadPoolExecutor(4) as callers:
+        calls = [(name, callers.submit(CALLS[name])) for name in list(CALLS) * 4]
+        for name, future in calls:
+            assert equal(future.result(timeout=60), alone[name]), name
+
+
+class Calls(torch.utils.data.Dataset):
+    """One operation for each item."""
+
+    def __len__(self):
+        return len(CALLS)
+
+    def __getitem__(self, i):
+        return list(CALLS.values())[i]()
+
+
+def forks(test):
+    """For a test that forks a process which has threads, as PyTorch's loaders do."""
+    test = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(test)
+
+
+@forks
+def test_forked_workers_of_a_parent_that_has_threads(threads):
+    threads(2)
+    alone = [call() for call in CALLS.values()]
+    loader = DataLoader(Calls(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for results, expected in zip(loader, alone, strict=True):
+        assert equal(results, expected)
+
+
+@forks
+def test_a_forked_process_has_threads_of_its_own(threads):
+    threads(2)
+
+    def use_both():
+        shared(lambda start, end: meeting.wait(), 2, 1)
+
+    meeting = threading.Barrier(2, timeout=20)
+    use_both()
+    child = multiprocessing.get_context("fork").Process(target=use_both)
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 0
+
+
+def test_a_later_process_compiles_nothing(tmp_path):
+    (tmp_path / "loops.py").write_text(
+        "from fmkernels.cpu.compiled import compiled\n\n@compiled\ndef double(x):\n    return 2 * x\n"
+    )
+    code = "import loops; print(loops.double(3), sum(loops.double.stats.cache_misses.values()))"
+    paths = os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": paths}
+    printed = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert printed == ["6 1\n", "6 0\n"]
+
+
+def test_compiles_where_nothing_can_be_kept():
+    """A function without a file has no place in Numba's cache, as have those of a folder that cannot be written."""
+    names = {}
+    exec("def double(x):\n    return 2 * x", names)
+    assert compiled(names["double"])(3) == 6
+
+
+def test_a_missing_numba_is_said_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(ImportError, match=r"^fmkernels: operations on the CPU need numba \(pip install numba\): .+$"):
+        runpy.run_path(fmkernels.cpu.__file__)
+
+
+def loop_of(function):
+    @compiled
+    def loop(x, out):
+        for i in range(x.size):
+            out[i] = function(x[i])
+
+    return loop
+
+
+EVERY = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)  # of all signs, sizes and NaN
+SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 2**-126, 88.73, -103.97], np.float32)
+CLOSE = np.linspace(-3, 3, 200_003).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "log1p"])
+def test_float32_functions_are_within_a_unit_in_the_last_place(name):
+    x = np.concatenate([EVERY, SPECIAL, CLOSE])
+    x = x[~((x < 0) | (x > 1))] if name == "log1p" else x
+    result = np.empty_like(x)
+    loop_of(getattr(arithmetic, name))(x, result)
+    with np.errstate(all="ignore"):
+        exact = getattr(np, name)(x.astype(np.float64))
+        rounded = exact.astype(np.float32)
+        finite = np.isfinite(rounded)
+        np.testing.assert_array_equal(result[~finite], rounded[~finite])
+        error = np.abs(result[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite]))
+    assert error.max() <= 1.1
+    assert error[rounded[finite] != exact[finite]].mean() <= 0.4
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "log1p"])
+def test_float64_functions_are_those_of_the_c_library(name):
+    x = np.concatenate([np.linspace(0, 1, 1001), [1e-300, 5e-324, np.inf, np.nan]])
+    x = x if name == "log1p" else np.concatenate([x, np.linspace(-750, 750, 1001)])
+    result = np.empty_like(x)
+    loop_of(getattr(arithmetic, name))(x, result)
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(result, getattr(np, name)(x), rtol=4e-16)
+
+
+@compiled
+def convert(source, target):
+    for i in range(source.size):
+        arithmetic.store(target, i, arithmetic.load(source, i))
+
+
+def test_bfloat16_is_read_and_rounded_as_torch_does():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    read = torch.empty(2**16)
+    convert(arithmetic.stored(every), arithmetic.stored(read))
+    torch.testing.assert_close(read, every.float(), rtol=0, atol=0, equal_nan=True)
+    ties = (EVERY.view(np.uint32) & np.uint32(0xFFFF0000) | np.uint32(0x8000)).view(np.float32)
+    between = torch.from_numpy(np.concatenate([EVERY, ties]))
+    rounded = torch.empty(len(between), dtype=torch.bfloat16)
+    convert(arithmetic.stored(between), arithmetic.stored(rounded))
+    torch.testing.assert_close(rounded, between.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8])
+def test_integers_round_to_nearest_even_and_saturate(dtype):
+    limits = torch.iinfo(dtype)
+    x = torch.cat([torch.arange(-1000, 1000) / 4, torch.tensor([np.inf, -np.inf, 1e9, -1e9, 40000.0, np.nan])])
+    result = torch.empty(len(x), dtype=dtype)
+    convert(arithmetic.stored(x), arithmetic.stored(result))
+    assert torch.equal(result, x.nan_to_num(nan=0.0).round().clamp(limits.min, limits.max).to(dtype))

@@ -27,7 +27,7 @@ def check_tensor(name: str, argument: str, x: object) -> None:
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind_of(x)}")
 
 
-def check_volumes(name: str, argument: str, x: object) -> None:
+def check_volumes(name: str, argument: str, x: Tensor) -> None:
     check_tensor(name, argument, x)
     check_no_tangent(name, argument, x)
     check_dtype(name, argument, x, VOXELS)
@@ -68,7 +68,7 @@ def check_device(name: str, argument: str, x: Tensor, device: torch.device) -> N
 
 def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
     """No op has a derivative in forward mode: a tangent would be dropped without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode")
@@ -80,13 +80,14 @@ def check_no_grad(name: str, argument: str, x: Tensor) -> None:
         raise ValueError(f"{name}: no gradient to {argument} is offered, pass {argument} detached")
 
 
-def check_number(name: str, argument: str, value: object) -> int | float:
+def check_number(name: str, argument: str, value: float) -> float:
     """The number, as Python's own where it was NumPy's."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+    plain = type(value) is float or type(value) is int  # to ask the tower of numbers takes long
+    if not plain and (isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: {argument} must be a number, got {kind_of(value)}")
     if not abs(value) <= LARGEST:  # math.isfinite cannot be traced with a symbolic float
         raise ValueError(f"{name}: {argument} must be finite, got {value}")
-    return value if isinstance(value, (int, float)) else float(value)
+    return value if plain or isinstance(value, (int, float)) else float(value)
 
 
 def shape_of(x: Tensor) -> str:

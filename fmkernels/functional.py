@@ -5,6 +5,7 @@ Arguments are checked here once; everything below trusts them. No check reads a 
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +61,12 @@ def soft_target_focal_loss(
     normalizer: float | Tensor | None = None,
     mix: tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
-) -> Tensor | Sequence[Tensor]:
+) -> Tensor | Any:  # a sequence where the logits are one and nothing is reduced
     r"""Focal loss for targets anywhere in [0, 1], with its minimum exactly at p = y.
 
     .. math::
         \mathrm{SFL} = [\alpha_0 + y (\alpha_1 - \alpha_0)] \; |y - p|^\gamma \;
-                       (-y \log p - (1 - y) \log(1 - p)), \qquad p = \sigma(\mathrm{logits})
+                       (-y \, \log(p) - (1 - y) \, \log(1 - p)), \qquad p = \sigma(\mathrm{logits})
 
     For y in {0, 1}, alpha0 = 1 - a and alpha1 = a it is the usual focal loss. Loss and gradient come from one pass;
     arithmetic is float32 (float64 for float64) whatever the storage.
@@ -143,13 +144,17 @@ def soft_target_focal_loss(
     weights = _check_weight(name, weight, xs)
     divisor = _check_normalizer(name, normalizer, reduction, first)
 
-    inner = [x.numel() // x.shape[0] if x.dim() and x.shape[0] else 0 for x in xs]
-    same_batch = first.dim() > 0 and all(x.shape[:1] == first.shape[:1] for x in xs)
-    per_sample = len(weights) > 0 and same_batch and all(map(_is_per_sample, weights, xs))
-    rows = first.shape[0] if lam is not None or (per_sample and max(inner) >= _ROW_ELEMENTS) else 1
+    rows = 1 if lam is None else first.shape[0]
+    per_row = False
+    if weights:
+        inner = [x.numel() // x.shape[0] if x.dim() and x.shape[0] else 0 for x in xs]
+        same_batch = first.dim() > 0 and all(x.shape[:1] == first.shape[:1] for x in xs)
+        per_sample = same_batch and all(map(_is_per_sample, weights, xs))
+        if per_sample and max(inner) >= _ROW_ELEMENTS:
+            rows = first.shape[0]
+        per_row = all(w.numel() == 1 for w in weights) or (per_sample and rows > 1)
     if rows == 0:
         rows, lam, index = 1, None, None
-    per_row = (len(weights) > 0 and all(w.numel() == 1 for w in weights)) or (per_sample and rows > 1)
     orders = [memory_order(x) for x in xs]
     dense_weights = [
         w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
@@ -157,7 +162,7 @@ def soft_target_focal_loss(
     ]
     dense = [arrange(x, order) for x, order in zip(xs, orders, strict=True)]
     dense_targets = [arrange(y, order) for y, order in zip(ys, orders, strict=True)]
-    formula = _sfl.Formula(rows, float(alpha0), float(alpha1), float(gamma))
+    formula = rows, float(alpha0), float(alpha1), float(gamma)
     if reduction != "none":
         return _sfl.reduced(dense, dense_targets, dense_weights, divisor, lam, index, formula, reduction == "mean")
     losses = _sfl.elementwise(dense, dense_targets, dense_weights, lam, index, formula)
@@ -180,7 +185,9 @@ def _levels(name: str, argument: str, value: Tensor | Sequence[Tensor]) -> Seque
     return value
 
 
-def _check_mix(name: str, mix: object, xs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _check_mix(
+    name: str, mix: tuple[Tensor, Tensor] | None, xs: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
     if mix is None:
         return None, None
     if not isinstance(mix, (list, tuple)) or len(mix) != 2 or not all(isinstance(v, Tensor) for v in mix):
@@ -200,7 +207,7 @@ def _check_mix(name: str, mix: object, xs: Sequence[Tensor]) -> tuple[Tensor | N
     return lam.contiguous(), index.contiguous()
 
 
-def _check_weight(name: str, weight: object, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _check_weight(name: str, weight: Tensor | Sequence[Tensor] | None, xs: Sequence[Tensor]) -> Sequence[Tensor]:
     if weight is None:
         return []
     weights = [weight] * len(xs) if isinstance(weight, Tensor) else _levels(name, "weight", weight)
@@ -216,7 +223,7 @@ def _check_weight(name: str, weight: object, xs: Sequence[Tensor]) -> Sequence[T
     return weights
 
 
-def _check_normalizer(name: str, normalizer: object, reduction: str, x: Tensor) -> Tensor | None:
+def _check_normalizer(name: str, normalizer: float | Tensor | None, reduction: str, x: Tensor) -> Tensor | None:
     if normalizer is None:
         return None
     if reduction != "mean":
@@ -240,7 +247,7 @@ def _is_per_sample(w: Tensor, x: Tensor) -> bool:
 
 def predict_targets(
     view_logits: Tensor | Sequence[Tensor], flips: Tensor, *, temperature: float = 0.7
-) -> Tensor | Sequence[Tensor]:
+) -> Tensor | Any:  # a sequence where the logits are one
     r"""Pseudo-targets from K flipped views: undo each flip, average the probabilities, sharpen.
 
     .. math::
@@ -336,8 +343,7 @@ def sample_mixup(
         device: where the result lies; that of the generator, else torch's default device.
 
     Returns:
-        lam: float32 [B], in [0.5, 1].
-        index: int64 [B], a permutation.
+        The pair ``(lam, index)``: float32 [B], in [0.5, 1]; and int64 [B], a permutation.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -457,23 +463,24 @@ def mixup3d(
     own_flips, donor_flips = _check_flips(name, flips, volumes, donors)
     window = check_window(name, window)
     dtype = result_dtype(name, dtype, volumes, window)
-    inputs = {"volumes": volumes} if donors is None else {"volumes": volumes, "donors": donors}
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
+    differentiable = torch.is_grad_enabled() and (
+        volumes.requires_grad or (donors is not None and donors.requires_grad)
+    )
     if differentiable and not dtype.is_floating_point:
         raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached")
 
     order = memory_order(volumes)
     axes = _FLIP_BITS if order is None else [_FLIP_BITS[d - 1] for d in order[1:]]
-    sources = {argument: arrange(x, order) for argument, x in inputs.items()}
-    mix = _mixup.Mix(lam.contiguous(), index.contiguous(), own_flips, donor_flips, axes, window)
-    arguments = sources["volumes"], sources.get("donors"), mix
+    own, other = arrange(volumes, order), None if donors is None else arrange(donors, order)
+    arguments = own, other, lam.contiguous(), index.contiguous(), own_flips, donor_flips, axes, window
     if out is None:
         return restore(_mixup.mixed(*arguments, dtype), order)
     _check_out(name, out, volumes, dtype, differentiable)
     target = out if order is None else out.permute(order)
     if target.is_contiguous():
-        for argument, x in sources.items():
-            _check_overlap(name, argument, x, target)
+        _check_overlap(name, "volumes", own, target)
+        if other is not None:
+            _check_overlap(name, "donors", other, target)
         _mixup.mixed_into(*arguments, target)
     else:
         out.copy_(restore(_mixup.mixed(*arguments, dtype), order))
@@ -481,7 +488,7 @@ def mixup3d(
 
 
 def _check_per_sample(
-    name: str, argument: str, x: object, volumes: Tensor, allowed: Sequence[torch.dtype], batch: int
+    name: str, argument: str, x: Tensor, volumes: Tensor, allowed: Sequence[torch.dtype], batch: int
 ) -> None:
     check_tensor(name, argument, x)
     check_dtype(name, argument, x, allowed)
@@ -490,9 +497,7 @@ def _check_per_sample(
         raise ValueError(f"{name}: {argument} must have shape ({batch},), got {shape_of(x)}")
 
 
-def _check_flips(
-    name: str, flips: object, volumes: Tensor, donors: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _check_flips(name: str, flips: Any, volumes: Tensor, donors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if flips is None:
         return None, None
     if donors is None:
@@ -508,7 +513,7 @@ def _check_flips(
     return None if own is None else own.contiguous(), None if donor is None else donor.contiguous()
 
 
-def _check_out(name: str, out: object, volumes: Tensor, dtype: torch.dtype, differentiable: bool) -> None:
+def _check_out(name: str, out: Tensor, volumes: Tensor, dtype: torch.dtype, differentiable: bool) -> None:
     check_tensor(name, "out", out)
     check_dtype(name, "out", out, (dtype,))
     check_device(name, "out", out, volumes.device)
@@ -548,8 +553,8 @@ def crop_and_resize3d(
         p_i = \mathrm{clamp}\left(\mathrm{start} + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n}
               - \tfrac{1}{2}, \; \mathrm{first}, \; \mathrm{last}\right)
 
-    and is the mean of the 8 voxels around it, each weighted with (1 - |dz|) (1 - |dy|) (1 - |dx|). Coordinates are
-    float32; arithmetic on voxels is float32 (float64 for float64) whatever the storage.
+    and is the mean of the 8 voxels around it, each weighted with ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Coordinates
+    are float32; arithmetic on voxels is float32 (float64 for float64) whatever the storage.
 
     Args:
         volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides; axes of at most
@@ -601,7 +606,7 @@ def crop_and_resize3d(
     """
     name = "crop_and_resize3d"
     check_volumes(name, "volumes", volumes)
-    if any(size > _LONGEST_AXIS for size in volumes.shape[2:]):
+    if max(volumes.shape[2:]) > _LONGEST_AXIS:
         raise ValueError(f"{name}: volumes must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(volumes)}")
     _check_boxes(name, "boxes", boxes, volumes.device)
     size = _check_output_size(name, output_size)
@@ -614,7 +619,7 @@ def crop_and_resize3d(
     return _crop.crop_and_resize3d(volumes, boxes.contiguous(), size, clamp == "box", window, dtype)
 
 
-def _check_boxes(name: str, argument: str, boxes: object, device: torch.device) -> None:
+def _check_boxes(name: str, argument: str, boxes: Tensor, device: torch.device) -> None:
     check_tensor(name, argument, boxes)
     check_dtype(name, argument, boxes, (torch.float32,))
     check_device(name, argument, boxes, device)
@@ -625,7 +630,7 @@ def _check_boxes(name: str, argument: str, boxes: object, device: torch.device) 
     check_no_grad(name, argument, boxes)
 
 
-def _check_output_size(name: str, output_size: object) -> list[int]:
+def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
     if not isinstance(output_size, (list, tuple)) or len(output_size) != 3:
         raise TypeError(f"{name}: output_size must be three ints (d, h, w), got {kind_of(output_size)}")
     for axis, size in zip("dhw", output_size, strict=True):
@@ -719,7 +724,7 @@ def object_mixup3d(
         )
     _check_per_sample(name, "lam", lam, volumes, FLOATS, boxes.shape[0])
     check_no_grad(name, "lam", lam)
-    inputs = {"volumes": volumes}
+    _check_object_source(name, "volumes", volumes)
     if donors is not None:
         check_volumes(name, "donors", donors)
         check_device(name, "donors", donors, volumes.device)
@@ -727,14 +732,14 @@ def object_mixup3d(
             raise ValueError(
                 f"{name}: donors must have the channels of volumes, {volumes.shape[1]}, got shape {shape_of(donors)}"
             )
-        inputs["donors"] = donors
-    for argument, x in inputs.items():
-        check_no_grad(name, argument, x)
-        if max(x.shape[2:]) > _LONGEST_AXIS:
-            raise ValueError(f"{name}: {argument} must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(x)}")
+        _check_object_source(name, "donors", donors)
     donor_window = check_window(name, window)
     window = donor_window if donors is None or donors.dtype == volumes.dtype else None
-    if donor_window != window and (donors.is_floating_point() or not volumes.is_floating_point()):
+    if (
+        donors is not None
+        and donor_window != window
+        and (donors.is_floating_point() or not volumes.is_floating_point())
+    ):
         raise ValueError(
             f"{name}: window must be None for donors of another type than volumes, unless integers are mixed into "
             f"floats, got {donors.dtype} for {volumes.dtype}"
@@ -749,3 +754,9 @@ def object_mixup3d(
         _check_overlap(name, "volumes", volumes, out)
     _objects.mixed_into(volumes, *arguments, out)
     return out
+
+
+def _check_object_source(name: str, argument: str, x: Tensor) -> None:
+    check_no_grad(name, argument, x)
+    if max(x.shape[2:]) > _LONGEST_AXIS:
+        raise ValueError(f"{name}: {argument} must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(x)}")

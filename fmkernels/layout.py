@@ -8,8 +8,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def memory_order(x: Tensor) -> list[int] | None:
     """The permutation that makes a channels-last tensor contiguous; None for every other."""
+    if x.is_contiguous():
+        return None
     layout = _CHANNELS_LAST.get(x.dim())
-    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+    if layout is None or not x.is_contiguous(memory_format=layout):
         return None
     return [0, *range(2, x.dim()), 1]
 

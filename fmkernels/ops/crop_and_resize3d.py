@@ -65,7 +65,6 @@ def crop_and_resize3d(
     dtype: torch.dtype,
 ) -> Tensor:
     """The resized crops; boxes contiguous, see launch_crop_and_resize3d."""
-    arguments = volumes, boxes, output_size, clamp_box, window, dtype
-    if torch.is_grad_enabled() and volumes.requires_grad:
-        return _CropAndResize.apply(*arguments)
-    return _ops.crop_and_resize3d(*arguments)
+    differentiable = volumes.requires_grad and torch.is_grad_enabled()
+    function = _CropAndResize.apply if differentiable else _ops.crop_and_resize3d.default
+    return function(volumes, boxes, output_size, clamp_box, window, dtype)

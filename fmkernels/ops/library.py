@@ -15,25 +15,13 @@ def define(name: str, schema: str, module: str, function: str) -> None:
     The modules are imported at the first call, so that importing fmkernels imports neither triton nor a driver.
     """
     LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, _in_full(_late(f"fmkernels.cpu.{module}", function)), "CPU")
+    LIBRARY.impl(name, _late(f"fmkernels.cpu.{module}", function), "CPU")
     LIBRARY.impl(name, _late(f"fmkernels.kernels.{module}", function), "CUDA")
 
 
 def _late(module: str, function: str) -> Callable:
     load = cache(lambda: import_module(module))
     return lambda *args: getattr(load(), function)(*args)
-
-
-def _in_full(implementation: Callable) -> Callable:
-    """In the precision that the op decides, whatever autocast the caller is in: the CPU path is made of torch's ops."""
-
-    def run(*args):
-        if not torch.is_autocast_enabled("cpu"):
-            return implementation(*args)
-        with torch.autocast("cpu", enabled=False):
-            return implementation(*args)
-
-    return run
 
 
 def fake(name: str) -> Callable:

@@ -1,7 +1,6 @@
 """The ops behind mixup3d: schemas, fakes and autograd."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,17 +40,6 @@ def _(upstream, windowed, lam, index, flips, axes, window, sources, dtype, own, 
 _ops = torch.ops.fmkernels
 
 
-class Mix(NamedTuple):
-    """What is done with the voxels; ``donor_flips`` are the masks of donors of their own."""
-
-    lam: Tensor
-    index: Tensor
-    flips: Tensor | None
-    donor_flips: Tensor | None
-    axes: Sequence[int]
-    window: Sequence[float] | None
-
-
 class _Mixup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, volumes, donors, lam, index, flips, donor_flips, axes, window, dtype):
@@ -80,13 +68,21 @@ class _Mixup(torch.autograd.Function):
         return (to_volumes, to_donors, *[None] * 7)
 
 
-def mixed(volumes: Tensor, donors: Tensor | None, mix: Mix, dtype: torch.dtype) -> Tensor:
+def mixed(
+    volumes: Tensor,
+    donors: Tensor | None,
+    lam: Tensor,
+    index: Tensor,
+    flips: Tensor | None,
+    donor_flips: Tensor | None,
+    axes: Sequence[int],
+    window: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """The mixed volumes; tensors contiguous, see launch_mixup."""
-    if torch.is_grad_enabled() and (volumes.requires_grad or (donors is not None and donors.requires_grad)):
-        return _Mixup.apply(volumes, donors, *mix, dtype)
-    return _ops.mixup3d(volumes, donors, *mix, dtype)
+    differentiable = volumes.requires_grad or (donors is not None and donors.requires_grad)
+    function = _Mixup.apply if differentiable and torch.is_grad_enabled() else _ops.mixup3d.default
+    return function(volumes, donors, lam, index, flips, donor_flips, axes, window, dtype)
 
 
-def mixed_into(volumes: Tensor, donors: Tensor | None, mix: Mix, out: Tensor) -> None:
-    """Write the mixed volumes into ``out``, which may be ``volumes`` or ``donors``."""
-    _ops.mixup3d_into(volumes, donors, *mix, out)
+mixed_into = _ops.mixup3d_into.default

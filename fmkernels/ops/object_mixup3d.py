@@ -24,5 +24,5 @@ def _(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out):
     return None
 
 
-mixed = torch.ops.fmkernels.object_mixup3d
-mixed_into = torch.ops.fmkernels.object_mixup3d_into
+mixed = torch.ops.fmkernels.object_mixup3d.default
+mixed_into = torch.ops.fmkernels.object_mixup3d_into.default

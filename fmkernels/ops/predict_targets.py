@@ -17,4 +17,4 @@ def _(view_logits, flips, temperature):
     return [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
 
 
-predict_targets = torch.ops.fmkernels.predict_targets
+predict_targets = torch.ops.fmkernels.predict_targets.default

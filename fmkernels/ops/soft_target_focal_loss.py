@@ -6,7 +6,6 @@ factor arrives, and a second backward needs what the first gave away: these two 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +56,8 @@ def _(gradients, factor, divisor):
 _ops = torch.ops.fmkernels
 
 
-class Formula(NamedTuple):
-    """What does not depend on the elements."""
-
-    rows: int
-    alpha0: float
-    alpha1: float
-    gamma: float
+Formula = tuple[int, float, float, float]
+"""What does not depend on the elements: rows, alpha0, alpha1, gamma."""
 
 
 def _split(tensors: Sequence[Tensor], levels: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
@@ -158,7 +152,7 @@ def reduced(
     """The sum or mean over all levels; tensors dense and in the same order, see launch_sum."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in logits):
         return _Reduced.apply(formula, mean, len(logits), normalizer, lam, index, *logits, *targets, *weights)
-    return _ops.soft_target_focal_loss_sum(
+    return _ops.soft_target_focal_loss_sum.default(
         logits, targets, weights, normalizer, lam, index, *formula, mean, False
     )[0]  # fmt: skip
 
@@ -174,4 +168,6 @@ def elementwise(
     """The loss of every element of every level, in the type of the logits."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in logits):
         return _Elementwise.apply(formula, len(logits), lam, index, *logits, *targets, *weights)
-    return _ops.soft_target_focal_loss_elementwise(logits, targets, weights, [], None, lam, index, *formula)
+    return _ops.soft_target_focal_loss_elementwise.default(
+        logits, targets, weights, [], None, lam, index, *formula
+    )  # fmt: skip

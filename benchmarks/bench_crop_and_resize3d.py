@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
 from fmkernels import crop_and_resize3d
 
 WINDOW = (-1200.0, 600.0)
@@ -250,6 +250,9 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
+EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(64, 32)))]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
 def test_crop_and_resize3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
 from fmkernels import mixup3d
 
 WINDOW = (-1200.0, 600.0)
@@ -193,6 +193,13 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
+EVERY = [
+    *map(comparison, WORKLOADS),
+    *on_one_thread(comparison(Workload(8, 96, gradient=True))),
+    *on_one_thread(comparison(Workload(8, 96, torch.int16))),
+]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
 def test_mixup3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
 from fmkernels import object_mixup3d
 
 MOST_COMPILED = 64
@@ -83,6 +83,7 @@ WORKLOADS = {
     "cpu": [
         Workload(8, 96, 8, 8, 24),
         Workload(8, 96, 8, 8, 24, donors=True),
+        Workload(8, 96, 256, 8, 24),
         Workload(8, 96, 16, 24, 24, torch.bfloat16, donors=True),
         Workload(8, 64, 8, 8, 24, in_place=False),
     ],
@@ -165,6 +166,9 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
+EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(8, 96, 8, 8, 24, donors=True)))]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
 def test_object_mixup3d(record, comparison, provider, phase):
     record(comparison, provider, phase)

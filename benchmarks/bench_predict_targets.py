@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
 from fmkernels import predict_targets
 
 TEMPERATURE = 0.7
@@ -80,6 +80,9 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
+EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(40, 2)))]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
 def test_predict_targets(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -1,9 +1,11 @@
 """soft_target_focal_loss against plain PyTorch, torch.compile of it, and the focal losses of other libraries.
 
 Those take hard labels or mean something else by soft ones: they run on the targets rounded to 0 and 1, where the
-formulas agree (alpha0 = 1 - alpha, alpha1 = alpha), and are marked so.
+formulas agree (alpha0 = 1 - alpha, alpha1 = alpha), and are marked so. Those of apex and mmcv are for GPUs, and know
+one class of several for each anchor.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,34 +14,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
 from fmkernels import soft_target_focal_loss
+
+CLASSES = 8  # of anchors that have one of several
+LEVEL_RATIO = 8  # elements of a level beside those of the next: half the size along three axes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`elements` logits of type `logits`; the loss is summed, then multiplied by `scale` as a GradScaler does."""
+    """`elements` logits of type `logits`; the loss is summed, then multiplied by `scale` as a GradScaler does.
+
+    They are one tensor, or the `levels` of a feature pyramid.
+    """
 
     elements: int
     logits: torch.dtype = torch.float32
     targets: torch.dtype = torch.float32
     scale: float = 1.0
+    levels: int = 1
 
     def __str__(self) -> str:
         types = f"{self.logits}/{self.targets}".replace("torch.", "")
-        return f"{types} {self.elements:,}" + (f" x {self.scale:g}" if self.scale != 1 else "")
+        levels = f" in {self.levels} levels" if self.levels > 1 else ""
+        return f"{types} {self.elements:,}{levels}" + (f" x {self.scale:g}" if self.scale != 1 else "")
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
         """A detector's head: most anchors are confident negatives, some have targets in between."""
         logits = torch.randn(self.elements, device=DEVICE) * 3 - 2
         targets = torch.rand(self.elements, device=DEVICE) * (torch.rand(self.elements, device=DEVICE) < 0.3)
         if self.targets == torch.uint8:
             targets = targets.round()
-        return logits.to(self.logits).requires_grad_(), targets.to(self.targets)
+        logits, targets = logits.to(self.logits), targets.to(self.targets)
+        if self.levels == 1:
+            return logits.requires_grad_(), targets
+        shares = [LEVEL_RATIO**i for i in range(self.levels)]
+        sizes = [self.elements * share // sum(shares) for share in shares[:0:-1]]
+        sizes.append(self.elements - sum(sizes))
+        return [x.clone().requires_grad_() for x in logits.split(sizes)], [y.clone() for y in targets.split(sizes)]
 
     def hard_inputs(self) -> tuple[Tensor, Tensor]:
         logits, targets = self.inputs()
         return logits, targets.round()
+
+    def class_inputs(self) -> tuple[Tensor, Tensor]:
+        """Logits [anchors, CLASSES], and the class of each anchor, which is CLASSES for the background."""
+        logits = torch.randn(self.elements // CLASSES, CLASSES, device=DEVICE) * 3 - 2
+        kinds = torch.randint(CLASSES + 1, logits.shape[:1], device=DEVICE)
+        return logits.to(self.logits).requires_grad_(), kinds
 
     def floor(self) -> dict[str, int | None]:
         """Logits and targets read, gradients written, be it in the forward or in the backward."""
@@ -54,10 +76,12 @@ WORKLOADS = {
         Workload(1_000_000),
         Workload(1_000_000, scale=1024),
         Workload(1_000_000, torch.bfloat16, torch.bfloat16),
+        Workload(4_000_000),
+        *(Workload(elements, levels=3) for elements in (10_000, 100_000, 1_000_000)),
     ],
     "cuda": [
-        Workload(elements, *types, scale=scale)
-        for elements in (100_000_000, 100_000, 10_000_000, 1_000_000)
+        Workload(elements, *types, scale=scale, levels=1 if elements > 1_000_000 else 3)
+        for elements in (100_000_000, 100_000, 10_000_000, 1_000_000, 10_000)
         for types in (
             (torch.float32, torch.float32),
             (torch.bfloat16, torch.bfloat16),
@@ -68,7 +92,18 @@ WORKLOADS = {
 }[DEVICE.type]
 
 
-def ours(logits: Tensor, targets: Tensor) -> Tensor:
+def over_levels(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The function for one tensor, or summed over those of a pyramid."""
+
+    def total(logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(logits, Tensor):
+            return function(logits, targets)
+        return sum(map(function, logits, targets))
+
+    return total
+
+
+def ours(logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
     return soft_target_focal_loss(logits, targets, reduction="sum")
 
 
@@ -114,15 +149,61 @@ def kornia(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.binary_focal_loss_with_logits(logits.float(), targets.float(), alpha=0.95, gamma=2, reduction="sum")
 
 
-PROVIDERS = {
+def fvcore(logits: Tensor, targets: Tensor) -> Tensor:
+    """The formula of fvcore, written out."""
+    x, y = logits.float(), targets.float()
+    p = torch.sigmoid(x)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    p_of_target = p * y + (1 - p) * (1 - y)
+    loss = cross_entropy * (1 - p_of_target) ** 2
+    return ((0.95 * y + 0.05 * (1 - y)) * loss).sum()
+
+
+def apex(logits: Tensor, kinds: Tensor) -> Tensor:
+    losses = pytest.importorskip("apex.contrib.focal_loss", exc_type=Exception)
+    background = torch.where(kinds == CLASSES, -1, kinds)
+    return losses.focal_loss(logits.float(), background, torch.ones(1, device=DEVICE), CLASSES, 0.95, 2.0)
+
+
+def mmcv(logits: Tensor, kinds: Tensor) -> Tensor:
+    ops = pytest.importorskip("mmcv.ops", exc_type=Exception)
+    return ops.sigmoid_focal_loss(logits.float(), kinds, 2.0, 0.95, None, "sum")
+
+
+def class_reference(logits: Tensor, kinds: Tensor) -> Tensor:
+    return reference.soft_target_focal_loss(logits, F.one_hot(kinds, CLASSES + 1)[:, :CLASSES], reduction="sum")
+
+
+SOFT = {
     OURS: ours,
-    "eager": plain,
-    "best eager": _ClosedForm.apply,
-    "torch.compile": plain,
+    "eager": over_levels(plain),
+    "best eager": over_levels(_ClosedForm.apply),
+    "torch.compile": over_levels(plain),
+}
+HARD = {
     "torchvision (hard labels)": torchvision,
     "monai (hard labels)": monai,
     "kornia (hard labels)": kornia,
+    "fvcore's formula (hard labels)": fvcore,
 }
+BY_CLASS = {"apex (one class an anchor)": apex, "mmcv (one class an anchor)": mmcv}
+
+
+def providers(workload: Workload) -> list[Provider]:
+    soft = [Provider(name, function, compile=name == "torch.compile") for name, function in SOFT.items()]
+    if workload.levels > 1:
+        return soft
+    hard = [Provider(name, function, inputs=workload.hard_inputs) for name, function in HARD.items()]
+    if DEVICE.type == "cpu":
+        return soft + hard
+    return (
+        soft
+        + hard
+        + [
+            Provider(name, function, inputs=workload.class_inputs, reference=class_reference)
+            for name, function in BY_CLASS.items()
+        ]
+    )
 
 
 def comparison(workload: Workload) -> Comparison:
@@ -132,19 +213,14 @@ def comparison(workload: Workload) -> Comparison:
         inputs=workload.inputs,
         reference=lambda logits, targets: reference.soft_target_focal_loss(logits, targets, reduction="sum"),
         floor=workload.floor(),
-        providers=[
-            Provider(
-                name,
-                function,
-                inputs=workload.hard_inputs if "hard" in name else None,
-                compile=name == "torch.compile",
-            )
-            for name, function in PROVIDERS.items()
-        ],
+        providers=providers(workload),
         scale=workload.scale,
     )
 
 
-@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(map(comparison, WORKLOADS)))
+EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(4_000_000)))]
+
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))
 def test_soft_target_focal_loss(record, comparison, provider, phase):
     record(comparison, provider, phase)

@@ -10,8 +10,9 @@ imported is skipped.
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -70,6 +71,7 @@ class Comparison:
     scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
     elements: how many the workload has, where it is one of a series that grows.
     host: time how long the host is busy, which does not wait for a GPU.
+    threads: of the CPU; None for as many as torch uses by itself.
     """
 
     op: str
@@ -82,9 +84,11 @@ class Comparison:
     precision: torch.dtype | None = None
     elements: int | None = None
     host: bool = False
+    threads: int | None = None
     measured: bool = field(default=False, init=False)
     _samples: dict[str, dict[str, list[float]]] = field(default_factory=dict, init=False)
     _memory: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    _launches: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _problems: dict[str, BaseException] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
@@ -95,7 +99,8 @@ class Comparison:
         if not self.measured:
             self.measured = True
             try:
-                self._measure(min_rounds, max_time)
+                with cpu_threads(self.threads):
+                    self._measure(min_rounds, max_time)
             except Exception as problem:
                 self._problems = {provider.name: problem for provider in self.providers}
             for problem in self._problems.values():  # whose frames would hold all tensors until the last comparison
@@ -104,7 +109,8 @@ class Comparison:
             raise self._problems[provider]
         samples = self._samples[provider][phase]
         p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
-        floor, copy = self.floor[phase], copy_bandwidth()
+        threads = self.threads or torch.get_num_threads()
+        floor, copy = self.floor[phase], copy_bandwidth(threads)
         speed = None if floor is None else floor / median
         return Row(
             samples,
@@ -112,7 +118,8 @@ class Comparison:
                 "op": self.op, "workload": self.workload, "provider": provider, "phase": phase, "device": DEVICE.type,
                 "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
                 "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
-                "peak_extra_bytes": self._memory[provider].get(phase), "elements": self.elements, "host": self.host,
+                "peak_extra_bytes": self._memory[provider].get(phase), "launches": self._launches[provider].get(phase),
+                "elements": self.elements, "host": self.host, "threads": threads,
             },
         )  # fmt: skip
 
@@ -126,6 +133,7 @@ class Comparison:
             except (Exception, pytest.skip.Exception) as problem:
                 self._problems[provider.name] = problem
         self._memory = {name: run.peak_memory() for name, run in runs.items()}
+        self._launches = {name: run.launches() for name, run in runs.items()}
         self._samples = {name: {phase: [] for phase in self.floor} for name in runs}
         start = time.perf_counter()
         for done in range(max(min_rounds, _MOST_ROUNDS) if runs else 0):
@@ -159,6 +167,23 @@ class Comparison:
                 assert_close(result.double() / self.scale, wanted.double() / self.scale, self.precision or result.dtype)
         run.round()
         return run
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Within it, torch uses so many threads; as many as before where None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def on_one_thread(comparison: Comparison) -> list[Comparison]:
+    """The same on one thread of the CPU; nothing on a GPU."""
+    workload = f"{comparison.workload}, one thread"
+    return [replace(comparison, workload=workload, threads=1)] if DEVICE.type == "cpu" else []
 
 
 def rows(comparisons: Iterable[Comparison]) -> list:
@@ -204,19 +229,33 @@ class Run:
             spans |= {"backward": (middle, end), "both": (begin, end)}
         return spans
 
-    def peak_memory(self) -> dict[str, int]:
-        """Bytes that a GPU's allocator handed out beyond what the inputs hold."""
+    def _calls(self) -> dict[str, Callable]:
+        """What a GPU is asked about: the phases that can be called by themselves."""
         if DEVICE.type == "cpu":
             return {}
+        return {"forward": self.forward} | ({"both": self.forward_backward} if self.backward else {})
+
+    def peak_memory(self) -> dict[str, int]:
+        """Bytes that a GPU's allocator handed out beyond what the inputs hold."""
         peak = {}
-        for phase, call in {"forward": self.forward, "both": self.forward_backward}.items():
-            if phase == "forward" or self.backward:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                call()
-                peak[phase] = torch.cuda.max_memory_allocated() - before
+        for phase, call in self._calls().items():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            peak[phase] = torch.cuda.max_memory_allocated() - before
         return peak
+
+    def launches(self) -> dict[str, int]:
+        """Kernels that a GPU ran, copies and fills by its copy engine aside."""
+        count = {}
+        for phase, call in self._calls().items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                call()
+                torch.cuda.synchronize()
+            ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            count[phase] = sum(not name.startswith(("Memcpy", "Memset")) for name in ran)
+        return count
 
 
 Mark = float | torch.cuda.Event
@@ -257,15 +296,16 @@ def _prepare(host: bool) -> None:
 
 
 @cache
-def copy_bandwidth() -> float:
+def copy_bandwidth(threads: int) -> float:
     """Bytes per second, read and written, of copying a large tensor: median of 9 copies on DEVICE."""
     source = torch.ones(_COPY_BYTES // 2, dtype=torch.uint8, device=DEVICE)
     target = source.clone()
     spans = []
-    for _ in range(9):
-        begin = _mark()
-        target.copy_(source)
-        spans.append((begin, _mark()))
+    with cpu_threads(threads):
+        for _ in range(9):
+            begin = _mark()
+            target.copy_(source)
+            spans.append((begin, _mark()))
     return _COPY_BYTES / statistics.median(seconds(*span) for span in spans)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks wo
 
 @pytest.fixture(autouse=True)
 def copies_are_not_timed(monkeypatch):
-    monkeypatch.setattr(common, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(common, "copy_bandwidth", lambda threads: 1e10)
 
 
 def comparison(*providers: Provider, phases=("forward",), **given) -> Comparison:
@@ -84,6 +85,24 @@ def test_a_provider_may_have_a_reference_of_its_own():
     both = comparison(Provider(OURS, double), other, phases=("forward", "backward", "both"), host=True, elements=5)
     info = both.row("three times", "backward", min_rounds=2, max_time=0.0).info
     assert info["elements"] == 5 and info["host"] and info["median_s"] > 0
+
+
+def test_a_comparison_runs_on_as_many_threads_as_it_says(monkeypatch):
+    monkeypatch.setattr(common, "copy_bandwidth", lambda threads: threads * 1e10)
+    seen, before = set(), torch.get_num_threads()
+
+    def counted(x):
+        seen.add(torch.get_num_threads())
+        return x * 2
+
+    two = replace(comparison(Provider(OURS, counted)), threads=2)
+    info = two.row(OURS, "forward", min_rounds=1, max_time=0.0).info
+    assert seen == {2} and torch.get_num_threads() == before
+    assert info["threads"] == 2 and info["copy_bytes_per_s"] == 2e10 and info["launches"] is None
+    (alone,) = common.on_one_thread(two)
+    seen.clear()
+    info = alone.row(OURS, "forward", min_rounds=1, max_time=0.0).info
+    assert seen == {1} and info["threads"] == 1 and info["workload"] == "small, one thread"
 
 
 @pytest.mark.parametrize("suite", [bench_growth, bench_host_time])

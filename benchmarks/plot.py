@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import OURS
 
 HEADER = ("op", "workload", "phase", "provider", "median ms", "p20 - p80", "GB/s at the floor", "% of a copy",
-          f"time / {OURS}", "extra MB")  # fmt: skip
+          f"time / {OURS}", "extra MB", "launches")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,14 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def caption(run: dict, rows: list[dict]) -> str:
-    """Machine, versions, commit and the speed of a copy."""
+    """Machine, versions, commit and the speed of a copy by each number of threads."""
     machine, commit = run["machine_info"], run["commit_info"]
     name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"].get("brand_raw", machine["processor"])
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     state = "with changes" if commit["dirty"] else "clean"
+    speeds = {row["threads"]: row["copy_bytes_per_s"] / 1e9 for row in rows}
+    copies = "; ".join(f"{speed:.1f} GB/s with {threads} CPU threads" for threads, speed in sorted(speeds.items()))
     return (
         f"{name}, {machine['threads']} CPU threads; {versions}; commit {commit['id'][:10]} ({state}), "
-        f"{run['datetime'][:10]}. A copy moves {rows[0]['copy_bytes_per_s'] / 1e9:.1f} GB/s."
+        f"{run['datetime'][:10]}. A copy moves {copies}."
     )
 
 
@@ -67,6 +69,7 @@ def table(rows: list[dict]) -> str:
             *key(row), row["provider"], f"{row['median_s'] * 1e3:.3f}",
             f"{row['p20_s'] * 1e3:.3f} - {row['p80_s'] * 1e3:.3f}", number(row["bytes_per_s"], 1e-9),
             number(row["share_of_copy"], 100), relative, number(row["peak_extra_bytes"], 1e-6),
+            "" if row["launches"] is None else str(row["launches"]),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -128,6 +128,7 @@ def row(op: str, workload: str, provider: str, milliseconds: float, **more) -> d
         "op": op, "workload": workload, "provider": provider, "phase": "forward", "median_s": milliseconds / 1e3,
         "p20_s": milliseconds / 1.1e3, "p80_s": milliseconds / 0.9e3, "bytes_per_s": 5e9, "share_of_copy": 0.25,
         "copy_bytes_per_s": 2e10, "peak_extra_bytes": None, "elements": None, "host": False,
+        "threads": 2, "launches": None,
     } | more  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def run_of(rows: list[dict]) -> dict:
 
 
 ROWS = [
-    row("counted", "one", OURS, 2.0), row("counted", "one", "rival", 8.0),
+    row("counted", "one", OURS, 2.0, launches=1), row("counted", "one", "rival", 8.0, launches=7),
     row("uncounted", "one", OURS, 3.0, **UNCOUNTED), row("uncounted", "two", "rival", 9.0, **UNCOUNTED),
     *(row("growing", f"of {n}", p, t * n, elements=n) for n in (1000, 1, 10) for p, t in ((OURS, 1.0), ("rival", 2.0))),
 ]  # fmt: skip
@@ -170,7 +171,8 @@ def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
     assert plot.main([str(path) for path in (missing, empty, broken, good)]) == 1
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in err.splitlines()] == [str(missing), str(empty), str(broken)]
-    assert "| counted | one | forward | rival | 8.000 |" in out and "| 4.00 |" in out
+    assert "| counted | one | forward | rival | 8.000 |" in out and "| 4.00 |  | 7 |" in out
+    assert "A copy moves 20.0 GB/s with 2 CPU threads." in out
     assert good.with_suffix(".png").stat().st_size > 10_000 and good.with_suffix(".md").read_text() in out
     assert plot.main([str(good)]) == 0
 

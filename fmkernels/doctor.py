@@ -114,7 +114,7 @@ def _versions() -> Iterator[str]:
     compiled = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     yield f"fmkernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield f"torch {torch.__version__} ({compiled if torch.version.cuda or torch.version.hip else 'for the CPU alone'})"
-    for module in ("triton", "numpy"):
+    for module in ("triton", "numba", "numpy"):
         yield f"{module} {_version(module) or 'is not installed'}"
     extra = {module: _version(module) for module in ("SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm")}
     yield (

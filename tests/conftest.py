@@ -4,7 +4,7 @@ Kernels run on a GPU where FMKERNELS_TEST_DEVICE=cuda says so; else on CPU tenso
 takes the place of the CPU path below torch's dispatcher, so that autograd and validation are tested with the kernels.
 """
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from tests.support import enable_interpreter, on_gpu
 enable_interpreter()
 torch.set_num_threads(1)
 
-import fmkernels.cpu  # noqa: E402
+if importlib.util.find_spec("numba") is None:  # a machine for kernels alone
+    collect_ignore = ["test_cpu.py", "test_doctor.py", "test_fuzz.py"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Path:
 
 def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
     """Every function of the CPU path that does an op's work: its module, its name, and the kernels' in its place."""
+    import fmkernels.cpu
+
     for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
         cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
         names = [n for n, f in vars(cpu).items() if n.startswith("launch_") and f.__module__ == cpu.__name__]

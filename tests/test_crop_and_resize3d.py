@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import reference
 from fmkernels import crop_and_resize3d
-from fmkernels.cpu import crop_and_resize3d as cpu
 from fmkernels.kernels import crop_and_resize3d as kernels
 from fmkernels.kernels import tuning
 from tests.support import on_gpu
@@ -550,7 +549,7 @@ def test_second_derivative_raises(path):
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     """Parts begin within a crop, and within a volume."""
-    monkeypatch.setattr(cpu, "LEAST", 1)
+    monkeypatch.setattr("fmkernels.cpu.crop_and_resize3d.LEAST", 1)
     volumes, boxes = make((2, 2, 5, 6, 7)).requires_grad_(), boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]])
     upstream = make((len(boxes), 2, 3, 4, 5), seed=4)
     results = []

@@ -35,6 +35,7 @@ def test_all_is_well_and_everything_is_said(capsys):
         *(f"ok    {op} on cpu: " for op in OPS),
         f"fmkernels {fmkernels.__version__}, Python {sys.version.split()[0]}",
         f"torch {torch.__version__}",
+        "numba ",
         "numpy ",
         "triton ",
         "SimpleITK ",

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import reference
 from fmkernels import mixup3d, sample_mixup
-from fmkernels.cpu import mixup3d as cpu
 from fmkernels.kernels import mixup3d as kernels
 from fmkernels.kernels.tuning import launch_parameters
 from tests.support.cases import cases, kernel_cases
@@ -337,8 +336,8 @@ def test_volumes_larger_than_a_block_of_the_cpu_path():
 
 @pytest.mark.parametrize("voxels", [1, 7, 40, 300])
 def test_boxes_of_the_cpu_path(voxels, monkeypatch):
-    monkeypatch.setattr(cpu, "BOX", voxels)
-    monkeypatch.setattr(cpu, "SMALLEST_BOX", 1)
+    monkeypatch.setattr("fmkernels.cpu.mixup3d.BOX", voxels)
+    monkeypatch.setattr("fmkernels.cpu.mixup3d.SMALLEST_BOX", 1)
     volumes = make((3, 2, 3, 4, 9))
     lam, index, flips = draw(3)
     for masks in (None, flips, flips.flip(0)):
@@ -782,10 +781,10 @@ def check_gradients(case, device):
 
 
 @cases(2000)
-@given(case=CASE, voxels=st.sampled_from([32, 150, 1000, cpu.BOX]))
+@given(case=CASE, voxels=st.sampled_from([32, 150, 1000, 1024]))
 def test_any_case_on_the_cpu_path(case, voxels):
     """With boxes of about so many voxels."""
-    with mock.patch.multiple(cpu, BOX=voxels, SMALLEST_BOX=1):
+    with mock.patch.multiple("fmkernels.cpu.mixup3d", BOX=voxels, SMALLEST_BOX=1):
         check_values(case, "cpu")
         check_gradients(case, "cpu")
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import reference
 from fmkernels import object_mixup3d
-from fmkernels.cpu import object_mixup3d as cpu
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
@@ -496,7 +495,7 @@ def test_in_place_is_out_of_place_for_large_objects_of_any_layout():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
 def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
     """Parts begin within a volume and within a target, and targets overlap."""
-    monkeypatch.setattr(cpu, "LEAST", 1)
+    monkeypatch.setattr("fmkernels.cpu.object_mixup3d.LEAST", 1)
     volumes = make((2, 2, 9, 8, 7), dtype)
     boxes = draw(9, volumes.shape)
     threads, results = torch.get_num_threads(), []

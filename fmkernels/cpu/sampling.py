@@ -4,7 +4,6 @@ Interpolation goes axis by axis. A row of voxels is sampled along x once, whatev
 of such rows, and of planes made of them, the last two are kept, that of an even voxel and that of an odd one.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -39,13 +38,13 @@ def place(start, end, size, clamp_box, axis):
     start, end, n = np.float64(start), np.float64(end), axis.weight.size
     low, high = 0.0, size - 1.0
     if clamp_box:
-        low, high = max(math.ceil(start - 0.5), 0.0), min(math.ceil(end - 0.5) - 1.0, high)
+        low, high = max(np.ceil(start - 0.5), 0.0), min(np.ceil(end - 0.5) - 1.0, high)
         if low > high:
-            low = high = min(max(math.floor((start + end) / 2), 0.0), size - 1.0)
+            low = high = min(max(np.floor((start + end) / 2), 0.0), size - 1.0)
     for i in range(n):
         position = min(max(start + (i + 0.5) * (end - start) / n - 0.5, low), high)
-        below = math.floor(position)
-        axis.below[i], axis.above[i] = below, math.ceil(position)
+        below = np.floor(position)
+        axis.below[i], axis.above[i] = below, np.ceil(position)
         axis.weight[i] = position - below
 
 

@@ -1,6 +1,8 @@
-# make train | test | bench | lint | floor   in an environment of its own (.venv), made at first use with exact versions
-# make train PYTHON=python                   in the active environment (a GPU build of torch, say): adds what is missing
-# make gpu                                   on a machine with a GPU: nothing is installed
+# make train | test | bench | lint | types | docs | floor
+#                                          in an environment of its own (.venv), made at first use with exact versions
+# make train PYTHON=python                 in the active environment (a GPU build of torch, say): adds what is missing
+# make compat                              the tests with the oldest and with the newest versions of what is needed
+# make gpu                                 on a machine with a GPU: nothing is installed
 
 VENV ?= .venv
 DATA ?= data/phantoms
@@ -8,6 +10,7 @@ RUN ?= runs/demo
 LABELED ?= 12
 SEEDS ?= 1
 RESULTS ?= benchmarks/results
+CONSTRAINTS ?= constraints.txt
 
 ifeq ($(origin PYTHON),command line)
 READY := environment-in-use
@@ -18,7 +21,7 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test coverage bench lint floor gpu clean environment-in-use
+.PHONY: train test coverage bench lint types docs compat quick floor gpu clean environment-in-use
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
@@ -39,6 +42,21 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+types: $(READY)
+	$(PYTHON) -m mypy
+
+docs: $(READY)
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet docs site
+
+compat:
+	$(MAKE) quick VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) quick
+
+# without what depends on the versions of compilers and tools, and with few cases of each property
+quick: $(READY)
+	FMKERNELS_TEST_CASES=0.02 $(PYTHON) -m pytest -n auto --ignore-glob='*floor*' --ignore=tests/support/test_compiled.py \
+		--ignore=tests/test_docs.py --ignore=tests/test_types.py
+
 floor: $(READY)
 	$(PYTHON) -m tests.support.floor
 
@@ -49,10 +67,10 @@ gpu:
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/ready: setup.py constraints.txt
+$(VENV)/ready: setup.py $(CONSTRAINTS)
 	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,dev]'
 	touch $@
 
 environment-in-use:

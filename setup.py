@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+DOCS = ["furo>=2025.12", "myst-parser>=5", "sphinx>=9"]
 
 setup(
     name="fmkernels",
@@ -22,8 +23,11 @@ setup(
     extras_require={
         "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
         "monai": ["monai>=1.6", "torchvision>=0.26"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "hypothesis>=6.100",
+            "mypy>=2.4",
             "pytest>=8.2",
             "pytest-benchmark>=5.1",
             "pytest-cov>=5",

@@ -1,0 +1,206 @@
+"""The pictures of the documentation: what each operation does to slices of two phantoms, by the code as it is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+import fmkernels
+from fmkernels.focalmix.phantom import Scene, render
+
+WINDOW = (-1200, 600)
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colours
+STYLE = {
+    "figure.dpi": 120,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+}
+DEPTH = 24  # slices of each scan
+OWN, OTHER = 11, 0
+
+
+class Scan(NamedTuple):
+    volumes: Tensor  # [1, 1, D, H, W], int16 HU
+    box: Tensor  # [1, 7], around the largest nodule, in the middle slice
+
+
+@cache
+def scan(index: int) -> Scan:
+    """Some slices of scan ``index`` of ``fmkernels phantom --size luna16``."""
+    scene = Scene("luna16", 0, index)
+    x, y, z, diameter = scene.nodules[scene.nodules[:, 3].argmax()]
+    first = round((z - scene.z[0]) / scene.slice) - DEPTH // 2
+    scene.z = scene.z[first : first + DEPTH]
+    center = np.array([(at - axis[0]) for at, axis in ((z, scene.z), (y, scene.y), (x, scene.x))])
+    spacing = np.array([scene.slice, scene.pixel, scene.pixel])
+    start, end = np.floor((center - 0.6 * diameter) / spacing), np.ceil((center + 0.6 * diameter) / spacing)
+    start[0], end[0] = max(start[0], 0), min(end[0], DEPTH)
+    box = torch.tensor([[0, *start, *end]], dtype=torch.float32)
+    return Scan(torch.from_numpy(render(scene))[None, None], box)
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    with matplotlib.style.context(["default", STYLE]):
+        drawn = Figure(figsize=(width, height))
+        yield drawn
+        drawn.savefig(path, metadata={"Software": None})
+
+
+def show(axes: Axes, image: Tensor, title: str, limits: tuple[float, float] = WINDOW, cmap: str = "gray") -> None:
+    axes.imshow(image.float(), cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()
+
+
+def outline(axes: Axes, box: Tensor, color: str) -> None:
+    y1, x1, y2, x2 = (box[0, [2, 3, 5, 6]] - 0.5).tolist()
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8))
+
+
+def around(box: Tensor, margin: int = 24) -> tuple[slice, slice]:
+    """Rows and columns of the middle of a box with what lies around it."""
+    y1, x1, y2, x2 = box[0, [2, 3, 5, 6]].int().tolist()
+    return slice(y1 - margin, y2 + margin), slice(x1 - margin, x2 + margin)
+
+
+def soft_target_focal_loss(path: Path) -> None:
+    p = torch.linspace(0.001, 0.999, 999)
+    logits = torch.logit(p)
+    with figure(path, 8, 3.4) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for y, color in zip((0.0, 0.3, 0.7, 1.0), (BLUE, GREEN, ORANGE, PURPLE), strict=True):
+            loss = fmkernels.soft_target_focal_loss(logits, torch.full_like(p, y), alpha0=1, alpha1=1, reduction="none")
+            left.plot(p, loss, color=color, label=f"y = {y:g}")
+            left.plot(p[loss.argmin()], loss.min(), "o", color=color, clip_on=False)
+        left.set(title="Each minimum lies at p = y", xlabel="p", ylabel="loss", xlim=(0, 1), ylim=(0, 1.2))
+        left.legend(loc="upper center")
+        y = torch.full_like(p, 0.7)
+        ours = fmkernels.soft_target_focal_loss(logits, y, alpha0=1, alpha1=1, reduction="none")
+        p_t = p * y + (1 - p) * (1 - y)
+        usual = (1 - p_t) ** 2 * -(y * p.log() + (1 - y) * (1 - p).log())
+        for loss, color, name in ((ours, ORANGE, "SFL"), (usual, "0.4", "usual formula")):
+            right.plot(p, loss / loss[p == 0.5], color=color, label=name)
+            right.plot(p[loss.argmin()], loss.min() / loss[p == 0.5], "o", color=color, clip_on=False)
+        right.axvline(0.7, color="0.6", linewidth=0.8, linestyle="--")
+        right.set(title="y = 0.7, loss at p = 0.5 taken as 1", xlabel="p", xlim=(0, 1), ylim=(0, 3))
+        right.legend(loc="lower left")
+
+
+def predict_targets(path: Path) -> None:
+    volumes, box = scan(OWN)
+    height, width = volumes.shape[3:]
+    y, x = (torch.arange(size, dtype=torch.float32) for size in (height // 16, width // 16))
+    center = (box[0, 2:4] + box[0, 5:7]) / 32 - 0.5
+    bump = torch.exp(-((y[:, None] - center[0]) ** 2 + (x - center[1]) ** 2) / 3)
+    noise = torch.randn(4, *bump.shape, generator=torch.Generator().manual_seed(3))
+    flips = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    seen = torch.stack(
+        [
+            view.flip([axis for axis in range(2) if mask >> axis + 1 & 1])
+            for view, mask in zip(5.5 * bump - 3 + 0.8 * noise, flips.tolist(), strict=True)
+        ]
+    )
+    views = seen[:, None, None, None]  # [K, B, A, D, H, W]
+    unit = (0, 1)
+    with figure(path, 8, 4.3) as drawn:
+        panels = drawn.subplots(2, 4)
+        names = ("no flip", "flip H", "flip W", "flip H and W")
+        for axes, logits, name in zip(panels[0], seen, names, strict=True):
+            show(axes, logits.sigmoid(), name, unit, "viridis")
+        show(panels[1, 0], volumes[0, 0, DEPTH // 2], "the slice")
+        for axes, temperature in zip(panels[1, 1:], (1.0, 0.7, 0.3), strict=True):
+            targets = fmkernels.predict_targets(views, flips, temperature=temperature)
+            show(axes, targets[0, 0, 0], f"targets, T = {temperature:g}", unit, "viridis")
+
+
+def sample_mixup(path: Path) -> None:
+    with figure(path, 6, 3) as drawn:
+        axes = drawn.subplots()
+        for eta, color in ((0.2, BLUE), (0.5, GREEN), (1.0, ORANGE)):
+            lam, _ = fmkernels.sample_mixup(200_000, eta=eta, generator=torch.Generator().manual_seed(0))
+            axes.hist(lam, bins=50, range=(0.5, 1), density=True, histtype="step", color=color, label=f"eta = {eta:g}")
+        axes.set(xlabel="lam", ylabel="density", xlim=(0.5, 1), yscale="log")
+        axes.legend(loc="upper left")
+
+
+def mixup3d(path: Path) -> None:
+    volumes = torch.cat([scan(OWN).volumes, scan(OTHER).volumes])
+    lam, index = torch.tensor([0.7, 0.7]), torch.tensor([1, 0])
+    flips = torch.tensor([0, 4], dtype=torch.uint8)
+    mixed = fmkernels.mixup3d(volumes, lam, index, flips=flips, window=WINDOW)
+    middle = DEPTH // 2
+    with figure(path, 8, 3) as drawn:
+        first, second, third = drawn.subplots(1, 3)
+        show(first, volumes[0, 0, middle], "volumes[0], int16 HU")
+        show(second, volumes[1, 0, middle], "volumes[1], flips[1] = 4 (W)")
+        show(third, mixed[0, 0, middle], "out[0], lam = 0.7", (0, 1))
+
+
+def crop_and_resize3d(path: Path) -> None:
+    volumes, box = scan(OWN)
+    size = (16, 64, 64)
+    half = torch.cat([box[:, :1], box[:, 1:4] + 0.25 * (box[:, 4:] - box[:, 1:4]), box[:, 4:]], dim=1)
+    with figure(path, 8, 2.25) as drawn:
+        first, second, third, fourth = drawn.subplots(1, 4)
+        show(first, volumes[0, 0, DEPTH // 2], "volumes")
+        outline(first, box, GREEN)
+        outline(first, half, ORANGE)
+        crops = fmkernels.crop_and_resize3d(volumes, torch.cat([box, half]), size, window=WINDOW)
+        show(second, crops[0, 0, 8], "green box, 64 x 64", (0, 1))
+        show(third, crops[1, 0, 8], "orange box, 64 x 64", (0, 1))
+        mirrored = half[:, [0, 1, 2, 6, 4, 5, 3]]
+        crop = fmkernels.crop_and_resize3d(volumes, mirrored, size, clamp="volume", window=WINDOW)
+        show(fourth, crop[0, 0, 8], "x1 and x2 exchanged", (0, 1))
+
+
+def object_mixup3d(path: Path) -> None:
+    (own, target), (donors, source) = scan(OWN), scan(OTHER)
+    share = torch.tensor([0.5])
+    mixed = fmkernels.object_mixup3d(own, target, source, share, donors=donors)
+    middle, rows_columns = DEPTH // 2, around(target)
+    edges = target.clone()
+    edges[0, [2, 5]] -= rows_columns[0].start
+    edges[0, [3, 6]] -= rows_columns[1].start
+    with figure(path, 8, 2.25) as drawn:
+        panels = drawn.subplots(1, 4)
+        show(panels[0], own[0, 0, middle][rows_columns], "volumes, target box")
+        show(panels[1], donors[0, 0, middle], "donors, donor box")
+        outline(panels[1], source, ORANGE)
+        lone = fmkernels.object_mixup3d(own, target, source, torch.zeros(1), donors=donors)
+        show(panels[2], lone[0, 0, middle][rows_columns], "lam = 0")
+        show(panels[3], mixed[0, 0, middle][rows_columns], "lam = 0.5")
+        for axes in panels[[0, 2, 3]]:
+            outline(axes, edges, GREEN)
+
+
+PICTURES: Sequence[Callable[[Path], None]] = (
+    soft_target_focal_loss,
+    predict_targets,
+    sample_mixup,
+    mixup3d,
+    crop_and_resize3d,
+    object_mixup3d,
+)
+
+
+def draw(folder: Path) -> None:
+    """Draw every picture into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in PICTURES:
+        picture(folder / f"{picture.__name__}.png")

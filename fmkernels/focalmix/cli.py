@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, first_line
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -43,9 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"fmkernels: not enough memory ({first_line(error)}); try smaller patches or batches", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         print(f"\nfmkernels: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of Python, or as torch says it of a GPU (a type of its own) and of the host (a RuntimeError)."""
+    told = any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import json
 import math
 import numbers
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,26 @@ from typing import Any
 
 from .anchors import Anchors
 from .errors import InputError, first_line
+from .luna16 import SPACINGS
 
 CONFIG = "config.json"
+
+MAX_FILE_BYTES = 1 << 20
+"""A larger ``config.json`` is refused."""
+
+MAX_STAGES, MAX_BLOCKS, MAX_CHANNELS, MAX_WEIGHTS = 8, 64, 2048, 1 << 28
+"""Of the detector: stages of the backbone, residual blocks of each, channels of the pyramid, weights in all (1 GiB)."""
+
+MAX_PATCH_VOXELS, MAX_BATCH_VOXELS = 1 << 25, 1 << 31
+"""Voxels of a patch (as 322^3), and of all patches of a step (4 GiB of int16)."""
+
+MAX_FEATURES = 1 << 29
+"""Of a patch in the first stage of the backbone, if that is the widest (2 GiB)."""
+
+MAX_ANCHORS, MAX_DIAMETER = 16, 1000.0
+"""At each place, and millimetres."""
+
+MAX_STEPS, MAX_OBJECTS, MAX_WORKERS = 1 << 30, 1 << 10, 1 << 10
 
 
 def _option(default: Any, text: str, *, runtime: bool = False) -> Any:
@@ -26,7 +45,7 @@ class Config:
     """Everything that decides the result of a run. Lists of three are z, y, x."""
 
     spacing: tuple[float, ...] = _option((2.0, 2.0, 2.0), "resampled voxel size in mm")
-    window: tuple[float, ...] = _option((-1200.0, 600.0), "HU mapped to 0 and 1")
+    window: tuple[float, float] = _option((-1200.0, 600.0), "HU mapped to 0 and 1")
     patch_size: tuple[int, ...] = _option((32, 32, 32), "voxels, multiples of the largest stride")
     positive: float = _option(0.7, "share of the patches that are placed on a nodule")
     strides: tuple[int, ...] = _option((2, 4, 8), "of the pyramid's levels, in voxels")
@@ -91,12 +110,19 @@ class Config:
 
         def expect(name: str, holds: bool, wanted: str) -> None:
             if not holds:
-                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)}")
+                raise InputError(f"{name}: expected {wanted}, got {str(getattr(self, name))[:200]}")
 
         for name in ("spacing", "patch_size", "search_size"):
             value = getattr(self, name)
             expect(name, len(value) == 3 and all(0 < v < math.inf for v in value), "three positive numbers (z, y, x)")
-        expect("window", len(self.window) == 2 and self.window[0] < self.window[1], "two numbers, the lower first")
+        low, high = SPACINGS
+        expect("spacing", all(low <= step <= high for step in self.spacing), f"{low:g} to {high:g} mm")
+        for name in ("patch_size", "search_size"):
+            voxels = math.prod(getattr(self, name))
+            expect(name, voxels <= MAX_PATCH_VOXELS, f"at most {MAX_PATCH_VOXELS} voxels")
+        rising = len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf
+        expect("window", rising, "two finite numbers, the lower first")
+        expect("widths", 0 < len(self.widths) <= MAX_STAGES, f"1 to {MAX_STAGES} numbers")
         stages = [2 ** (i + 1) for i in range(len(self.widths))]
         last = stages[-len(self.strides) :] if self.strides else None
         expect("strides", list(self.strides) == last, f"the last of {stages} (one stage for each of the widths)")
@@ -105,17 +131,35 @@ class Config:
             expect(name, all(side % coarsest == 0 for side in getattr(self, name)), f"multiples of {coarsest}")
         expect("blocks", len(self.blocks) == len(self.widths), f"{len(self.widths)} numbers, as many as widths")
         expect("widths", all(width > 0 and width % 4 == 0 for width in self.widths), "multiples of 4")
-        expect("channels", self.channels > 0 and self.channels % 4 == 0, "a multiple of 4")
+        fits = 0 < self.channels <= MAX_CHANNELS and self.channels % 4 == 0
+        expect("channels", fits, f"a multiple of 4 up to {MAX_CHANNELS}")
+        expect("blocks", all(0 <= count <= MAX_BLOCKS for count in self.blocks), f"0 to {MAX_BLOCKS}")
+        kernels = sum((2 * n + 1) * max(self.widths) * w for w, n in zip(self.widths, self.blocks, strict=True))
+        weights = 27 * (kernels + self.channels**2)  # at least as many as there are
+        expect("widths", weights <= MAX_WEIGHTS, f"with blocks and channels at most {MAX_WEIGHTS} weights")
+        most = 8 * MAX_FEATURES // max(self.widths)
+        for name in ("patch_size", "search_size"):
+            fits = math.prod(getattr(self, name)) <= most
+            expect(name, fits, f"at most {most} voxels, as widths are {self.widths}")
         levels = len(self.strides)
         expect(
-            "diameters", self.diameters and len(self.diameters) % levels == 0, f"as many for each of {levels} levels"
+            "diameters",
+            len(self.diameters) > 0 and len(self.diameters) % levels == 0,
+            f"as many for each of {levels} levels",
         )
-        expect("diameters", all(0 < d < math.inf for d in self.diameters), "positive numbers")
-        expect("overlap", 0 <= self.overlap < min(self.search_size), f"0 to {min(self.search_size) - 1}")
-        expect("blocks", all(count >= 0 for count in self.blocks), "0 or more")
+        expect("diameters", len(self.diameters) <= MAX_ANCHORS * levels, f"at most {MAX_ANCHORS} for each level")
+        expect("diameters", all(0 < d <= MAX_DIAMETER for d in self.diameters), f"numbers up to {MAX_DIAMETER:g} mm")
+        widest = min(self.search_size) // 2
+        expect("overlap", 0 <= self.overlap <= widest, f"0 to {widest}, half of the shortest side of search_size")
         whole = ("batch_size", "unlabeled_batch_size", "steps", "log_every", "validate_every", "checkpoint_every")
         for name in (*whole, "objects", "groups"):
             expect(name, getattr(self, name) >= 1, "at least 1")
+        expect("steps", self.steps <= MAX_STEPS, f"at most {MAX_STEPS}")
+        expect("objects", self.objects <= MAX_OBJECTS, f"at most {MAX_OBJECTS}")
+        expect("workers", self.workers <= MAX_WORKERS, f"at most {MAX_WORKERS}")
+        most = MAX_BATCH_VOXELS // math.prod(self.patch_size)
+        for name in ("batch_size", "unlabeled_batch_size"):
+            expect(name, getattr(self, name) <= most, f"at most {most} patches of {self.patch_size}")
         for name in ("batch_size", "unlabeled_batch_size") if self.method == "focalmix" else ():
             expect(name, getattr(self, name) % self.groups == 0, f"a multiple of the {self.groups} groups")
         expect("method", self.method in ("supervised", "focalmix"), "supervised or focalmix")
@@ -139,6 +183,7 @@ class Config:
         expect("amp", self.amp in ("auto", "off", "bf16", "fp16"), "auto, off, bf16 or fp16")
         for name in ("labeled", "unlabeled"):
             expect(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        expect("cache", self.cache is None or self.cache.isprintable(), "the name of a folder")
         expect("train_subsets", len(self.train_subsets) > 0, "at least one")
         for name in ("validation_subsets", "test_subsets"):
             expect(name, not set(getattr(self, name)) & set(self.train_subsets), "none of train_subsets")
@@ -157,7 +202,7 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     """The value in the type of its field: an int of any integer, a float of any real number, a tuple of any sequence.
 
     Raises:
-        InputError: it is of another kind.
+        InputError: it is of another kind, or an integer of more than 64 bits.
     """
     if typing.get_origin(hint) is types.UnionType:
         return None if value is None else _typed(name, next(kind for kind in typing.get_args(hint) if kind), value)
@@ -166,7 +211,9 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
     if typing.get_origin(hint) is tuple or isinstance(value, bool) != (hint is bool) or not isinstance(value, kind):
         wanted = "a list" if typing.get_origin(hint) is tuple else f"of type {hint.__name__}"
-        raise InputError(f"{name}: expected {wanted}, got {value!r}")
+        raise InputError(f"{name}: expected {wanted}, got {reprlib.repr(value)}")
+    if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
+        raise InputError(f"{name}: expected a number of at most 64 bits, got {reprlib.repr(value)}")
     return hint(value)
 
 
@@ -215,9 +262,11 @@ def load_config(run: str | Path) -> Config | None:
     path = Path(run) / CONFIG
     if not path.exists():
         return None
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise InputError(f"{path}: expected at most {MAX_FILE_BYTES} bytes of JSON, got {size}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got {first_line(error)}") from None
     return config_of(values, path)
 

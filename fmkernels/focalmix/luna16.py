@@ -6,11 +6,9 @@ Arrays are z, y, x and hold Hounsfield units (HU) as int16; world points are x, 
 import csv
 import json
 import math
-import multiprocessing
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from .errors import InputError
 from .files import atomic_write
 from .froc import UNKNOWN_DIAMETER, Froc, evaluate, read_findings
+from .workers import process_pool
 
 AIR = -1024
 """HU of air: the least value of a resampled scan, and what a patch holds outside of its scan."""
@@ -57,11 +56,11 @@ class Volume:
 
     voxels: np.ndarray
     """int16 [D, H, W], HU; a read-only ``np.memmap`` where it comes from the cache."""
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, ...]
     """Millimetres from voxel to voxel along z, y, x."""
-    origin: tuple[float, float, float]
+    origin: tuple[float, ...]
     """World x, y, z of the centre of voxel (0, 0, 0)."""
-    direction: tuple[tuple[float, float, float], ...]
+    direction: tuple[tuple[float, ...], ...]
     """3 x 3, row by row; column j is the world direction of the grid's axis x, y, z (orthonormal)."""
 
     def to_index(self, world: np.ndarray) -> np.ndarray:
@@ -98,7 +97,7 @@ class Header(NamedTuple):
     skip: int
     """Bytes before them."""
     dtype: np.dtype
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Voxels along z, y, x."""
     spacing: Sequence[float]
     """Millimetres along x, y, z."""
@@ -172,13 +171,14 @@ def check_header(path: Path) -> Header:
     bare = re.fullmatch(r"[^/\\:%]+", name) and name not in (".", "..") and name.upper() not in ("LOCAL", "LIST")
     expect("ElementDataFile", "the name of a file in the same folder", bool(bare))
     raw = path.parent / name
-    if not raw.is_file():
+    if not os.path.isfile(raw):  # the method of a path raises where a name is too long
         raise InputError(f"{path}: ElementDataFile: expected {_printable(name)} beside the header, found no such file")
     expected = 2 * voxels + skip
     if (got := raw.stat().st_size) != expected:
         raise InputError(f"{raw}: expected {expected} bytes (DimSize {fields['DimSize']} of MET_SHORT), got {got}")
     dtype = np.dtype(">i2" if big_endian else "<i2")
-    return Header(raw, skip, dtype, size[::-1], spacing.tolist(), origin.tolist(), axes.T.ravel().tolist())
+    shape = (size[2], size[1], size[0])
+    return Header(raw, skip, dtype, shape, spacing.tolist(), origin.tolist(), axes.T.ravel().tolist())
 
 
 def _printable(text: str) -> str:
@@ -243,7 +243,7 @@ def resample(image: sitk.Image, spacing: Sequence[float]) -> Volume:
     first = [0.5 * new / old - 0.5 for new, old in zip(spacing[::-1], image.GetSpacing(), strict=True)]
     return Volume(
         voxels=voxels,
-        spacing=tuple(map(float, spacing)),
+        spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         origin=image.TransformContinuousIndexToPhysicalPoint(first),
         direction=tuple(tuple(row) for row in np.reshape(image.GetDirection(), (3, 3)).tolist()),
     )
@@ -338,14 +338,15 @@ class LUNA16:
         self._scans = {uid: scan for uid, scan in everywhere.items() if scan[0] in wanted}
         if not self._scans:
             raise InputError(f"{self.root}: expected scans subset0/<seriesuid>.mhd to subset9/..., found none")
-        self._annotations = _find_table(self.root, "annotations.csv")
-        if self._annotations is None:
+        annotations = _find_table(self.root, "annotations.csv")
+        if annotations is None:
             raise InputError(f"{self.root / 'annotations.csv'}: expected the table of nodules, found no such file")
-        nodules = read_findings(self._annotations)
+        self._annotations = annotations
+        nodules = read_findings(annotations)
         excluded_table = _find_table(self.root, "annotations_excluded.csv")
         excluded = {} if excluded_table is None else read_findings(excluded_table)
         complete = len(present) == len(_SUBSETS)
-        tables = {self._annotations: nodules} | ({excluded_table: excluded} if excluded_table else {})
+        tables = {annotations: nodules} | ({excluded_table: excluded} if excluded_table else {})
         _check_known(everywhere, tables, _find_table(self.root, "seriesuids.csv"), complete)
         self._nodules = {uid: rows for uid, rows in nodules.items() if uid in self._scans}
         self._excluded = {uid: rows for uid, rows in excluded.items() if uid in self._scans}
@@ -424,8 +425,7 @@ class LUNA16:
                     write(path)
                     bar.update()
             else:
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(min(workers, len(stale)), mp_context=context) as pool:
+                with process_pool(min(workers, len(stale))) as pool:
                     for _ in pool.map(write, paths):
                         bar.update()
         for uid in self.series:
@@ -437,6 +437,8 @@ class LUNA16:
         return self._scans[uid]
 
     def _check_nodules(self, uid: str, volume: Volume) -> None:
+        if self._annotations is None:
+            return
         nodules = self.nodules(uid)
         centres = volume.to_index(nodules[:, :3]) + 0.5
         outside = ((centres < 0) | (centres >= volume.voxels.shape)).any(axis=1)
@@ -495,13 +497,17 @@ def _open_cached(cache: Path, path: Path, spacing: Sequence[float]) -> Volume | 
         voxels = np.lib.format.open_memmap(file, mode="r")
         with open(file, "rb") as stream:
             stream.seek(voxels.offset + voxels.nbytes)
-            geometry = json.load(stream)
+            geometry = json.loads(stream.read(_MAX_HEADER_BYTES))
         if any(_stamp(path.with_name(name)) != stamp for name, stamp in geometry["source"].items()):
             return None
         if voxels.dtype != np.int16 or voxels.ndim != 3 or geometry["spacing"] != list(spacing):
             return None
-        return Volume(voxels, tuple(spacing), tuple(geometry["origin"]), tuple(map(tuple, geometry["direction"])))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        origin, direction = np.array(geometry["origin"], np.float64), np.array(geometry["direction"], np.float64)
+        if origin.shape != (3,) or direction.shape != (3, 3) or not np.isfinite([*direction, origin]).all():
+            return None
+        voxel = (spacing[0], spacing[1], spacing[2])
+        return Volume(voxels, voxel, tuple(origin.tolist()), tuple(map(tuple, direction.tolist())))
+    except Exception:  # numpy's reader of headers knows many, of tokens and syntax too
         return None
 
 

@@ -1,11 +1,12 @@
 """What a run shows of itself while it goes on, and how it is asked to stop."""
 
 import csv
+import re
 import signal
 import statistics
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .processes import place
 
 METRICS = "metrics.csv"
 COLUMNS = ("step", "loss", "loss_cls", "loss_box", "positives", "lr", "val_cpm", "seconds")
+_ROW = re.compile(rf"\d{{1,18}}(,(-?\d+(\.\d+)?(e[-+]\d+)?)?){{{len(COLUMNS) - 1}}}", re.ASCII)
 
 
 class Stopwatch:
@@ -30,12 +32,12 @@ class Stopwatch:
     def __init__(self, device: torch.device, wait: bool) -> None:
         self.device = device
         self.wait = wait and device.type == "cuda"
-        self.steps: list[Counter[str]] = []
+        self.steps: list[dict[str, float]] = []
         self.last = time.perf_counter()
 
     def start(self) -> None:
         """Begin a step."""
-        self.steps.append(Counter())
+        self.steps.append(defaultdict(float))
         self.last = time.perf_counter()
 
     def forget(self) -> None:
@@ -56,7 +58,7 @@ class Stopwatch:
         if not steps:
             return {}
         stages = {stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in steps[0]}
-        totals = [step.total() for step in steps]
+        totals = [sum(step.values()) for step in steps]
         return {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
@@ -81,8 +83,8 @@ class Metrics:
             return
         rows = []
         if step and self.path.exists():
-            with open(self.path, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            rows = [line.split(",") for line in lines if _ROW.fullmatch(line)]
             rows = [row for row in rows if int(row[0]) <= step]
         with atomic_write(self.path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])

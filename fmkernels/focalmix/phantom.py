@@ -14,23 +14,22 @@ import dataclasses
 import functools
 import hashlib
 import math
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.files import atomic_write
+from fmkernels.focalmix.files import atomic_write, own_folder
+from fmkernels.focalmix.workers import process_pool
 
 UID_ROOT = "1.3.6.1.4.1.14519.5.2.1.6279.6001"
 REVISION = 1  # part of every series uid: raise it with any change of the images, so that old and new scans never mix
@@ -140,7 +139,7 @@ class Anatomy:
         self.artery_roots = np.array([[-42.0, 2.0, 0.55 * self.height], [38.0, 6.0, 0.585 * self.height]])
         self.vein_roots = np.array([[-36.0, 10.0, 0.48 * self.height], [38.0, 12.0, 0.49 * self.height]])
 
-    def _section(self, z: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    def _section(self, z: float | NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """At height z: scale of the lungs' outline, scale of the chest wall, y of the middle."""
         t = np.clip(z / self.height, 0, 1)
         lung = np.sqrt(np.maximum(1 - t**self.apex_power, 4e-3))
@@ -151,7 +150,7 @@ class Anatomy:
         sides = np.abs(x / self.half_width) ** self.power + np.abs(y / self.half_depth) ** self.power
         return sides ** (-1 / self.power)
 
-    def spine_y(self, z: NDArray) -> NDArray:
+    def spine_y(self, z: float | NDArray) -> NDArray:
         """y of the middle of the vertebral bodies."""
         _, wall, middle = self._section(z)
         return middle + self.half_depth * (0.35 + 0.65 * wall) - 26
@@ -396,7 +395,7 @@ class Scene:
         return None
 
     def _add(
-        self, rng: np.random.Generator, look: Look, center: NDArray, diameter: float, lengths: Sequence[float],
+        self, rng: np.random.Generator, look: Look, center: NDArray, diameter: float, lengths: ArrayLike,
         bumps: NDArray | None = None, first: NDArray | None = None,
     ) -> None:  # fmt: skip
         """Add a lesion with axes of these relative lengths, the first one along ``first`` or all at random."""
@@ -475,6 +474,9 @@ def _texture(tile: NDArray, grain: float, *axes: NDArray) -> NDArray:
     return tile
 
 
+Box = tuple[slice, slice, slice]
+
+
 @dataclass(frozen=True)
 class Canvas:
     """Voxels to paint on, float32 HU [z, y, x], and the coordinates of their centres."""
@@ -486,15 +488,16 @@ class Canvas:
     pixel: float
     slice: float
 
-    def box(self, low: Sequence[float], high: Sequence[float]) -> tuple[slice, slice, slice]:
+    def box(self, low: Sequence[float] | NDArray, high: Sequence[float] | NDArray) -> Box:
         """Slices of the voxels between two corners (x, y, z), empty outside the canvas."""
         axes = ((self.z, self.slice, 2), (self.y, self.pixel, 1), (self.x, self.pixel, 0))
-        return tuple(
+        z, y, x = (
             slice(*(max(0, int((corner[i] - axis[0]) / step) + more) for corner, more in ((low, 0), (high, 2))))
             for axis, step, i in axes
         )
+        return z, y, x
 
-    def offsets(self, box: tuple[slice, slice, slice], point: Sequence[float]) -> tuple[NDArray, NDArray, NDArray]:
+    def offsets(self, box: Box, point: Sequence[float] | NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """Broadcastable x, y, z of a box's voxels as seen from a point."""
         x, y, z = (np.float32(value) for value in point)
         return self.x[box[2]] - x, self.y[box[1]][:, None] - y, self.z[box[0]][:, None, None] - z
@@ -673,10 +676,11 @@ def _write_scan(out: Path, size: str, seed: int, index: int) -> tuple[list[tuple
     scene = Scene(size, seed, index)
     folder = out / f"subset{index % SUBSETS}"
     header, raw = folder / f"{scene.uid}.mhd", folder / f"{scene.uid}.raw"
+    partial = folder / f".{scene.uid}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     expected = np.dtype(np.int16).itemsize * len(scene.z) * len(scene.y) * len(scene.x)
     if not (header.is_file() and raw.is_file() and raw.stat().st_size == expected):
-        partial = folder / f".{scene.uid}.partial"
-        partial.mkdir(exist_ok=True)
+        partial.mkdir()
         try:
             sitk.WriteImage(to_image(scene, render(scene)), partial / header.name)
             header.unlink(missing_ok=True)
@@ -746,14 +750,14 @@ def write_phantoms(
 
     write = functools.partial(_write_scan, out, size, seed)
     with contextlib.ExitStack() as stack:
-        results = map(write, range(scans))
+        stack.enter_context(own_folder(out))
+        results: Iterable[tuple[list[tuple], list[tuple]]] = map(write, range(scans))
         if min(workers, scans) > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(min(workers, scans), mp_context=context))
+            pool = stack.enter_context(process_pool(min(workers, scans)))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(write, range(scans))
         tables = list(tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress))
-    nodules, excluded = ([row for rows in table for row in rows] for table in zip(*tables, strict=True))
-    for name, rows in zip(TABLES, ([FIELDS, *nodules], [FIELDS, *excluded], [(uid,) for uid in uids]), strict=True):
-        with atomic_write(out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        nodules, excluded = ([row for rows in table for row in rows] for table in zip(*tables, strict=True))
+        for name, rows in zip(TABLES, ([FIELDS, *nodules], [FIELDS, *excluded], [(uid,) for uid in uids]), strict=True):
+            with atomic_write(out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)

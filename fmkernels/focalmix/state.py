@@ -3,24 +3,32 @@
 import contextlib
 import io
 import math
+import os
 import pickle
+import pickletools
+import reprlib
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, config_of
 from .detector import Detector
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import atomic_write
 from .losses import Losses
 
 CHECKPOINT, BURN_IN = "checkpoint.pt", "burn_in.pt"
+
+_DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
+_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {name}Storage" for name in _DTYPES)}
+"""All that the pickle of a checkpoint may name: others that ``weights_only`` lets pass take memory at will."""
 
 
 class State:
@@ -39,7 +47,7 @@ class State:
             self.optimizer, lambda step: learning_rate_factor(step, config)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(config, device) == torch.float16)
-        self.step = 0
+        self.step, self.last = 0, config.steps
         self.found = torch.empty(0, 8)
         """FocalMix: what the detector found in the unlabelled scans: scan, box in its voxels, weight."""
         self.sums = torch.zeros(len(Losses._fields), device=device)
@@ -79,12 +87,17 @@ class State:
                 raise InputError(
                     f"{path}: series: expected the {was} training scans of the run, got {got}, not the same"
                 )
+            step, found = int(checkpoint["step"]), checkpoint["found"]
+            if not 0 <= step <= self.last:
+                raise ValueError(f"step {step} of {self.last}")
+            if found.dtype != torch.float32 or found.shape[1:] != (8,) or not found.isfinite().all():
+                raise ValueError(f"boxes of {found.dtype} {tuple(found.shape)} in unlabelled scans")
             for name in self._PARTS:
                 getattr(self, name).load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
             self.sums.copy_(checkpoint["sums"])
-            self.summed, self.step = checkpoint["summed"], checkpoint["step"]
-            self.seconds, self.found = checkpoint["seconds"], checkpoint["found"]
+            self.summed, self.step = int(checkpoint["summed"]), step
+            self.seconds, self.found = float(checkpoint["seconds"]), found
 
 
 def build_model(config: Config) -> Detector:
@@ -96,7 +109,11 @@ def build_model(config: Config) -> Detector:
         blocks=config.blocks,
         channels=config.channels,
     )
-    return model.to(memory_format=torch.channels_last_3d)
+    return _channels_last(model)
+
+
+def _channels_last(model: nn.Module) -> Any:
+    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Config, nn.Module]:
@@ -108,9 +125,10 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Confi
     path = Path(run) / CHECKPOINT
     with _reading(path) as checkpoint:
         config = config_of(checkpoint["config"], path)
-        average = AveragedModel(build_model(config))
-        average.load_state_dict(checkpoint["average"])
-    return config, average.module.to(device)
+        with torch.device("meta"):  # no memory but that of the file
+            average = AveragedModel(build_model(config))
+        average.load_state_dict(checkpoint["average"], assign=True)
+    return config, _channels_last(average.module.to(device, torch.float32))
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
@@ -142,19 +160,59 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """A checkpoint; whatever is wrong with it becomes an InputError."""
+    """A checkpoint, in a small multiple of its file's size; whatever is wrong with it becomes an InputError."""
     if not path.is_file():
         raise InputError(f"{path}: expected the checkpoint of a run, found no such file")
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is no checkpoint at all
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            size = os.fstat(file.fileno()).st_size
+            checkpoint = torch.load(_examined(file, size), map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
-            raise TypeError
+            raise TypeError("no dict")
+        if (taken := sum(tensor.nbytes for tensor in _tensors(checkpoint, set()))) > size:
+            raise ValueError(f"{size} bytes that become tensors of {taken}")
         yield checkpoint
     except InputError:
         raise
     except (
-        RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError
+        RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError,
+        OverflowError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
-        raise InputError(f"{path}: expected a whole checkpoint of this version") from error
+        raise InputError(f"{path}: expected a whole checkpoint of this version, got {first_line(error)}") from error
+
+
+def _examined(file: BinaryIO, size: int) -> BinaryIO:
+    """The archive once more, as it was checked: nothing packed, damaged or dangerous is in it.
+
+    Raises:
+        zipfile.BadZipFile, ValueError: something is.
+    """
+    checked = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(checked, "w") as copy:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed data")
+        if (unpacked := sum(entry.file_size for entry in entries)) > size:
+            raise ValueError(f"{size} bytes that unpack to {unpacked}")
+        for entry in entries:
+            content = archive.read(entry)  # and its checksum
+            if entry.filename.lower().endswith("data.pkl"):  # torch reads names so
+                for opcode, name, _ in pickletools.genops(content):
+                    if "GLOBAL" in opcode.name and name not in _NAMES:
+                        raise ValueError(f"a call of {reprlib.repr(name)}")
+            copy.writestr(entry.filename, content)
+    checked.seek(0)
+    return checked
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in dicts, lists and tuples, once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part, seen)

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ from tqdm import tqdm
 from . import froc, report
 from .config import CONFIG, Config, load_config
 from .detection import Detections, detect
-from .errors import InputError
-from .files import atomic_write
-from .losses import Losses, draw, focalmix_loss, supervised_loss
+from .errors import InputError, first_line
+from .files import atomic_write, own_folder
+from .losses import draw, focalmix_loss, supervised_loss
 from .luna16 import LUNA16, Volume
 from .monitor import METRICS, Interrupt, Metrics, Stopwatch
-from .patches import PatchDataset, patch_loader
+from .patches import PatchDataset, collate, patch_loader
 from .processes import any_process, choose_device, place, process_group, sum_of_ranks
 from .state import BURN_IN, CHECKPOINT, State, autocast
 
@@ -45,12 +45,12 @@ def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
             volume,
             patch_size=config.search_size,
             overlap=config.overlap,
-            window=config.window,
+            window=(config.window[0], config.window[1]),
             nms_threshold=config.nms_threshold,
         )
 
 
-CANDIDATES, EVALUATION = "candidates.csv", "evaluation.json"
+CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
 PLACES = 5
 """FocalMix: the most places of an unlabelled scan that patches are placed on."""
 
@@ -84,20 +84,28 @@ def train(
         The evaluation on the test scans; None without test subsets.
 
     Raises:
-        InputError: bad data; a broken checkpoint; ``out`` holds another configuration, or any run without ``resume``.
-        FloatingPointError: the loss is no longer finite; the last good checkpoint stays.
+        InputError: bad data; a broken checkpoint; ``out`` holds another configuration, or any run without ``resume``;
+            another process is at work in ``out``.
+        FloatingPointError: the loss or its gradient is no longer finite; the last good checkpoint stays, and the batch
+            of the first such step is in ``bad_batch.pt``.
+        ChildProcessError: a process that reads patches died.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     out, device = Path(out), choose_device(config.device)
-    with process_group(device):
+    with process_group(device), own_folder(out) if place()[0] == 0 else contextlib.nullcontext():
         _claim(out, config, resume)
         data, scans = _open_data(config, root)
         state = State(config, device)
         if (out / CHECKPOINT).exists():
             state.load(out / CHECKPOINT, scans.train)
         stopwatch = Stopwatch(device, profile)
-        with Interrupt() as interrupt:
-            _fit(config, state, data, scans, out, interrupt, stopwatch)
+        try:
+            with Interrupt() as interrupt:
+                _fit(config, state, data, scans, out, interrupt, stopwatch)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ChildProcessError(f"{out}: {first_line(error)} --resume continues the run") from error
         return _report(config, state, data, scans, out, stopwatch)
 
 
@@ -110,6 +118,7 @@ def _fit(
     forward = state.model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
     metrics = Metrics(out, state.step)
     batches = _batches(config, data, scans, state, stopwatch)
+    health: list[torch.Tensor] = []  # of each step since the last check: loss, norm of the gradient
     bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
     began = time.monotonic() - state.seconds
     with contextlib.closing(metrics), contextlib.closing(batches), contextlib.closing(bar):
@@ -133,11 +142,13 @@ def _fit(
             stopwatch.lap("backward")
 
             state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+            # a scaler itself leaves out the steps of which the gradient is not finite
+            health.append(torch.stack([loss.detach(), torch.zeros_like(norm) if state.scaler.is_enabled() else norm]))
             state.scaler.step(state.optimizer)
             state.scaler.update()
             state.optimizer.zero_grad()
-            rate = state.scheduler.get_last_lr()[0]
+            rate = float(state.scheduler.get_last_lr()[0])
             state.scheduler.step()
             state.average.update_parameters(state.model)
             state.sums += torch.stack(losses).detach()
@@ -150,11 +161,12 @@ def _fit(
             log = last or validate or state.step % config.log_every == 0
             stop = interrupt.requested if world == 1 else log and any_process(interrupt.requested, device)
             save = last or stop or state.step % config.checkpoint_every == 0
-            if log or save:
-                row = _finite_means(state, config, out)
+            if log or save or state.step == config.burn_in:
+                _check_finite(health, config, state, data, scans, out)
+                health.clear()
                 state.seconds = time.monotonic() - began
             if log:
-                row |= {"lr": rate, "seconds": round(state.seconds, 1)}
+                row = _means(state, config) | {"lr": rate, "seconds": round(state.seconds, 1)}
                 if validate:
                     found = _search_all(config, state.average.module, data, scans.validation)
                     row["val_cpm"] = data.evaluate(_candidates(found), scans.validation, bootstraps=0).cpm
@@ -174,18 +186,15 @@ def _fit(
 
 def _batches(
     config: Config, data: LUNA16, scans: Scans, state: State, stopwatch: Stopwatch
-) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+) -> Generator[tuple[dict[str, Any], dict[str, Any] | None], None, None]:
     """Labelled and unlabelled patches of every step from the state's on; of the latter None until they come in."""
     (rank, world), start = place(), state.step
 
-    def loader(series: Sequence[str], positive: float, size: int, first: int, **drawn: Any) -> Iterator[dict[str, Any]]:
-        patches = PatchDataset(
-            data, series, patch_size=config.patch_size, positive=positive, length=config.steps * size, **drawn
-        )
-        share = {"batch_size": size // world, "rank": rank, "world_size": world}
+    def loader(patches: PatchDataset, first: int) -> Iterator[dict[str, Any]]:
+        share = {"batch_size": len(patches) // config.steps // world, "rank": rank, "world_size": world}
         return iter(patch_loader(patches, start=first, workers=config.workers, **share))
 
-    labeled = loader(scans.train, config.positive, config.batch_size, start, seed=config.seed)
+    labeled = loader(_labeled(config, data, scans), start)
     if config.method == "supervised" or config.burn_in >= config.steps:
         yield from zip(labeled, itertools.repeat(None))
         return
@@ -195,11 +204,33 @@ def _batches(
         state.found = _rows(_search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled)
         stopwatch.lap("search")
     stopwatch.forget()
-    found = state.found.numpy()
-    around = {uid: found[found[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)}
-    positive, size = config.unlabeled_positive, config.unlabeled_batch_size
-    unlabeled = loader(scans.unlabeled, positive, size, first, seed=config.seed + 2**62, around=around)
-    yield from zip(labeled, unlabeled, strict=True)
+    yield from zip(labeled, loader(_unlabeled(config, data, scans, state.found), first), strict=True)
+
+
+def _labeled(config: Config, data: LUNA16, scans: Scans) -> PatchDataset:
+    """The labelled patches of all steps."""
+    return PatchDataset(
+        data,
+        scans.train,
+        patch_size=config.patch_size,
+        positive=config.positive,
+        length=config.steps * config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _unlabeled(config: Config, data: LUNA16, scans: Scans, found: torch.Tensor) -> PatchDataset:
+    """The unlabelled patches of all steps, around what was found."""
+    rows = found.numpy()
+    return PatchDataset(
+        data,
+        scans.unlabeled,
+        patch_size=config.patch_size,
+        positive=config.unlabeled_positive,
+        length=config.steps * config.unlabeled_batch_size,
+        seed=config.seed + 2**62,
+        around={uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)},
+    )
 
 
 def _rows(found: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
@@ -355,15 +386,37 @@ def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     return moved
 
 
-def _finite_means(state: State, config: Config, out: Path) -> dict[str, float]:
+def _means(state: State, config: Config) -> dict[str, float]:
     """Mean losses of the joint batch since the last row."""
-    means = Losses(*(sum_of_ranks(state.sums) / max(state.summed, 1)).tolist())
-    loss = means.classification + config.box_weight * means.box
-    if not math.isfinite(loss):
+    classification, box, positives = (sum_of_ranks(state.sums) / max(state.summed, 1)).tolist()
+    loss = classification + config.box_weight * box
+    return {"loss": loss, "loss_cls": classification, "loss_box": box, "positives": positives}
+
+
+def _check_finite(
+    health: Sequence[torch.Tensor], config: Config, state: State, data: LUNA16, scans: Scans, out: Path
+) -> None:
+    """Stop where a loss or a gradient was not finite, and keep the joint batch of the first such step."""
+    first = state.step - len(health)
+    for step, (loss, norm) in enumerate(sum_of_ranks(torch.stack(list(health))).tolist(), start=first):
+        if math.isfinite(loss) and math.isfinite(norm):
+            continue
+        if place()[0] == 0:
+            patches = {"labeled": (_labeled(config, data, scans), config.batch_size)}
+            if config.method == "focalmix" and step >= config.burn_in:
+                patches["unlabeled"] = (_unlabeled(config, data, scans, state.found), config.unlabeled_batch_size)
+            batch = {
+                name: collate([dataset[i] for i in range(step * size, (step + 1) * size)])
+                for name, (dataset, size) in patches.items()
+            }
+            with atomic_write(out / BAD_BATCH) as temporary:
+                torch.save({"step": step + 1, **batch}, temporary)
+        what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         kept = "holds an earlier step" if (out / CHECKPOINT).exists() else "is not yet written"
-        advice = "try a lower learning_rate or clip in a new folder"
-        raise FloatingPointError(f"step {state.step}: the loss is {loss}; {out / CHECKPOINT} {kept}; {advice}")
-    return {"loss": loss, "loss_cls": means.classification, "loss_box": means.box, "positives": means.positives}
+        raise FloatingPointError(
+            f"step {step + 1}: {what}; {out / BAD_BATCH} holds its batch, {out / CHECKPOINT} {kept}; "
+            "try a lower learning_rate or clip in a new folder"
+        )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -296,34 +294,3 @@ def test_candidates_that_do_not_fit(run, data, tmp_path, capsys):
         refuses(capsys, ["evaluate", bad, data], *words)
     refuses(capsys, ["evaluate", tmp_path / "none.csv", data], "none.csv")
     refuses(capsys, ["evaluate", run / "candidates.csv", data, "--subsets=4"], "4")
-
-
-@pytest.mark.parametrize("command", ["phantom", "train", "detect"])
-def test_a_full_disk(run, data, tmp_path, command):
-    """Files may not grow beyond a limit: the command says so, and what was there before is whole."""
-    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
-    argv, limit = {
-        "phantom": (["phantom", tmp_path / "new", "--size=tiny", "--scans=1", "--workers=1"], 100_000),
-        "train": ([*train_arguments(data, run), "--resume", "--workers=0"], 4_000),
-        "detect": (["detect", run, scan, "--out", run / "new.csv", "--device=cpu"], 100),
-    }[command]
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    if command == "train":  # as if stopped before the end: the checkpoint is to be replaced
-        shutil.rmtree(run)
-        argv.remove("--resume")
-    done = subprocess.run(
-        [sys.executable, "-m", "fmkernels", *map(str, argv)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    message = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert done.returncode == 2 and message.startswith("fmkernels: "), done.stderr
-    assert "Traceback" not in done.stderr
-    if command == "train":
-        assert not (run / "checkpoint.pt").exists()
-    else:
-        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-    assert not list(tmp_path.rglob(".*.partial")) and not (tmp_path / "new" / "annotations.csv").exists()

@@ -1,6 +1,7 @@
 """The training loop: what a run leaves behind, resuming bit for bit, several processes, and every way to stop."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -183,20 +184,49 @@ def test_a_signal_stops_after_a_checkpoint(whole, luna_folder, tmp_path, monkeyp
     assert metrics(run) == metrics(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(luna_folder, tmp_path, monkeypatch):
-    stock, calls = loop.supervised_loss, []
+@pytest.mark.parametrize("method", ["supervised", "focalmix"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
+    luna_folder, tmp_path, monkeypatch, method, where
+):
+    """The checkpoint before stays, also where the broken step is one that would be saved."""
+    config = TINY if method == "supervised" else FOCALMIX
+    config = replace(config, steps=12, burn_in=4, log_every=5)
+    stock, calls, seen = getattr(loop, f"{method}_loss"), itertools.count(1 if method == "supervised" else 5), {}
 
-    def step(*args):
-        calls.append(1)
-        losses = stock(*args)
-        return losses if len(calls) < 6 else losses._replace(box=losses.box * math.nan)
+    def step(model, *arguments):
+        labeled, unlabeled = (arguments[0], None) if method == "supervised" else arguments[1:3]
+        losses, number = stock(model, *arguments), next(calls)
+        if number != 8:
+            return losses
+        seen.update(labeled=labeled["image"], unlabeled=unlabeled)
+        if where == "loss":
+            return losses._replace(box=losses.box * math.nan)
+        parameter = next(model.parameters())
+        return losses._replace(box=losses.box + (parameter - parameter.detach()).sqrt().sum())  # 0, its slope infinite
 
-    monkeypatch.setattr(loop, "supervised_loss", step)
-    with pytest.raises(FloatingPointError, match="step 6: the loss is nan"):
-        train(TINY, luna_folder, tmp_path / "run")
-    checkpoint = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    monkeypatch.setattr(loop, f"{method}_loss", step)
+    run = tmp_path / "run"
+    what = "loss is nan" if where == "loss" else "norm of the gradient is (inf|nan)"
+    with pytest.raises(FloatingPointError, match=rf"step 8: the {what}; .*bad_batch\.pt"):
+        train(config, luna_folder, run)
+    checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
     assert checkpoint["step"] == 4
-    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+    assert all(v.isfinite().all() for part in ("model", "average") for v in checkpoint[part].values())
+    batch = torch.load(run / "bad_batch.pt", weights_only=True)
+    assert batch["step"] == 8 and torch.equal(batch["labeled"]["image"], seen["labeled"])
+    assert len(batch["labeled"]["boxes"]) == len(batch["labeled"]["series"]) == config.batch_size
+    assert ("unlabeled" in batch) == (method == "focalmix")
+    if method == "focalmix":
+        assert torch.equal(batch["unlabeled"]["image"], seen["unlabeled"])
+
+
+def test_a_burn_in_that_is_not_finite_is_not_kept(luna_folder, tmp_path, monkeypatch):
+    stock = loop.supervised_loss
+    monkeypatch.setattr(loop, "supervised_loss", lambda *a: stock(*a)._replace(box=torch.tensor(math.inf)))
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is inf; .*checkpoint\.pt is not yet written"):
+        train(replace(TINY, burn_in=3, log_every=8, checkpoint_every=8), luna_folder, tmp_path)
+    assert not (tmp_path / "burn_in.pt").exists() and not (tmp_path / CHECKPOINT).exists()
 
 
 def test_a_folder_with_another_run_is_refused(whole, luna_folder):
@@ -421,6 +451,33 @@ def test_schedules():
         ("temperature", 0.0),
         ("eta", 0.0),
         ("image_mixup", 1),
+        ("spacing", (1e-9, 1.0, 1.0)),
+        ("spacing", (1e9, 1.0, 1.0)),
+        ("window", (-math.inf, math.inf)),
+        ("window", (math.nan, 600.0)),
+        ("patch_size", (512, 512, 512)),
+        ("search_size", (2**40, 8, 8)),
+        ("patch_size", (64.0, 64, 64)),
+        ("widths", (4096, 4096, 4096)),
+        ("widths", (4,) * 9),
+        ("widths", ()),
+        ("blocks", (65, 1, 1)),
+        ("channels", 2**20),
+        ("diameters", (5.0,) * 60),
+        ("diameters", (5.0, 10.0, 1e6)),
+        ("diameters", (5.0, 10.0, math.inf)),
+        ("overlap", 25),
+        ("batch_size", 2**20),
+        ("unlabeled_batch_size", 2**20),
+        ("objects", 2**20),
+        ("workers", 2**20),
+        ("steps", 2**40),
+        ("steps", 10**400),
+        ("gamma", 10**400),
+        ("warmup", math.inf),
+        ("seed", -(2**70)),
+        ("cache", "a\0b"),
+        ("cache", "\ud800"),
     ],
 )
 def test_bad_configurations(field, value):

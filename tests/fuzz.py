@@ -1,0 +1,298 @@
+"""Random cases for as long as one likes: ``python -m tests.fuzz --minutes 5``.
+
+Operations run on the CPU path, in one thread and in several, against the float64 reference within the table of
+tolerances: shapes, types, orders of memory, parameters, ``out=`` and mixes as the property tests draw them, but anew
+with every seed. Files (.mhd, tables, configurations, checkpoints, caches, metrics) are damaged and must be read as they
+are or refused with an InputError: no other exception, no hang, no gigabytes.
+
+Hypothesis draws the cases and makes the failing ones small; each is printed as a few lines of Python.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import pkgutil
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import fmkernels.cpu
+from fmkernels.focalmix.config import Config, load_config
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.froc import read_candidates, write_candidates
+from fmkernels.focalmix.luna16 import LUNA16, load_volume
+from fmkernels.focalmix.monitor import Metrics
+from fmkernels.focalmix.state import State, build_model, load_run
+from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.test_train import TINY
+
+CHECKS = {
+    "soft_target_focal_loss": ("check_case",),
+    "mixup3d": ("check_values", "check_gradients"),
+    "crop_and_resize3d": ("check_case",),
+    "object_mixup3d": ("check_case",),
+    "predict_targets": ("check_case",),
+}
+"""Operations, and what their property tests check of a case."""
+
+PER_ROUND = 40
+SECONDS, BYTES = 20, 4 << 30
+"""What reading a damaged file may take at most: of time, and of memory beyond what there was before."""
+
+TOKENS = (
+    b"", b"0", b"-1", b"1e999", b"nan", b"inf", b"9" * 5000, b"99999999999", b"1e-320", b"\0", b"\xff", b"\xed\xa0\x80",
+    b"\n", b"\r", b'"', b",", b"=", b":", b"{", b"[" * 5000, b"../", b"/etc/passwd", b"LOCAL", b" " * 70_000,
+    b"x" * 140_000,
+)  # fmt: skip
+
+
+def check(target: str, case: Mapping[str, Any]) -> None:
+    """Run one case; an exception says what is wrong with it."""
+    if target in CHECKS:
+        check_operation(target, **case)
+    else:
+        check_file(target, **case)
+
+
+def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
+    """Against the reference, with the loops cut into as many parts as there are threads, wherever that may be."""
+    module = importlib.import_module(f"tests.test_{name}")
+    with contextlib.ExitStack() as stack:
+        if threads > 1:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+            for part in pkgutil.iter_modules(fmkernels.cpu.__path__):
+                cpu = importlib.import_module(f"fmkernels.cpu.{part.name}")
+                if part.name != "compiled" and hasattr(cpu, "shared"):
+                    stack.enter_context(mock.patch.object(cpu, "shared", functools.partial(cut_small, cpu.shared)))
+        for function in CHECKS[name]:
+            getattr(module, function)(case, "cpu")
+
+
+def cut_small(shared: Callable, loop: Callable, size: int, least: int, *arguments: object) -> None:
+    """As ``shared``, with parts of any size."""
+    shared(loop, size, 1, *arguments)
+
+
+def operation_cases(name: str) -> st.SearchStrategy:
+    case = importlib.import_module(f"tests.test_{name}").CASE
+    return st.fixed_dictionaries({"case": case, "threads": st.sampled_from([1, 1, 2, 3])})
+
+
+def write_originals(folder: Path) -> dict[str, Path]:
+    """A data set, a run and its results, all whole; the file of each kind that is damaged."""
+    data = write_luna(folder / "luna", SCANS[:1])
+    (data / "cache").mkdir()
+    LUNA16(data, cache=data / "cache").prepare(workers=1, progress=False)
+    (cached,) = data.glob("cache/.cache*/*.npy")
+    run = folder / "run"
+    run.mkdir()
+    State(TINY, torch.device("cpu")).save(run / "checkpoint.pt", TINY, ["1.2.3"])
+    (run / "config.json").write_text(json.dumps(asdict(TINY)))
+    rows = "".join(f"{step},0.5,0.25,0.25,3,0.001,,{step}.5\n" for step in range(2, 9, 2))
+    (run / "metrics.csv").write_text("step,loss,loss_cls,loss_box,positives,lr,val_cpm,seconds\n" + rows)
+    write_candidates(run / "candidates.csv", {SCANS[0].uid: [[-160.5, -140.25, -280, 0.75], [-150, -130, -270, 0.5]]})
+    return {
+        "header": data / "subset0" / f"{SCANS[0].uid}.mhd",
+        "annotations": data / "annotations.csv",
+        "excluded": data / "annotations_excluded.csv",
+        "series": data / "seriesuids.csv",
+        "cache": cached,
+        "candidates": run / "candidates.csv",
+        "metrics": run / "metrics.csv",
+        "config": run / "config.json",
+        "checkpoint": run / "checkpoint.pt",
+    }
+
+
+def read(target: str, path: Path) -> None:
+    """What reads the file, and uses what it says as far as that takes little time."""
+    luna, run = path.parents[1], path.parent
+    if target == "header":
+        load_volume(path, (1.0, 1.0, 1.0))
+    elif target in ("annotations", "excluded", "series"):
+        data = LUNA16(run, cache=run / "cache")
+        data.evaluate({}, data.series, bootstraps=10)
+        data.volume(data.series[0])
+    elif target == "cache":
+        volume = LUNA16(luna.parent, cache=luna).volume(SCANS[0].uid)
+        volume.boxes(volume.to_world([[0, 0, 0]]).repeat(2, 0)[:, [0, 1, 2, 2]])
+    elif target == "candidates":
+        candidates = read_candidates(path)
+        LUNA16(luna / "luna").evaluate(candidates, [SCANS[0].uid], bootstraps=10)
+    elif target == "metrics":
+        Metrics(run, 8).close()
+    else:
+        config = load_config(run) if target == "config" else load_run(run)[0]
+        with torch.device("meta"):
+            build_model(config)
+        if target == "checkpoint":
+            State(TINY, torch.device("cpu")).load(path, ["1.2.3"])
+
+
+@functools.cache
+def originals() -> tuple[tempfile.TemporaryDirectory, dict[str, Path], dict[str, bytes]]:
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+    paths = write_originals(Path(folder.name))
+    return folder, paths, {target: path.read_bytes() for target, path in paths.items()}
+
+
+def check_file(target: str, damage: list[tuple], values: Mapping[str, Any] | None = None) -> None:
+    """Damage one of the files, and read it: as it is, or an InputError."""
+    _, paths, contents = originals()
+    path, content = paths[target], contents[target]
+    try:
+        if values and target == "checkpoint":
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["config"].update(values)
+            torch.save(checkpoint, path)
+            content = path.read_bytes()
+        elif values:
+            content = json.dumps({**json.loads(content), **values}).encode()
+        for step in damage:
+            content = damaged(content, *step)
+        path.write_bytes(content)
+        with guarded(), contextlib.suppress(InputError):
+            read(target, path)
+    finally:
+        path.write_bytes(contents[target])
+
+
+def damaged(content: bytes, kind: str, place: int, token: int) -> bytes:
+    """A bit turned, a part lost or doubled, something put in, a number replaced."""
+    at, length = place % (len(content) + 1), 1 + token % 64
+    if kind == "flip" and at < len(content):
+        return content[:at] + bytes([content[at] ^ (1 << token % 8)]) + content[at + 1 :]
+    if kind == "cut":
+        return content[:at]
+    if kind == "lose":
+        return content[:at] + content[at + length :]
+    if kind == "double":
+        return content[: at + length] + content[at:]
+    if kind == "insert":
+        return content[:at] + TOKENS[token % len(TOKENS)] + content[at:]
+    if kind == "number" and (numbers := list(re.finditer(rb"-?\d[\d.e+-]*", content[:10_000]))):
+        number = numbers[place % len(numbers)]
+        return content[: number.start()] + TOKENS[token % len(TOKENS)] + content[number.end() :]
+    return content
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Raise TimeoutError or MemoryError in a block that takes too much, where the system can."""
+    with contextlib.ExitStack() as stack:
+        if hasattr(signal, "setitimer"):
+            stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, too_long))
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        if sys.platform == "linux":
+            import resource
+
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, limits)
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, limits[1]))
+        yield
+
+
+def too_long(number: int, frame: object) -> None:
+    raise TimeoutError(f"it takes more than {SECONDS} s")
+
+
+DAMAGE = st.tuples(
+    st.sampled_from(["number", "flip", "cut", "lose", "double", "insert"]), st.integers(0, 10**6), st.integers(0, 511)
+)
+NUMBERS = st.integers() | st.integers(-(10**30), 10**30) | st.floats() | st.sampled_from([0, 1, 2**31, 2**63, 10**400])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5), lambda part: st.lists(part, max_size=5), max_leaves=8
+)
+SETTINGS = st.dictionaries(st.sampled_from([option.name for option in fields(Config)]), VALUES, min_size=1, max_size=2)
+
+
+def file_cases(target: str) -> st.SearchStrategy:
+    damage = st.lists(DAMAGE, min_size=1, max_size=4)
+    case = st.fixed_dictionaries({"damage": damage})
+    if target in ("config", "checkpoint"):
+        return case | st.fixed_dictionaries({"damage": st.just([]), "values": SETTINGS})
+    return case
+
+
+def run(target: str, number: int, end: float) -> tuple[int, str]:
+    """A round of cases of one target until a time: how many ran, and how the smallest that failed is run again."""
+    count, last = 0, {}
+
+    @seed(number)
+    @settings(
+        max_examples=PER_ROUND,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation_cases(target) if target in CHECKS else file_cases(target))
+    def each(case: dict) -> None:
+        nonlocal count, last
+        if time.monotonic() < end:
+            count, last = count + 1, case
+            check(target, case)
+
+    try:
+        each()
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        needed = "import torch\nfrom math import inf, nan\nfrom tests.fuzz import check"
+        return count, f"# {what[:200]}\n{needed}\ncheck({target!r}, {last})"
+    return count, ""
+
+
+def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int, str]]:
+    """Round after round, until the time is over: of each target the number of cases, and its first failure."""
+    found = dict.fromkeys(targets, (0, ""))
+    end, number = time.monotonic() + seconds, first
+    while time.monotonic() < end and not all(failure for _, failure in found.values()):
+        for target in targets:
+            before, failure = found[target]
+            if not failure and time.monotonic() < end:
+                count, failure = run(target, number, end)
+                found[target] = before + count, failure
+        number += 1
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 where all went well, else 1."""
+    targets = [*CHECKS, *originals()[1]]
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="of the first round (default: the time)")
+    parser.add_argument("--only", nargs="+", choices=targets, default=targets)
+    arguments = parser.parse_args(argv)
+    first = int(time.time()) if arguments.seed is None else arguments.seed
+    print(f"seed {first}", flush=True)
+    found = fuzz(60 * arguments.minutes, first, arguments.only)
+    for target, (count, failure) in found.items():
+        print(f"{target:<24}{count:>8} cases{'  FAILED' if failure else ''}")
+    print(f"{'all':<24}{sum(count for count, _ in found.values()):>8} cases")
+    for _, failure in found.values():
+        if failure:
+            print(f"\n{failure}")
+    return int(any(failure for _, failure in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The fuzzer itself: a short run finds nothing, and what it would find it makes small and prints as a program."""
+
+import pytest
+
+from fmkernels.focalmix.errors import InputError
+from tests import fuzz, test_predict_targets
+
+
+def test_five_seconds_find_nothing(capsys):
+    code = fuzz.main(["--minutes", f"{5 / 60}", "--seed", "1"])
+    report = capsys.readouterr().out
+    assert code == 0, report
+    counts = {line.split()[0]: int(line.split()[1]) for line in report.splitlines() if line.endswith(" cases")}
+    assert counts.pop("all") == sum(counts.values()) > 0
+    assert counts.keys() == {*fuzz.CHECKS, *fuzz.originals()[1]}
+
+
+def again(report: str) -> None:
+    """Run what was printed."""
+    exec(report[report.index("import torch") :], {})
+
+
+def test_a_wrong_operation_is_found(monkeypatch, capsys):
+    stock = test_predict_targets.check_case
+
+    def wrong(case, device="cpu"):
+        stock(case, device)
+        assert case["temperature"] > 0.3 or case["shape"][1] < 2
+
+    monkeypatch.setattr(test_predict_targets, "check_case", wrong)
+    assert fuzz.main(["--minutes", "1", "--seed", "1", "--only", "predict_targets"]) == 1
+    report = capsys.readouterr().out
+    assert "predict_targets" in report and "FAILED" in report and "'temperature': 0.05" in report
+    assert "'shape': (1, 2, " in report  # as small as can be
+    with pytest.raises(AssertionError):
+        again(report)
+
+
+@pytest.mark.parametrize("error", [KeyError("steps"), RecursionError(), MemoryError(), TimeoutError()])
+def test_an_unexpected_exception_is_found(monkeypatch, capsys, error):
+    stock = fuzz.load_config
+
+    def wrong(run):
+        try:
+            return stock(run)
+        except InputError:
+            raise error from None
+
+    monkeypatch.setattr(fuzz, "load_config", wrong)
+    assert fuzz.main(["--minutes", "1", "--seed", "1", "--only", "config"]) == 1
+    report = capsys.readouterr().out
+    assert type(error).__name__ in report
+    with pytest.raises(type(error)):
+        again(report)
+
+
+def test_what_hangs_or_takes_memory_is_stopped(monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+
+    def hang(run):
+        while True:
+            pass
+
+    def fill(run):
+        return bytearray(2 * fuzz.BYTES)
+
+    for wrong, error in ((hang, TimeoutError), (fill, MemoryError)):
+        monkeypatch.setattr(fuzz, "load_config", wrong)
+        with pytest.raises(error):
+            fuzz.check("config", {"damage": []})
+
+
+@pytest.mark.parametrize("kind", ["number", "flip", "cut", "lose", "double", "insert"])
+def test_damage_is_done_anywhere_and_the_file_is_whole_again_afterwards(kind):
+    content = b"a 12 b 3.5e2 c"
+    results = {fuzz.damaged(content, kind, place, token) for place in range(40) for token in range(40)}
+    assert len(results - {content}) > 2
+    _, paths, contents = fuzz.originals()
+    fuzz.check("config", {"damage": [(kind, 17, 3)]})
+    assert paths["config"].read_bytes() == contents["config"]

@@ -26,7 +26,7 @@ SWITCHES = ("TRITON_INTERPRET", "TRITON_DEBUG", "CUDA_VISIBLE_DEVICES", "CUDA_LA
 """Environment variables that change what runs or how."""
 
 _WINDOW = (-1200.0, 600.0)
-_Comparison = tuple[str, Tensor, Tensor]  # what it is of, what came, what was expected
+_Comparison = tuple[str, Tensor | None, Tensor | None]  # what it is of, what came, what was expected
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def _examine(op: str, test: Callable, device: torch.device, path: str, launch: s
     return Result(op, device, path, launch, errors, seconds, problem)
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def _error(actual: Tensor | None, expected: Tensor | None) -> float:
+    if actual is None or expected is None:
+        raise ValueError("expected a gradient, got none")
     if actual.shape != expected.shape:
         raise ValueError(f"expected a result of shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     difference = (actual.detach().cpu().double() - expected.detach()).abs() / (1 + expected.detach().abs())
@@ -230,16 +232,17 @@ def _mixup3d(device: torch.device) -> Iterator[_Comparison]:
     scans = torch.randint(-1500, 900, (3, 2, 4, 5, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
     lam, index = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([1, 2, 1])
     flips = torch.tensor([0, 5, 2], dtype=torch.uint8)
-    on_device = lam.to(device), index.to(device)
 
     def plain(volumes: Tensor) -> Tensor:
         x = torch.stack([_flipped(_windowed(v), mask) for v, mask in zip(volumes, flips, strict=True)])
         share = lam.double().reshape(-1, 1, 1, 1, 1)
         return share * x + (1 - share) * x[index]
 
-    given = {"flips": flips.to(device), "window": _WINDOW}
-    yield "forward", functional.mixup3d(scans.to(device), *on_device, **given), plain(scans.double())
-    yield from _gradient(lambda x: functional.mixup3d(x, *on_device, **given), plain, scans, device)
+    def mix(volumes: Tensor) -> Tensor:
+        return functional.mixup3d(volumes, lam.to(device), index.to(device), flips=flips.to(device), window=_WINDOW)
+
+    yield "forward", mix(scans.to(device)), plain(scans.double())
+    yield from _gradient(mix, plain, scans, device)
 
 
 def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:

@@ -1,6 +1,7 @@
 """Modules that hold hyper-parameters and call fmkernels.functional."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ __all__ = ["SoftTargetFocalLoss"]
 
 
 class SoftTargetFocalLoss(nn.Module):
-    """Focal loss for soft targets; see :func:`fmkernels.functional.soft_target_focal_loss`.
+    """Focal loss for soft targets; see :func:`fmkernels.soft_target_focal_loss`.
 
     Args:
         alpha0: weight of the loss at y = 0.
@@ -37,7 +38,7 @@ class SoftTargetFocalLoss(nn.Module):
         weight: Tensor | Sequence[Tensor] | None = None,
         normalizer: float | Tensor | None = None,
         mix: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | Sequence[Tensor]:
+    ) -> Tensor | Any:
         return functional.soft_target_focal_loss(
             logits,
             targets,

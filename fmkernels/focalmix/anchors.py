@@ -27,7 +27,7 @@ class Anchors:
     """
 
     strides: tuple[int, ...]
-    sizes: tuple[tuple[tuple[float, float, float], ...], ...]
+    sizes: tuple[tuple[tuple[float, ...], ...], ...]
 
     def __post_init__(self) -> None:
         if not self.strides or len(self.strides) != len(self.sizes) or len({len(level) for level in self.sizes}) != 1:
@@ -51,7 +51,7 @@ class Anchors:
         """Number of anchors at each place of a level."""
         return len(self.sizes[0])
 
-    def grids(self, patch_size: Sequence[int]) -> list[tuple[int, int, int]]:
+    def grids(self, patch_size: Sequence[int]) -> list[tuple[int, ...]]:
         """(D, H, W) of each level for a patch, whose sides must be multiples of every stride."""
         if any(side % stride for side in patch_size for stride in self.strides):
             raise ValueError(f"patch size: expected multiples of the strides {self.strides}, got {tuple(patch_size)}")
@@ -184,7 +184,7 @@ def _image_of(boxes: Sequence[Tensor]) -> Tensor:
     return index.to(boxes[0].device, non_blocking=True)
 
 
-def _closest(anchors: Anchors, grids: Sequence[tuple[int, int, int]], centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _closest(anchors: Anchors, grids: Sequence[Sequence[int]], centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Flat indices ``[n, K]`` of the anchors at the k places of each level closest to the centres, and which exist.
 
     The k <= 8 closest points of a grid lie within two steps of the closest, so that only those are looked at.
@@ -213,7 +213,7 @@ def _scatter_max(values: Tensor, key: Tensor, shape: torch.Size, least: float) -
     return torch.full(shape, least, device=values.device).scatter_reduce_(0, key.flatten(), values.flatten(), "amax")
 
 
-def _covered(anchors: Anchors, grids: Sequence[tuple[int, int, int]], ignore: Sequence[Tensor]) -> Tensor:
+def _covered(anchors: Anchors, grids: Sequence[Sequence[int]], ignore: Sequence[Tensor]) -> Tensor:
     """float32 ``[B, anchors]``: how many boxes of ``ignore`` each anchor is centred in."""
     boxes = torch.cat(list(ignore))
     image = torch.nn.functional.one_hot(_image_of(ignore), len(ignore)).float()  # [m, B]
@@ -242,7 +242,7 @@ def nms(boxes: Tensor, scores: Tensor, *, threshold: float, limit: int = 1000, k
         scores: float ``[n]``.
     """
     order = scores.argsort(descending=True, stable=True)[:limit]
-    kept = []
+    kept: list[Tensor] = []
     while len(order) and len(kept) < keep:
         first, rest = order[0], order[1:]
         kept.append(first)

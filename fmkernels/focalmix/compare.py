@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from .state import BURN_IN, CHECKPOINT
 from .train import CANDIDATES, EVALUATION, draw_scans, train
 
 BASELINE, FOCALMIX = "supervised", "FocalMix"
-ABLATIONS = {
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "image-mixup": ("no image MixUp", {"image_mixup": False}),
     "object-mixup": ("no object MixUp", {"object_mixup": False}),
     "soft-labels": ("hard pseudo-labels", {"pseudo_labels": "hard"}),
@@ -85,7 +86,10 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("compare: expected one process, got several; torchrun is for train")
     out = Path(out)
-    methods = {BASELINE: ("supervised", {"method": "supervised"}), FOCALMIX: ("focalmix", {"method": "focalmix"})}
+    methods: dict[str, tuple[str, dict[str, Any]]] = {
+        BASELINE: ("supervised", {"method": "supervised"}),
+        FOCALMIX: ("focalmix", {"method": "focalmix"}),
+    }
     for part in without:
         name, changes = ABLATIONS[part]
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
@@ -99,7 +103,8 @@ def compare(
         folders = {method: out / f"labeled-{count}" / own / f"seed-{seed}" for method, (own, _) in methods.items()}
         tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
         chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
-        if not (folders[name] / EVALUATION).exists() or load_config(folders[name]).result != chosen.result:
+        finished = load_config(folders[name]) if (folders[name] / EVALUATION).exists() else None
+        if finished is None or finished.result != chosen.result:
             if chosen.method == "focalmix" and chosen.loss == config.loss:
                 _share_burn_in(folders[BASELINE], folders[name])
             train(chosen, root, folders[name], resume=True)
@@ -133,10 +138,11 @@ def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> f
 
 def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
     """Both are means over the same seeds, bootstrapped with the same draws of scans and seeds."""
+    assert ours.interval is not None and ours.samples is not None and baseline.samples is not None
     gain = gain_interval = None
     if name != BASELINE and baseline.cpm > 0:
         gain = ours.cpm / baseline.cpm - 1
-        drawn, below = (mean.samples[:, ::10].mean(1) for mean in (ours, baseline))
+        drawn, below = (samples[:, ::10].mean(1) for samples in (ours.samples, baseline.samples))
         gains = np.divide(drawn, below, out=np.full_like(drawn, np.inf), where=below > 0) - 1
         lower, upper = np.quantile(gains, (0.025, 0.975), method="inverted_cdf").tolist()
         gain_interval = (lower, upper)

@@ -87,8 +87,8 @@ class Detector(nn.Module):
         self.deltas = nn.Conv3d(channels, per_place * 6, 1)
         for layer in (self.logits, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.logits.bias, -math.log((1 - PRIOR) / PRIOR))
+            nn.init.zeros_(layer.get_parameter("bias"))
+        nn.init.constant_(self.logits.get_parameter("bias"), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         features = []

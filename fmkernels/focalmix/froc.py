@@ -301,7 +301,7 @@ def average(runs: Sequence[Froc], *, seed: int = 0) -> Froc:
     if len(sizes) != 1 or runs[0].samples is None:
         raise ValueError(f"average: runs: expected bootstraps of the same scans and as many, got {sorted(sizes)}")
     drawn = np.random.default_rng(seed).integers(len(runs), size=(len(runs), runs[0].n_bootstraps, 1))
-    samples = np.take_along_axis(np.stack([run.samples for run in runs]), drawn, 0).mean(0)
+    samples = np.take_along_axis(np.stack([run.samples for run in runs if run.samples is not None]), drawn, 0).mean(0)
     interval, band = _intervals(samples)
     curves = [np.interp(BAND_RATES, np.append(0, run.fps_per_scan), np.append(0, run.sensitivities)) for run in runs]
     operating = np.mean([run.operating_sensitivities for run in runs], 0)

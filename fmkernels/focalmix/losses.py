@@ -37,7 +37,7 @@ class Draw(NamedTuple):
     """uint8 [views], masks, on the host; the first view is not flipped."""
     lam: Tensor
     """float32 [B], the share of each image."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment] # not the method of a tuple
     """int64 [B], its partner."""
     object_lam: Tensor
     """float32 [B * objects], the share of each object."""

@@ -157,8 +157,9 @@ class PatchDataset(Dataset):
         inside = np.array(voxels.shape) - self.patch_size
         low, high = np.minimum(inside, 0), np.maximum(inside, 0)
         steps = [max(size // 4, 1) for size in self.patch_size]
-        best, most = None, -1.0
-        for corner in rng.integers(low, high, size=(_TRIES, 3), endpoint=True):
+        corners = rng.integers(low, high, size=(_TRIES, 3), endpoint=True)
+        best, most = corners[0], -1.0
+        for corner in corners:
             region = _region(corner, self.patch_size, steps)
             tissue = float(np.mean(voxels[region] > _TISSUE))
             if tissue > most:
@@ -212,8 +213,8 @@ class _Batches:
     numbers: range
     size: int
 
-    def __iter__(self) -> Iterator[range]:
-        return (range(number * self.size, (number + 1) * self.size) for number in self.numbers)
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(number * self.size, (number + 1) * self.size)) for number in self.numbers)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -19,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import ArrayLike
 
 from .errors import InputError
 from .files import atomic_write
@@ -82,7 +82,7 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
                 label += f" [{froc.interval[0]:.3f}, {froc.interval[1]:.3f}]"
                 axes.fill_between(BAND_RATES, *(100 * froc.band), color=color, alpha=0.15, linewidth=0)
             sensitivity = np.interp(BAND_RATES, np.append(0, froc.fps_per_scan), np.append(0, froc.sensitivities))
-            marks = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": 10}
+            marks: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": 10}
             axes.plot(BAND_RATES, 100 * sensitivity, color=color, label=label, clip_on=False, zorder=3, **marks)
         axes.set_xscale("log", base=2)
         axes.set_xticks(OPERATING_POINTS, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
@@ -112,8 +112,8 @@ def draw_comparison(path: str | Path, points: Mapping[str, Sequence[tuple[float,
             labeled, cpm, lower, upper = np.array(rows, dtype=float).T
             shifted = labeled * 2 ** (0.03 * (number - (len(points) - 1) / 2))  # side by side
             errors = 100 * np.array([cpm - lower, upper - cpm]).clip(0)
-            marks = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLORS[number % len(_COLORS)]}
-            axes.errorbar(shifted, 100 * cpm, errors, label=name, capsize=3, **marks)
+            marker, color = _MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)]
+            axes.errorbar(shifted, 100 * cpm, errors, label=name, capsize=3, marker=marker, color=color)
         ticks = sorted({row[0] for rows in points.values() for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -211,7 +211,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         _draw_box(axes, box, _PREDICTED, linewidth=0.9, text=f"{score:.2f}", above=True)
 
 
-def _is_found(box: ArrayLike, predicted: np.ndarray) -> bool:
+def _is_found(box: np.ndarray, predicted: np.ndarray) -> bool:
     """Whether the centre of a predicted box lies within the ellipse that the true box bounds."""
     y1, x1, y2, x2 = box
     y = (predicted[:, 0] + predicted[:, 2] - y1 - y2) / (y2 - y1)
@@ -220,12 +220,19 @@ def _is_found(box: ArrayLike, predicted: np.ndarray) -> bool:
 
 
 def _draw_box(
-    axes: Axes, box: ArrayLike, color: str, *, linewidth: float, style: str = "-", text: str = "", above: bool = True
+    axes: Axes,
+    box: Sequence[float],
+    color: str,
+    *,
+    linewidth: float,
+    style: str = "-",
+    text: str = "",
+    above: bool = True,
 ) -> None:
     """Draw the outline and write the text above or below it, on the other side where the slice ends."""
     y1, x1, y2, x2 = box
-    outline = {"edgecolor": color, "linewidth": linewidth, "linestyle": style}
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **outline))
+    size = x2 - x1, y2 - y1
+    axes.add_patch(Rectangle((x1, y1), *size, fill=False, edgecolor=color, linewidth=linewidth, linestyle=style))
     _, width = sorted(axes.get_xlim())
     _, height = sorted(axes.get_ylim())
     above = y1 > 0.1 * height if above else y2 > 0.9 * height

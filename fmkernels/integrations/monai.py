@@ -15,7 +15,7 @@ the numbers of a box stay in the order of the axes. In both, as MONAI flips and 
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
@@ -32,8 +32,8 @@ from fmkernels.nn import SoftTargetFocalLoss
 
 __all__ = ["MixUpBoxd", "ObjectMixUpBoxd", "SoftTargetRetinaNetDetector", "from_monai_boxes", "to_monai_boxes"]
 
-Item = dict[Hashable, Any]
-Mode = str | BoxMode | type[BoxMode]
+Item = dict[Any, Any]
+Mode: TypeAlias = "str | BoxMode | type[BoxMode]"
 
 _BOX_WEIGHTS = "box_weights"
 _ANCHOR_TARGETS = "anchor_targets"
@@ -138,7 +138,9 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             raise ValueError("SoftTargetRetinaNetDetector: trains on all anchors, expected no sampler to be set")
         logits = convert_to_tensor(head_outputs_reshape[self.cls_key], track_meta=False)
         deltas = convert_to_tensor(head_outputs_reshape[self.box_reg_key], track_meta=False)
-        soft, regressed, positives = [], [], logits.new_zeros((), dtype=torch.int64)
+        soft: list[Tensor] = []
+        regressed: list[tuple] = []
+        positives = logits.new_zeros((), dtype=torch.int64)
         for target, own_logits, own_deltas, own_anchors in zip(targets, logits, deltas, anchors, strict=True):
             y, ignored = self._anchor_targets(target, own_logits), logits.new_zeros(len(own_logits), dtype=torch.bool)
             for weight, group in self._groups(target, logits.device):
@@ -152,11 +154,11 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             soft.append(y.clamp(max=1).masked_fill(ignored[:, None], -1))
 
         weights = [torch.as_tensor(target.get(_IMAGE_WEIGHT, 1.0), dtype=torch.float32) for target in targets]
-        weight = torch.stack([w.to(logits.device) for w in weights])[:, None, None]
-        classification = self.cls_loss_func(logits, torch.stack(soft), weight=weight, normalizer=positives)
+        of_images = torch.stack([w.to(logits.device) for w in weights])[:, None, None]
+        classification = self.cls_loss_func(logits, torch.stack(soft), weight=of_images, normalizer=positives)
         if regressed:
-            groups, own_deltas, own_anchors, matched = map(list, zip(*regressed, strict=True))
-            box = self.compute_box_loss(own_deltas, groups, own_anchors, matched)
+            groups, group_deltas, group_anchors, matches = map(list, zip(*regressed, strict=True))
+            box = self.compute_box_loss(group_deltas, groups, group_anchors, matches)
         else:
             box = 0 * deltas.sum()
         return {self.cls_key: classification, self.box_reg_key: box}
@@ -214,10 +216,10 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         """
         if not flips or flips[0] != 0:
             raise ValueError(f"predict_targets: flips must begin with 0, the image as it is, got {tuple(flips)}")
-        images, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
-        images, batch = convert_to_tensor(images, track_meta=False), len(images)
-        masks = torch.tensor(flips, dtype=torch.uint8, device=images.device)
-        views = torch.cat([images.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
+        padded, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
+        padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
+        masks = torch.tensor(flips, dtype=torch.uint8, device=padded.device)
+        views = torch.cat([padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
         outputs = (self.network if network is None else network)(views)
         if isinstance(outputs, (list, tuple)):
             half = len(outputs) // 2
@@ -227,7 +229,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         targets = functional.predict_targets(
             [level.unflatten(0, (len(flips), batch)) for level in outputs[self.cls_key]], masks, temperature=temperature
         )
-        self.generate_anchors(images, {self.cls_key: targets})
+        self.generate_anchors(padded, {self.cls_key: targets})
         flat = self._reshape_maps(targets)
         found = self.postprocess_detections(
             {
@@ -266,7 +268,7 @@ class _BatchTransform(Randomizable, Transform, ReduceTrait):
     def randomize(self, data: Any | None = None) -> None:
         self._generator = torch.Generator().manual_seed(int(self.R.randint(_MAX_SEED)))
 
-    def _images(self, batch: Sequence[Mapping[Hashable, Any]]) -> Tensor:
+    def _images(self, batch: Sequence[Mapping[Any, Any]]) -> Tensor:
         """[B, C, D, H, W] without meta data."""
         images = [convert_to_tensor(item[self.image_key], track_meta=False) for item in batch]
         if len({image.shape for image in images}) > 1:
@@ -275,7 +277,7 @@ class _BatchTransform(Randomizable, Transform, ReduceTrait):
             )
         return torch.stack(images)
 
-    def _with_images(self, batch: Sequence[Mapping[Hashable, Any]], images: Tensor) -> list[Item]:
+    def _with_images(self, batch: Sequence[Mapping[Any, Any]], images: Tensor) -> list[Item]:
         """Copies of the dictionaries with these images, each of the kind and with the meta data of the former one."""
         return [
             {**item, self.image_key: convert_to_dst_type(image, item[self.image_key], dtype=image.dtype)[0]}
@@ -312,7 +314,7 @@ class MixUpBoxd(_BatchTransform):
         ValueError: images of several shapes, or a value that :func:`fmkernels.mixup3d` does not take.
     """
 
-    def __call__(self, batch: Sequence[Mapping[Hashable, Any]]) -> list[Item]:
+    def __call__(self, batch: Sequence[Mapping[Any, Any]]) -> list[Item]:
         if not batch:
             return []
         self.randomize()
@@ -371,7 +373,7 @@ class ObjectMixUpBoxd(_BatchTransform):
         self.mode = mode
 
     def __call__(
-        self, batch: Sequence[Mapping[Hashable, Any]], objects: Sequence[Mapping[Hashable, Any]] | None = None
+        self, batch: Sequence[Mapping[Any, Any]], objects: Sequence[Mapping[Any, Any]] | None = None
     ) -> list[Item]:
         if not batch:
             return []

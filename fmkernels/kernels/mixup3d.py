@@ -147,7 +147,7 @@ def mixup_kernel(
         donor = _load_flipped(donors, partner, flip, place, ways, mask, low, scale, image, AXES, V, WINDOW)
         part = share.to(own.dtype)
         value = tl.fma(tl.broadcast_to(part, own.shape), own, (1.0 - part) * donor)
-        mixed = mixed + (to_storage(value, out.dtype.element_ty),)  # noqa: RUF005
+        mixed = mixed + (to_storage(value, out.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     if IN_PLACE:
         tl.debug_barrier()
     for image in tl.static_range(8 if ORBITS else 1):
@@ -206,8 +206,8 @@ class _Geometry(NamedTuple):
     """How a kernel counts the voxels of one volume."""
 
     v: int  # voxels of a vector
-    sizes: tuple[int, int, int, int]  # n0 ... n3, in vectors
-    axes: tuple[int, int, int, int]
+    sizes: tuple[int, ...]  # n0 ... n3, in vectors
+    axes: tuple[int, ...]
     wide: bool
 
     @staticmethod

@@ -92,7 +92,8 @@ def soft_target_focal_loss(
         The loss. With reduction "none" and a sequence of logits, a sequence of the same kind.
 
     Gradients flow to the logits, under any incoming gradient and as often as asked; asking for another one, or for
-    a second derivative, raises. NaN logits or targets give NaN; infinite logits count as the largest finite float32.
+    a second derivative, raises. NaN logits or targets give NaN, as do weights, shares and normalizers that are not finite
+    with what they touch; infinite logits count as the largest finite float32.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
@@ -577,7 +578,8 @@ def crop_and_resize3d(
         The crops, [K, C, d, h, w], contiguous.
 
     The gradient flows to the volumes, gathered without atomics in the order of the boxes, so that it is the same in
-    every run; not to the boxes. No value is read back to the host.
+    every run; not to the boxes. No value is read back to the host. A voxel that is not finite shows in the samples that
+    it has a weight in, and only there.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
@@ -688,7 +690,7 @@ def object_mixup3d(
 
     No gradient is offered. On a GPU, where ``out`` shares memory with the donors, a scratch as large as ``out`` is
     allocated and there are two launches, else one; of the scratch, only the voxels in boxes are touched. The CPU keeps
-    the voxels in boxes until all are mixed.
+    the voxels in boxes until all are mixed. A voxel that is not finite shows where it has a weight, and only there.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.

@@ -92,8 +92,8 @@ def soft_target_focal_loss(
         The loss. With reduction "none" and a sequence of logits, a sequence of the same kind.
 
     Gradients flow to the logits, under any incoming gradient and as often as asked; asking for another one, or for
-    a second derivative, raises. NaN logits or targets give NaN, as do weights, shares and normalizers that are not finite
-    with what they touch; infinite logits count as the largest finite float32.
+    a second derivative, raises. NaN logits or targets give NaN, and so does what weights, shares and normalizers touch
+    that are not finite; infinite logits count as the largest finite float32.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -149,18 +150,20 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     assert child.exitcode == 0
 
 
-def test_a_later_process_compiles_nothing(tmp_path):
+def test_a_later_process_compiles_only_what_has_changed(tmp_path):
+    """A change of any file of the CPU path counts: a loop may call what stands there."""
     (tmp_path / "loops.py").write_text(
         "from fmkernels.cpu.compiled import compiled\n\n@compiled\ndef double(x):\n    return 2 * x\n"
     )
     code = "import loops; print(loops.double(3), sum(loops.double.stats.cache_misses.values()))"
+    changed = f"import fmkernels.cpu.compiled as c; c._STAMP = (); {code}"
     paths = os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": paths}
     printed = [
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
+        subprocess.run([sys.executable, "-c", line], env=environment, capture_output=True, text=True, check=True).stdout
+        for line in (code, code, changed)
     ]
-    assert printed == ["6 1\n", "6 0\n"]
+    assert printed == ["6 1\n", "6 0\n", "6 1\n"]
 
 
 def test_compiles_where_nothing_can_be_kept():
@@ -241,3 +244,36 @@ def test_integers_round_to_nearest_even_and_saturate(dtype):
     result = torch.empty(len(x), dtype=dtype)
     convert(arithmetic.stored(x), arithmetic.stored(result))
     assert torch.equal(result, x.nan_to_num(nan=0.0).round().clamp(limits.min, limits.max).to(dtype))
+
+
+def test_an_interrupted_call_leaves_no_thread_at_work(monkeypatch):
+    """Of its parts, at least: the memory that they write to may be gone."""
+    began, ended, release = threading.Event(), threading.Event(), threading.Event()
+
+    def loop(start, end):
+        if start:
+            began.set()
+            release.wait(10)
+            time.sleep(0.05)
+            ended.set()
+        else:
+            began.wait(10)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    threading.Timer(0.1, release.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        shared(loop, 2, 1)
+    assert ended.is_set()
+
+
+def test_without_threads_the_caller_does_it_all(monkeypatch):
+    class Exhausted:
+        def submit(self, *_):
+            raise RuntimeError("can't start new thread")
+
+    done = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("fmkernels.cpu.compiled._pool", Exhausted)
+    shared(lambda start, end: done.append((start, end)), 9, 1)
+    assert sorted(done) == [(0, 3), (3, 6), (6, 9)]

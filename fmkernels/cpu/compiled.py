@@ -7,9 +7,10 @@ up the GIL instead, and plain Python threads, as many as torch is allowed, run t
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,19 +21,28 @@ FREEDOM = {"contract"}
 infinities was NaN; with reciprocals for quotients, what was to be copied was resampled."""
 
 
+_STAMP = tuple(
+    (file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(__file__).parent.glob("*.py"))
+)
+"""What is kept is of these files; Numba itself looks at that alone which a loop stands in, not at what it calls."""
+
+
 def compiled(function: Callable) -> Callable:
     """The function as machine code, for any types of its arguments."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": FREEDOM}
     try:
-        return numba.njit(function, cache=True, **options)
+        loop = numba.njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep it in can be written
         return numba.njit(function, **options)
+    loop._cache._cache_file._source_stamp = _STAMP
+    return loop
 
 
 def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
     """``loop(start, end, *args)`` over range(size), in as many parts as torch may use threads, of at least ``least``.
 
-    The parts write to places of their own, so that the result does not depend on their number.
+    The parts write to places of their own, so that the result does not depend on their number. Whatever happens, Ctrl-C
+    too, none is at work any more when this returns: the memory that it writes to may be gone then.
     """
     parts = min(torch.get_num_threads(), size // max(least, 1))
     if parts <= 1:
@@ -40,10 +50,26 @@ def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
         return
     cuts = [size * i // parts for i in range(parts + 1)]
     own, *others = pairwise(cuts)
-    futures = [_pool().submit(loop, *ends, *args) for ends in others]
-    loop(*own, *args)
+    futures: list[Future] = []
+    try:
+        for ends in others:
+            try:
+                futures.append(_pool().submit(loop, *ends, *args))
+            except RuntimeError:  # no thread can be started: a limit, or the interpreter is shutting down
+                loop(*ends, *args)
+        loop(*own, *args)
+    finally:
+        _wait(futures)
     for future in futures:
         future.result()
+
+
+def _wait(futures: list[Future]) -> None:
+    try:
+        wait(futures)
+    except BaseException:  # Ctrl-C once more
+        _wait(futures)
+        raise
 
 
 @cache

@@ -24,15 +24,15 @@ def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_b
     C, D, H, W = shape[1:]
     d, h, w = size
     z, y, x = new_axis(d, zero), new_axis(h, zero), new_axis(w, zero)
-    buffer = np.full((d, h * w), zero)
-    as_it_is = out[1] == own_kind(buffer)
+    as_it_is = out[1] == own_kind(z.weight)
+    buffer = np.empty((0 if as_it_is else d, h * w), z.weight.dtype)
     for crop in range(first // d, (last - 1) // d + 1):
         k, c = divmod(crop, C)
         begin, end = max(first - crop * d, 0), min(last - crop * d, d)
         at = (crop * d + begin) * h * w
         layers = buffer[: end - begin]
         if as_it_is:
-            flat = elements(out[0] + buffer.itemsize * at, layers.size, buffer.dtype)
+            flat = elements(out[0] + buffer.itemsize * at, (end - begin) * h * w, buffer.dtype)
             layers = flat.reshape(end - begin, h * w)
         box = box_of(boxes, k)
         if is_usable(box, shape):

@@ -87,21 +87,26 @@ def _folded(values, channels):
 @compiled
 def _normalize(first, last, x, out, residual, has_residual, weight, bias, moments, eps, relu):
     channels, groups, size = weight.size, moments.shape[2], x.shape[1]
-    width, least = channels // groups, np.float32(0 if relu else -np.inf)
-    step, count = channels * max(1, _SPAN // channels), width * (size // channels)
-    scale, shift = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    width, places, least = channels // groups, size // channels, np.float32(0 if relu else -np.inf)
+    step = channels * max(1, _SPAN // channels)
+    room = np.empty((3, channels), np.float32)
+    pivot, scale, shift = room[0], room[1], room[2]
     for n in range(first, last):
-        sums, squares = np.zeros(step, np.float32), np.zeros(step, np.float32)
+        for c in range(channels):
+            pivot[c] = load(x[n], c)  # near the mean, against cancellation
+        pivots, sums, squares = _tiled(pivot, step), np.zeros(step, np.float32), np.zeros(step, np.float32)
         for i in range(0, size, step):
-            _add_moments(x[n, i : i + step], sums, squares)
+            _add_moments(x[n, i : i + step], pivots, sums, squares)
         total, total_squares = _folded(sums, channels), _folded(squares, channels)
         for group in range(groups):
             own = range(group * width, (group + 1) * width)
             mean = variance = 0.0
             for c in own:
-                mean += total[c] / count
-                variance += total_squares[c] / count
-            inverse = 1 / np.sqrt(max(variance - mean * mean, 0.0) + eps)
+                mean += (pivot[c] + total[c] / places) / width
+            for c in own:
+                off = pivot[c] + total[c] / places - mean
+                variance += (total_squares[c] / places - (total[c] / places) ** 2 + off * off) / width
+            inverse = 1 / np.sqrt(max(variance, 0.0) + eps)
             moments[n, 0, group], moments[n, 1, group] = mean, inverse
             for c in own:
                 scale[c], shift[c] = weight[c] * inverse, bias[c] - mean * weight[c] * inverse
@@ -120,39 +125,42 @@ def _differentiate(first, last, upstream, x, out, has_relu, passed, to_x, weight
     channels, groups, size = weight.size, moments.shape[2], x.shape[1]
     width = channels // groups
     step, count = channels * max(1, _SPAN // channels), width * (size // channels)
-    by_passed, by_x, rest = (
-        np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
-    )  # fmt: skip
+    room = np.empty((4, channels), np.float32)
+    middle, by_passed, by_x, rest = room[0], room[1], room[2], room[3]
     for n in range(first, last):
-        gradients, products = np.zeros(step, np.float32), np.zeros(step, np.float32)
+        for c in range(channels):
+            middle[c] = moments[n, 0, c // width]
+        means, gradients, products = _tiled(middle, step), np.zeros(step, np.float32), np.zeros(step, np.float32)
         for i in range(0, size, step):
             if has_relu:
                 _pass(upstream[n, i : i + step], out[n, i : i + step], passed[n, i : i + step])
-            _add_products(passed[n, i : i + step], x[n, i : i + step], gradients, products)
+            _add_products(passed[n, i : i + step], x[n, i : i + step], means, gradients, products)
         total, slopes = _folded(gradients, channels), _folded(products, channels)
         for group in range(groups):
-            own, mean, inverse = range(group * width, (group + 1) * width), moments[n, 0, group], moments[n, 1, group]
+            own, inverse = range(group * width, (group + 1) * width), moments[n, 1, group]
             level = slope = 0.0
             for c in own:
-                slopes[c] = (slopes[c] - mean * total[c]) * inverse  # of the gradient and x normalised
+                slopes[c] *= inverse  # products of the gradient and x normalised
                 sums[0, n, c], sums[1, n, c] = slopes[c], total[c]
                 level += weight[c] * total[c] / count
                 slope += weight[c] * slopes[c] / count
             for c in own:
                 by_passed[c], by_x[c] = weight[c] * inverse, -slope * inverse * inverse
-                rest[c] = inverse * (slope * inverse * mean - level)
+                rest[c] = -inverse * level
         by_passeds, by_xs, rests = _tiled(by_passed, step), _tiled(by_x, step), _tiled(rest, step)
         for i in range(0, size, step):
-            _combine(passed[n, i : i + step], by_passeds, x[n, i : i + step], by_xs, rests, to_x[n, i : i + step])
+            _combine(
+                passed[n, i : i + step], by_passeds, x[n, i : i + step], means, by_xs, rests, to_x[n, i : i + step]
+            )
 
 
 # What follows goes over a few places of all channels; functions of their own, so that the compiler fills vectors.
 
 
 @compiled
-def _add_moments(x, sums, squares):
+def _add_moments(x, pivot, sums, squares):
     for i in range(x.size):
-        value = load(x, i)
+        value = load(x, i) - pivot[i]
         sums[i] += value
         squares[i] += value * value
 
@@ -178,14 +186,14 @@ def _pass(upstream, out, passed):
 
 
 @compiled
-def _add_products(gradient, x, sums, products):
+def _add_products(gradient, x, mean, sums, products):
     for i in range(x.size):
         value = load(gradient, i)
         sums[i] += value
-        products[i] += value * load(x, i)
+        products[i] += value * (load(x, i) - mean[i])
 
 
 @compiled
-def _combine(gradient, by_gradient, x, by_x, rest, out):
+def _combine(gradient, by_gradient, x, mean, by_x, rest, out):
     for i in range(x.size):
-        store(out, i, load(gradient, i) * by_gradient[i] + (load(x, i) * by_x[i] + rest[i]))
+        store(out, i, load(gradient, i) * by_gradient[i] + ((load(x, i) - mean[i]) * by_x[i] + rest[i]))

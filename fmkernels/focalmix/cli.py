@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 1
+    except BrokenProcessPool:
+        print("fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -23,11 +23,11 @@ MAX_FILE_BYTES = 1 << 20
 MAX_STAGES, MAX_BLOCKS, MAX_CHANNELS, MAX_WEIGHTS = 8, 64, 2048, 1 << 28
 """Of the detector: stages of the backbone, residual blocks of each, channels of the pyramid, weights in all (1 GiB)."""
 
-MAX_PATCH_VOXELS, MAX_BATCH_VOXELS = 1 << 25, 1 << 31
-"""Voxels of a patch (as 322^3), and of all patches of a step (4 GiB of int16)."""
+MAX_PATCH_VOXELS, MAX_BATCH_VOXELS = 1 << 28, 1 << 31
+"""Voxels of a patch (as 645^3), and of all patches of a step (4 GiB of int16)."""
 
-MAX_FEATURES = 1 << 29
-"""Of a patch in the first stage of the backbone, if that is the widest (2 GiB)."""
+MAX_FEATURES = 1 << 31
+"""Of a patch in a stage of the backbone (8 GiB of float32)."""
 
 MAX_ANCHORS, MAX_DIAMETER = 16, 1000.0
 """At each place, and millimetres."""
@@ -137,7 +137,7 @@ class Config:
         kernels = sum((2 * n + 1) * max(self.widths) * w for w, n in zip(self.widths, self.blocks, strict=True))
         weights = 27 * (kernels + self.channels**2)  # at least as many as there are
         expect("widths", weights <= MAX_WEIGHTS, f"with blocks and channels at most {MAX_WEIGHTS} weights")
-        most = 8 * MAX_FEATURES // max(self.widths)
+        most = min(MAX_FEATURES * 8 ** (i + 1) // width for i, width in enumerate(self.widths))
         for name in ("patch_size", "search_size"):
             fits = math.prod(getattr(self, name)) <= most
             expect(name, fits, f"at most {most} voxels, as widths are {self.widths}")
@@ -149,8 +149,7 @@ class Config:
         )
         expect("diameters", len(self.diameters) <= MAX_ANCHORS * levels, f"at most {MAX_ANCHORS} for each level")
         expect("diameters", all(0 < d <= MAX_DIAMETER for d in self.diameters), f"numbers up to {MAX_DIAMETER:g} mm")
-        widest = min(self.search_size) // 2
-        expect("overlap", 0 <= self.overlap <= widest, f"0 to {widest}, half of the shortest side of search_size")
+        expect("overlap", 0 <= self.overlap < min(self.search_size), f"0 to {min(self.search_size) - 1}")
         whole = ("batch_size", "unlabeled_batch_size", "steps", "log_every", "validate_every", "checkpoint_every")
         for name in (*whole, "objects", "groups"):
             expect(name, getattr(self, name) >= 1, "at least 1")

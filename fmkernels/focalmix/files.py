@@ -5,6 +5,8 @@ A process that is killed leaves at most hidden files behind, which the next one 
 
 import contextlib
 import os
+import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
+
+_OWN = f".fmkernels-{re.sub('[^0-9A-Za-z]', '', platform.node())[:40]}-"
 
 
 @contextlib.contextmanager
@@ -34,7 +39,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         with _temporary(path) as temporary:
             yield temporary
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
@@ -46,29 +51,34 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new hidden file beside ``path``, gone afterwards; those that killed processes left in the folder are removed.
+    """A new hidden file beside ``path``, gone afterwards; its name tells whose it is."""
+    _remove_orphans(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_OWN}{os.getpid()}-", suffix=f"-{path.name}")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
-    What is in use is locked. Windows removes no file that is open, so that there the orphans stay.
-    """
-    if sys.platform != "win32":
-        for orphan in path.parent.glob(".*.partial*"):
-            with contextlib.suppress(OSError), open(orphan, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                orphan.unlink()
-    while True:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".partial{path.suffix}")
-        with open(handle, "rb") as file:
-            try:
-                if sys.platform == "win32":
-                    file.close()
-                else:
-                    with contextlib.suppress(OSError):  # a file system without locks
-                        fcntl.flock(file, fcntl.LOCK_EX)
-                if os.path.exists(name):  # else it was taken for an orphan before it was locked
-                    yield Path(name)
-                    return
-            finally:
-                Path(name).unlink(missing_ok=True)
+
+def _remove_orphans(folder: Path) -> None:
+    """The temporary files that killed processes of this machine have left in a folder."""
+    if os.name == "nt":  # where asking for a process by its number ends it
+        return
+    for orphan in folder.glob(f"{_OWN}*"):
+        number = orphan.name.removeprefix(_OWN).partition("-")[0]
+        if number.isdecimal() and not _runs(int(number)):
+            orphan.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -20,20 +20,26 @@ class GroupNorm(nn.GroupNorm):
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _is_fused(x, residual):
+        if _is_fused(x, residual, self.num_channels):
             return _Fused.apply(x, self.weight, self.bias, residual, self.num_groups, self.eps, self.relu)
         y = super().forward(x)
         y = y if residual is None else y + residual
         return F.relu(y, inplace=True) if self.relu else y
 
 
-def _is_fused(x: Tensor, residual: Tensor | None) -> bool:
+def _is_fused(x: Tensor, residual: Tensor | None, channels: int) -> bool:
+    """Whether the loops can take it: plain tensors, and nobody who traces or transforms what torch does."""
+    given = (x,) if residual is None else (x, residual)
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == x.dtype and t.shape == x.shape for t in given)
         and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dim() == 5
+        and x.shape[1] == channels
         and x.numel() > 0
-        and (residual is None or residual.dtype == x.dtype)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -398,6 +398,8 @@ def _check_finite(
 ) -> None:
     """Stop where a loss or a gradient was not finite, and keep the joint batch of the first such step."""
     first = state.step - len(health)
+    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:  # it has left out all of the last steps
+        health[-1][1] = math.inf
     for step, (loss, norm) in enumerate(sum_of_ranks(torch.stack(list(health))).tolist(), start=first):
         if math.isfinite(loss) and math.isfinite(norm):
             continue

@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -280,10 +282,14 @@ def free_port() -> int:
 
 
 def test_orphans_are_removed_and_files_in_use_are_not(tmp_path):
-    path, orphan = tmp_path / "a.txt", tmp_path / ".b.txt.12345678.partial.txt"
+    """And nothing else, hidden though it may be."""
+    name = "import os; from fmkernels.focalmix.files import _OWN; print(f'{_OWN}{os.getpid()}-12345678-b.txt')"
+    left = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True, check=True).stdout.strip()
+    path, orphan, foreign = tmp_path / "a.txt", tmp_path / left, tmp_path / ".thesis.partial.txt"
     orphan.write_text("half")
+    foreign.write_text("the only copy")
     with atomic_write(path) as first, atomic_write(path) as second:
         assert not orphan.exists() and first.exists() and first != second
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "first" and {*tmp_path.iterdir()} == {path, foreign}

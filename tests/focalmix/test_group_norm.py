@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmkernels.focalmix.group_norm import GroupNorm
 
@@ -53,6 +54,30 @@ def test_values_and_gradients(dtype, shape, relu, residual):
     wanted = torch.autograd.grad(expected, inputs, upstream.double())
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.dtype in (dtype, torch.float32) and close(ours, theirs.double(), dtype)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(100, 1), (1, 0.01), (0, 1e-3)])
+def test_a_mean_far_from_zero_costs_no_digits(mean, deviation):
+    x = torch.randn(2, 8, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * deviation + mean
+    x, upstream = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_(), torch.randn(x.shape)
+    norm = GroupNorm(2, 8, relu=False)
+    out, expected = norm(x), plain(norm, x, None)
+    assert (out - expected).abs().max() < 1e-6 * (1 + mean / deviation)  # what rounding x * scale + shift costs
+    ours, theirs = (torch.autograd.grad(y, x, upstream.to(y.dtype))[0] for y in (out, expected))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_what_the_loops_do_not_take_is_left_to_torch():
+    norm, x, _, _ = make(torch.float32, (2, 8, 4, 4, 4), relu=False, residual=False)
+    small = torch.ones(1, 8, 4, 4, 4)
+    torch.testing.assert_close(norm(x, small), norm(x) + small)
+    assert norm(torch.ones(2, 8)).shape == (2, 8) and norm(torch.ones(2, 8, 3)).shape == (2, 8, 3)
+    with pytest.raises(RuntimeError):
+        norm(torch.ones(2, 16, 2, 2, 2))
+    with pytest.raises(RuntimeError):
+        norm(x, torch.ones(2, 8, 5, 4, 4))
+    graph = make_fx(norm)(x.detach())
+    torch.testing.assert_close(graph(2 * x.detach()), norm(2 * x.detach()))
 
 
 def test_any_layout_gives_the_same():

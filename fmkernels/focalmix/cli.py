@@ -196,6 +196,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         without=arguments.without,
     )
     print(as_text(rows), end="")
+    if arguments.seeds < 3:
+        print("fmkernels: from so few seeds the intervals do not tell how much training itself varies", file=sys.stderr)
     return 0
 
 

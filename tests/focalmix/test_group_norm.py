@@ -58,13 +58,14 @@ def test_values_and_gradients(dtype, shape, relu, residual):
 
 @pytest.mark.parametrize(("mean", "deviation"), [(100, 1), (1, 0.01), (0, 1e-3)])
 def test_a_mean_far_from_zero_costs_no_digits(mean, deviation):
-    x = torch.randn(2, 8, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * deviation + mean
-    x, upstream = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_(), torch.randn(x.shape)
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(2, 8, 16, 16, 16, generator=generator) for _ in range(2))
+    x = (x * deviation + mean).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     norm = GroupNorm(2, 8, relu=False)
     out, expected = norm(x), plain(norm, x, None)
     assert (out - expected).abs().max() < 1e-6 * (1 + mean / deviation)  # what rounding x * scale + shift costs
     ours, theirs = (torch.autograd.grad(y, x, upstream.to(y.dtype))[0] for y in (out, expected))
-    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (ours - theirs).abs().max() < 2e-7 * (10 + mean / deviation) * theirs.abs().max()  # and rounding the mean
 
 
 def test_what_the_loops_do_not_take_is_left_to_torch():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
-from fmkernels.cpu.sampling import axis_of, box_of, is_usable, new_axis, own_kind, place, sample
-from fmkernels.cpu.voxels import KINDS, ZEROS, elements, load_block, store_block
+from fmkernels.cpu.sampling import axis_of, box_of, is_usable, new_axis, place, sample
+from fmkernels.cpu.voxels import ZEROS, elements, load_block, located, own_kind, store_block, window_of
 from fmkernels.dtypes import compute_dtype
 
 LEAST = 1 << 15  # samples for which another thread is worth its while
@@ -131,12 +131,11 @@ def launch_crop_and_resize3d(
     """As fmkernels.kernels.crop_and_resize3d.launch_crop_and_resize3d."""
     d, h, w = output_size
     out = volumes.new_empty((boxes.shape[0], volumes.shape[1], d, h, w), dtype=dtype)
-    low, high = window or (0.0, 1.0)
     if out.numel():
         shared(
-            _crop_layers, out.numel() // (h * w), LEAST // (h * w), (volumes.data_ptr(), KINDS[volumes.dtype]),
-            tuple(volumes.shape), volumes.stride(), boxes.data_ptr(), (out.data_ptr(), KINDS[dtype]), (d, h, w),
-            clamp_box, (window is not None, low, 1 / (high - low)), ZEROS[compute_dtype(volumes.dtype)],
+            _crop_layers, out.numel() // (h * w), LEAST // (h * w), located(volumes),
+            tuple(volumes.shape), volumes.stride(), boxes.data_ptr(), located(out), (d, h, w),
+            clamp_box, window_of(window), ZEROS[compute_dtype(volumes.dtype)],
         )  # fmt: skip
     return out
 
@@ -159,8 +158,8 @@ def launch_crop_and_resize3d_gradient(
     low, high = window or (0.0, 1.0)
     shared(
         _gradient_planes, planes, LEAST * planes // (upstream.numel() + out.numel()),
-        (upstream.data_ptr(), KINDS[upstream.dtype]), boxes.data_ptr(), boxes.shape[0], tuple(upstream.shape[2:]),
-        (volumes.data_ptr(), KINDS[volumes.dtype]), volumes.stride(), (out.data_ptr(), KINDS[dtype]), tuple(out.shape),
+        located(upstream), boxes.data_ptr(), boxes.shape[0], tuple(upstream.shape[2:]),
+        located(volumes), volumes.stride(), located(out), tuple(out.shape),
         clamp_box, (windowed is not None, low, high, 1 / (high - low)), ZEROS[compute_dtype(dtype)],
     )  # fmt: skip
     return out

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
-from fmkernels.cpu.voxels import FLOAT32, FLOAT64, INT16, KINDS, ZEROS, elements, load_block, store_block, window_voxel
+from fmkernels.cpu.voxels import (
+    INT16,
+    ZEROS,
+    elements,
+    load_block,
+    located,
+    own_kind,
+    store_block,
+    window_of,
+    window_voxel,
+)
 from fmkernels.dtypes import compute_dtype
 
 BOX = 1024  # voxels of a box, at most
@@ -159,7 +169,7 @@ def _mix_boxes(
                 if image & same:
                     continue
                 start = _place(b, _image(corner, lengths, sizes, axes, image), sizes)
-                at_once = out[1] == (FLOAT64 if size == 8 else FLOAT32)
+                at_once = out[1] == own_kind(mixed)
                 block = elements(out[0] + size * start, n, compute) if at_once else mixed[:n]
                 if kept:
                     own = sources[b, image, :n] if alone else owns[image, :n]
@@ -256,7 +266,7 @@ def _volumes(x: Tensor | None, flips: Tensor | None = None) -> tuple[int, int, i
     """As the loops take them: address, kind of the elements, address of the masks; 0 where there are none."""
     if x is None:
         return 0, 0, 0
-    return x.data_ptr(), KINDS[x.dtype], 0 if flips is None else flips.data_ptr()
+    return *located(x), 0 if flips is None else flips.data_ptr()
 
 
 def launch_mixup(
@@ -301,11 +311,10 @@ def launch_mixup_into(
     sizes = tuple(volumes.shape[1:]) if flipped else (1, 1, 1, voxels // batch)
     axes = tuple(axes) if flipped else _NEVER
     extents, lengths, boxes = _cut(sizes, axes, batch, images)
-    low, high = window or (0.0, 1.0)
     shared(
         _mix_boxes, boxes, LEAST * boxes // voxels, _volumes(volumes, flips), _volumes(donors, donor_flips),
         _volumes(out), _volumes(lam), index.data_ptr(), batch, pool, sizes, axes, extents, lengths,
-        8 if images else 1, kept, (window is not None, low, 1 / (high - low)), ZEROS[compute_dtype(volumes.dtype)],
+        8 if images else 1, kept, window_of(window), ZEROS[compute_dtype(volumes.dtype)],
     )  # fmt: skip
 
 

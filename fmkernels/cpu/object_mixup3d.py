@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
-from fmkernels.cpu.sampling import box_of, new_axis, own_kind, place, sample
-from fmkernels.cpu.voxels import KINDS, ZEROS, elements, load_block, store_block, window_block
+from fmkernels.cpu.sampling import box_of, new_axis, place, sample
+from fmkernels.cpu.voxels import ZEROS, elements, load_block, located, own_kind, store_block, window_block, window_of
 from fmkernels.dtypes import compute_dtype
 
 BLOCK = 1 << 12  # voxels outside of boxes that pass through the nearest cache together
@@ -233,7 +233,7 @@ def launch_object_mixup_into(
         volumes.stride(),
         ZEROS[compute_dtype(volumes.dtype)],
     )
-    own, target, own_window = _of(volumes), _of(out), _window(window)
+    own, target, own_window = located(volumes), located(out), window_of(window)
     targets, sources = np.empty((K, 8), np.int64), np.empty((K, 7))
     donor_shape = tuple(donors.shape)
     voxels = _plan(boxes.data_ptr(), donor_boxes.data_ptr(), shape, donor_shape, targets, sources)
@@ -241,8 +241,8 @@ def launch_object_mixup_into(
     planes = shape[0] * shape[2]
     least = LEAST * planes // max(voxels, 1)
     shared(
-        _mix, planes, least, own, shape, strides, own_window, _of(donors), donor_shape, donors.stride(),
-        _window(donor_window), targets, sources, _of(lam), patches,
+        _mix, planes, least, own, shape, strides, own_window, located(donors), donor_shape, donors.stride(),
+        window_of(donor_window), targets, sources, located(lam), patches,
     )  # fmt: skip
     if not unchanged:
         blocks = -(-out.numel() // BLOCK)
@@ -250,16 +250,6 @@ def launch_object_mixup_into(
     elif not same:
         out.copy_(volumes)
     shared(_write, planes, least, target, shape, out.stride(), targets, patches)
-
-
-def _of(x: Tensor) -> tuple[int, int]:
-    """A tensor as compiled loops take it."""
-    return x.data_ptr(), KINDS[x.dtype]
-
-
-def _window(window: Sequence[float] | None) -> tuple[bool, float, float]:
-    low, high = window or (0.0, 1.0)
-    return window is not None, low, 1 / (high - low)
 
 
 def _apart(volumes: Tensor, out: Tensor) -> bool:

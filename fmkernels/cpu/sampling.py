@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmkernels.cpu.compiled import compiled
-from fmkernels.cpu.voxels import FLOAT32, FLOAT64, elements, load_block, window_block
+from fmkernels.cpu.voxels import elements, load_block, own_kind, window_block
 
 
 class Axis(NamedTuple):
@@ -59,12 +59,6 @@ def is_usable(box, shape):
     """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and its extents are finite."""
     finite = abs(box[4] - box[1]) < np.inf and abs(box[5] - box[2]) < np.inf and abs(box[6] - box[3]) < np.inf
     return finite and 0 <= box[0] < shape[0] and shape[2] > 0 and shape[3] > 0 and shape[4] > 0
-
-
-@compiled
-def own_kind(block):
-    """The kind of the elements of an array, float32 or float64."""
-    return FLOAT64 if block.itemsize == 8 else FLOAT32
 
 
 @compiled

@@ -10,12 +10,15 @@ data): that costs the host next to nothing, and one compiled loop serves every t
     store_block(block, address, kind, start)  # into voxels start, start + 1, ...
 """
 
+from collections.abc import Sequence
+
 import llvmlite.ir
 import numba
 import numpy as np
 import torch
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
 
 from fmkernels.cpu.arithmetic import bits_of, float_of, to_bfloat16
 from fmkernels.cpu.compiled import compiled
@@ -34,6 +37,17 @@ ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.flo
 """From which a loop knows in which type to compute."""
 
 
+def located(x: Tensor) -> tuple[int, int]:
+    """A tensor as loops take it: its address, and the number of its type."""
+    return x.data_ptr(), KINDS[x.dtype]
+
+
+def window_of(window: Sequence[float] | None) -> tuple[bool, float, float]:
+    """A window as loops take it: whether there is one, its lower end, what its width is multiplied with to be 1."""
+    low, high = window or (0.0, 1.0)
+    return window is not None, low, 1 / (high - low)
+
+
 @intrinsic
 def _pointer(_, address):
     """The pointer that an integer is the address of."""
@@ -48,6 +62,12 @@ def _pointer(_, address):
 def elements(address, size, dtype):
     """``size`` elements of a numpy type at an address, as an array."""
     return numba.carray(_pointer(address), (size,), dtype)
+
+
+@compiled
+def own_kind(block):
+    """The number of the type of an array of float32 or float64."""
+    return FLOAT64 if block.itemsize == 8 else FLOAT32
 
 
 @compiled

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -294,3 +295,14 @@ def test_candidates_that_do_not_fit(run, data, tmp_path, capsys):
         refuses(capsys, ["evaluate", bad, data], *words)
     refuses(capsys, ["evaluate", tmp_path / "none.csv", data], "none.csv")
     refuses(capsys, ["evaluate", run / "candidates.csv", data, "--subsets=4"], "4")
+
+
+def test_a_dead_worker_process_is_one_line(tmp_path, monkeypatch, capsys):
+    def die(*_, **__):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr("fmkernels.focalmix.phantom.write_phantoms", die)
+    assert main(["phantom", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers\n"
+    )

@@ -3,6 +3,7 @@
 Arguments are checked here once; everything below trusts them. No check reads a value from the device.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -355,7 +356,8 @@ def sample_mixup(
         l = torch.distributions.Beta(eta, eta).sample([batch_size])
         lam, index = torch.maximum(l, 1 - l), torch.randperm(batch_size)
 
-    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018.
+    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018; Devroye, Random variate
+    generation in one line of code, WSC 1996 (how l is drawn).
 
     Example:
         >>> import torch
@@ -378,13 +380,12 @@ def sample_mixup(
         if device.type != generator.device.type or device.index not in (None, generator.device.index):
             raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
         device = generator.device
-    # l = g1 / (g1 + g2) of two Gamma(eta) draws, each Gamma(eta + 1) u^(1 / eta): in logarithms nothing underflows
-    shape = torch.full((2, batch_size), eta + 1.0, dtype=torch.float64, device=device)
-    log_gamma = torch._standard_gamma(shape, generator=generator).log()
-    log_uniform = torch.empty_like(shape).uniform_(generator=generator).neg().log1p()
-    logit = log_gamma[0] - log_gamma[1] + (log_uniform[0] - log_uniform[1]) / eta
+    # Devroye's draw: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2) of two uniform u and v
+    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(generator=generator)
+    odds = torch.expm1(-u.log() / eta) * torch.cos(2 * math.pi * v) ** 2
+    lam = 0.5 + 0.5 * (1 + 1 / odds).rsqrt()
     index = torch.randperm(batch_size, generator=generator, device=device)
-    return torch.sigmoid(logit.abs()).float(), index
+    return lam.float(), index
 
 
 def mixup3d(

@@ -82,7 +82,7 @@ def _mix_targets(y, lam, index, first, target):
     while done < target.size:
         row, column = divmod(first + done, inner)
         if not 0 <= index[row] < rows:
-            raise IndexError("soft_target_focal_loss: mix index out of range")
+            raise ValueError("soft_target_focal_loss: mix index must lie in [0, B)")
         size = min(target.size - done, inner - column)
         own, partner = y[first + done :][:size], y[index[row] * inner + column :][:size]
         part, share = target[done:][:size], lam[row]

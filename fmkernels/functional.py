@@ -356,8 +356,8 @@ def sample_mixup(
         l = torch.distributions.Beta(eta, eta).sample([batch_size])
         lam, index = torch.maximum(l, 1 - l), torch.randperm(batch_size)
 
-    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018; Devroye, Random variate
-    generation in one line of code, WSC 1996 (how l is drawn).
+    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018; Devroye, Random
+    variate generation in one line of code, WSC 1996 (how l is drawn).
 
     Example:
         >>> import torch

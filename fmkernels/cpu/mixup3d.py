@@ -115,26 +115,9 @@ def _mix(own, donor, share, window, block):
 
 
 @compiled
-def _mix_boxes(
-    first,
-    last,
-    volumes,
-    donors,
-    out,
-    lam,
-    index,
-    batch,
-    pool,
-    sizes,
-    axes,
-    extents,
-    longest,
-    images,
-    kept,
-    window,
-    zero,
-):
+def _mix_boxes(first, last, volumes, donors, out, lam, index, batch, pool, cut, images, kept, window, zero):
     """Boxes number ``first`` to ``last`` of all samples. Tensors are addresses, with the kind of their elements."""
+    sizes, axes, extents, longest = cut
     partners, shares = elements(index, batch, np.int64), np.full(batch, zero)
     load_block(lam[0], lam[1], 0, 1, shares)
     alone = donors[0] == 0
@@ -187,26 +170,9 @@ def _mix_boxes(
 
 
 @compiled
-def _gradient_boxes(
-    first,
-    last,
-    upstream,
-    windowed,
-    gradient,
-    lam,
-    index,
-    batch,
-    rows,
-    sizes,
-    axes,
-    extents,
-    longest,
-    window,
-    own,
-    donor,
-    zero,
-):
+def _gradient_boxes(first, last, upstream, windowed, gradient, lam, index, batch, rows, cut, window, own, donor, zero):
     """Boxes number ``first`` to ``last`` of all sources. Tensors are addresses, with the kind of their elements."""
+    sizes, axes, extents, longest = cut
     partners = elements(index, batch, np.int64)
     shares = np.full(batch, zero)
     load_block(lam[0], lam[1], 0, 1, shares)
@@ -237,9 +203,9 @@ def _gradient_boxes(
 
 
 def _cut(
-    sizes: Sequence[int], axes: Sequence[int], samples: int, images: bool
-) -> tuple[Sequence[int], Sequence[int], int]:
-    """How volumes are cut: extents and longest boxes as `_box` takes them, and the number of boxes.
+    sizes: tuple[int, ...], axes: tuple[int, ...], samples: int, images: bool
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """How volumes are cut: sizes, axes, extents and longest boxes as the loops take them, and the number of boxes.
 
     With images, boxes fill the first half of each axis along which volumes are flipped, unless they are as long as it.
     """
@@ -253,7 +219,7 @@ def _cut(
             for n, bit, length in zip(sizes, axes, (1, 1, height, width), strict=True)
         )
     n0, n1, n2, n3 = extents
-    return extents, (height, width), n0 * n1 * -(-n2 // height) * -(-n3 // width)
+    return (sizes, axes, extents, (height, width)), n0 * n1 * -(-n2 // height) * -(-n3 // width)
 
 
 def _check_index(index: Tensor, pool: int) -> None:
@@ -309,12 +275,12 @@ def launch_mixup_into(
     images = flipped and over
     kept = flipped or over or volumes.dtype not in _AS_THEY_LIE
     sizes = tuple(volumes.shape[1:]) if flipped else (1, 1, 1, voxels // batch)
-    axes = tuple(axes) if flipped else _NEVER
-    extents, lengths, boxes = _cut(sizes, axes, batch, images)
+    own_axes = tuple(axes) if flipped else _NEVER
+    cut, boxes = _cut(sizes, own_axes, batch, images)
     shared(
         _mix_boxes, boxes, LEAST * boxes // voxels, _volumes(volumes, flips), _volumes(donors, donor_flips),
-        _volumes(out), _volumes(lam), index.data_ptr(), batch, pool, sizes, axes, extents, lengths,
-        8 if images else 1, kept, window_of(window), ZEROS[compute_dtype(volumes.dtype)],
+        _volumes(out), _volumes(lam), index.data_ptr(), batch, pool, cut, 8 if images else 1, kept,
+        window_of(window), ZEROS[compute_dtype(volumes.dtype)],
     )  # fmt: skip
 
 
@@ -338,13 +304,13 @@ def launch_gradient(
         return gradient
     flipped = flips is not None
     sizes = tuple(upstream.shape[1:]) if flipped else (1, 1, 1, voxels // sources)
-    axes = tuple(axes) if flipped else _NEVER
-    extents, lengths, boxes = _cut(sizes, axes, sources, False)
+    own_axes = tuple(axes) if flipped else _NEVER
+    cut, boxes = _cut(sizes, own_axes, sources, False)
     low, high = window or (0.0, 1.0)
     zero = ZEROS[compute_dtype(dtype)]
     shared(
         _gradient_boxes, boxes, LEAST * boxes // voxels, _volumes(upstream), _volumes(windowed),
-        _volumes(gradient, flips), _volumes(lam), index.data_ptr(), upstream.shape[0], sources, sizes, axes, extents,
-        lengths, (low, high, 1 / (high - low)), own, donor, zero,
+        _volumes(gradient, flips), _volumes(lam), index.data_ptr(), upstream.shape[0], sources, cut,
+        (low, high, 1 / (high - low)), own, donor, zero,
     )  # fmt: skip
     return gradient

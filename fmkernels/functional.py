@@ -555,8 +555,8 @@ def crop_and_resize3d(
         p_i = \mathrm{clamp}\left(\mathrm{start} + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n}
               - \tfrac{1}{2}, \; \mathrm{first}, \; \mathrm{last}\right)
 
-    and is the mean of the 8 voxels around it, each weighted with ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Coordinates
-    are float32; arithmetic on voxels is float32 (float64 for float64) whatever the storage.
+    and is the mean of the 8 voxels around it, each weighted with ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Boxes are
+    float32, and arithmetic on voxels is float32 (float64 for float64) whatever the storage.
 
     Args:
         volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides; axes of at most

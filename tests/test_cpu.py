@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -268,12 +269,31 @@ def test_an_interrupted_call_leaves_no_thread_at_work(monkeypatch):
 
 
 def test_without_threads_the_caller_does_it_all(monkeypatch):
-    class Exhausted:
-        def submit(self, *_):
-            raise RuntimeError("can't start new thread")
-
+    """A pool queues a part before it tries to start a thread: no later thread may take up what the caller has done."""
     done = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr("fmkernels.cpu.compiled._pool", Exhausted)
-    shared(lambda start, end: done.append((start, end)), 9, 1)
+    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as limit:
+        monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
+        limit.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        shared(lambda start, end: done.append((start, end)), 9, 1)
+        limit.undo()
+        pool.submit(int).result(timeout=60)  # after all that stood in the queue
     assert sorted(done) == [(0, 3), (3, 6), (6, 9)]
+
+
+def test_after_an_error_no_part_is_begun(monkeypatch):
+    begun, go_on = [], threading.Event()
+
+    def loop(start, end):
+        begun.append(start)
+        if start == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
+        pool.submit(go_on.wait)  # the only thread is busy
+        with pytest.raises(KeyboardInterrupt):
+            shared(loop, 9, 1)
+        go_on.set()
+    assert begun == [0]

@@ -32,9 +32,9 @@ def compiled(function: Callable) -> Callable:
     options = {"nogil": True, "error_model": "numpy", "fastmath": FREEDOM}
     try:
         loop = numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no folder to keep it in can be written
+        loop._cache._cache_file._source_stamp = _STAMP
+    except (RuntimeError, AttributeError):  # no folder to keep it in can be written; another Numba names it otherwise
         return numba.njit(function, **options)
-    loop._cache._cache_file._source_stamp = _STAMP
     return loop
 
 
@@ -53,15 +53,30 @@ def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
     futures: list[Future] = []
     try:
         for ends in others:
+            futures.append(Future())
             try:
-                futures.append(_pool().submit(loop, *ends, *args))
+                _pool().submit(_run, futures[-1], loop, *ends, *args)
             except RuntimeError:  # no thread can be started: a limit, or the interpreter is shutting down
-                loop(*ends, *args)
+                if futures[-1].cancel():  # it may wait in the queue nevertheless
+                    futures.pop()
+                    loop(*ends, *args)
         loop(*own, *args)
+    except BaseException:
+        futures = [future for future in futures if not future.cancel()]  # what has not begun will not
+        raise
     finally:
         _wait(futures)
     for future in futures:
         future.result()
+
+
+def _run(future: Future, loop: Callable, *args: Any) -> None:
+    """The loop, unless the future was cancelled."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(loop(*args))
+        except BaseException as problem:
+            future.set_exception(problem)
 
 
 def _wait(futures: list[Future]) -> None:

@@ -23,6 +23,9 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)  # or --seed would pass for --seeds
+
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -113,7 +116,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.config import PRESETS
 
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
-    parser.add_argument("--out", metavar="RUN", type=Path, required=True, help="the folder of the run")
+    parser.add_argument("--out", metavar="RUN", type=Path, help="the folder of the run (default: runs/METHOD)")
     parser.add_argument("--preset", choices=PRESETS, help="settings that the options below change (default: demo)")
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
     parser.add_argument("--profile", action="store_true", help="wait for the GPU at every stage, to time each")
@@ -156,9 +159,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.config import PRESETS, load_config
     from fmkernels.focalmix.train import train
 
-    stored = load_config(arguments.out) if arguments.resume and arguments.preset is None else None
-    config = replace(stored or PRESETS[arguments.preset or "demo"], **_given(arguments))
-    evaluation = train(config, arguments.data, arguments.out, resume=arguments.resume, profile=arguments.profile)
+    given = _given(arguments)
+    out = arguments.out or Path("runs", given.get("method", "supervised"))
+    stored = load_config(out) if arguments.resume and arguments.preset is None else None
+    config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
+    evaluation = train(config, arguments.data, out, resume=arguments.resume, profile=arguments.profile)
     if evaluation is not None and int(os.environ.get("RANK", 0)) == 0:
         print(evaluation)
     return 0
@@ -169,7 +174,13 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.config import PRESETS
 
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="takes the runs and the tables")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("runs/compare"),
+        help="of runs and tables (default: %(default)s)",
+    )
     parser.add_argument("--labeled", metavar="N", type=_at_least(1), nargs="+", required=True, help="labelled scans")
     parser.add_argument(
         "--seeds", metavar="N", type=_at_least(1), default=5, help="seeds of each (default: %(default)s)"
@@ -212,11 +223,11 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 def _detect(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from fmkernels.focalmix.detection import search
     from fmkernels.focalmix.froc import write_candidates
     from fmkernels.focalmix.luna16 import check_header, load_volume
     from fmkernels.focalmix.processes import choose_device
     from fmkernels.focalmix.state import load_run
-    from fmkernels.focalmix.train import search
 
     out = arguments.out or arguments.run_folder / "detections.csv"
     if arguments.out is None and out.exists():

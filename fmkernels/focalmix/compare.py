@@ -1,7 +1,8 @@
 """FocalMix against the supervised baseline and against itself without one of its parts: the paper's table.
 
 Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
-where it was. The steps before unlabelled patches come in are the same for all methods of one loss and are trained once.
+where it was. The steps before unlabelled patches come in are the same for all methods and are trained once; where
+targets are 0 or 1, both losses are one.
 """
 
 import csv
@@ -92,6 +93,8 @@ def compare(
     }
     for part in without:
         name, changes = ABLATIONS[part]
+        if replace(config, **changes) == config:
+            raise InputError(f"{part}: expected a part that the settings have, it is left out of all rows")
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
     data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
@@ -105,7 +108,7 @@ def compare(
         chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
         finished = load_config(folders[name]) if (folders[name] / EVALUATION).exists() else None
         if finished is None or finished.result != chosen.result:
-            if chosen.method == "focalmix" and chosen.loss == config.loss:
+            if chosen.method == "focalmix":
                 _share_burn_in(folders[BASELINE], folders[name])
             train(chosen, root, folders[name], resume=True)
         results.setdefault((count, name), []).append(_evaluate(chosen, root, folders[name], bootstraps))

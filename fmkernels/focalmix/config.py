@@ -98,7 +98,7 @@ class Config:
     nms_threshold: float = _option(0.1, "intersection over union above which the less probable box goes")
     log_every: int = _option(20, "steps between rows of the metrics")
     validate_every: int = _option(1500, "steps between validations")
-    checkpoint_every: int = _option(300, "steps between checkpoints")
+    checkpoint_every: int = _option(300, "steps between checkpoints", runtime=True)
     seed: int = _option(0, "of weights, patches and the choice of scans")
     workers: int = _option(1, "processes that read patches", runtime=True)
     device: str = _option("auto", "auto, cpu, cuda, ...", runtime=True)
@@ -159,8 +159,10 @@ class Config:
         most = MAX_BATCH_VOXELS // math.prod(self.patch_size)
         for name in ("batch_size", "unlabeled_batch_size"):
             expect(name, getattr(self, name) <= most, f"at most {most} patches of {self.patch_size}")
-        for name in ("batch_size", "unlabeled_batch_size") if self.method == "focalmix" else ():
-            expect(name, getattr(self, name) % self.groups == 0, f"a multiple of the {self.groups} groups")
+        if self.method == "focalmix":
+            expect("burn_in", self.burn_in < self.steps, f"less than the {self.steps} steps")
+            for name in ("batch_size", "unlabeled_batch_size"):
+                expect(name, getattr(self, name) % self.groups == 0, f"a multiple of the {self.groups} groups")
         expect("method", self.method in ("supervised", "focalmix"), "supervised or focalmix")
         expect("teacher", self.teacher in ("ema", "current"), "ema or current")
         expect("pseudo_labels", self.pseudo_labels in ("soft", "hard"), "soft or hard")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import Anchors, decode_boxes, nms
+from .config import Config
 from .detector import apply_window
 from .luna16 import AIR, Volume
+from .state import autocast
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,21 @@ class Detections:
     boxes: np.ndarray
     probabilities: np.ndarray
     candidates: np.ndarray
+
+
+def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
+    """Detect in one scan with the settings of a run, on the device of the model."""
+    device = next(model.parameters()).device
+    with autocast(config, device):
+        return detect(
+            model,
+            config.anchors,
+            volume,
+            patch_size=config.search_size,
+            overlap=config.overlap,
+            window=(config.window[0], config.window[1]),
+            nms_threshold=config.nms_threshold,
+        )
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ class PhantomSize:
 
 SIZES: dict[str, PhantomSize] = {
     "tiny": PhantomSize(matrix=96, slice_spacings=(3.0, 3.5), scans=20),
-    "demo": PhantomSize(matrix=192, slice_spacings=(2.0, 2.25, 2.5), scans=120),
+    "demo": PhantomSize(matrix=192, slice_spacings=(2.0, 2.25, 2.5), scans=240),
     "luna16": PhantomSize(matrix=512, slice_spacings=(0.8, 1.0, 1.25, 1.25, 2.0, 2.5), scans=888),
 }
 

@@ -24,31 +24,15 @@ from tqdm import tqdm
 
 from . import froc, report
 from .config import CONFIG, Config, load_config
-from .detection import Detections, detect
+from .detection import Detections, search
 from .errors import InputError, first_line
 from .files import atomic_write, own_folder
 from .losses import draw, focalmix_loss, supervised_loss
-from .luna16 import LUNA16, Volume
+from .luna16 import LUNA16
 from .monitor import METRICS, Interrupt, Metrics, Stopwatch
 from .patches import PatchDataset, collate, patch_loader
 from .processes import any_process, choose_device, place, process_group, sum_of_ranks
 from .state import BURN_IN, CHECKPOINT, State, autocast
-
-
-def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
-    """Detect in one scan with the settings of a run, on the device of the model."""
-    device = next(model.parameters()).device
-    with autocast(config, device):
-        return detect(
-            model,
-            config.anchors,
-            volume,
-            patch_size=config.search_size,
-            overlap=config.overlap,
-            window=(config.window[0], config.window[1]),
-            nms_threshold=config.nms_threshold,
-        )
-
 
 CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
 PLACES = 5
@@ -195,7 +179,7 @@ def _batches(
         return iter(patch_loader(patches, start=first, workers=config.workers, **share))
 
     labeled = loader(_labeled(config, data, scans), start)
-    if config.method == "supervised" or config.burn_in >= config.steps:
+    if config.method == "supervised":
         yield from zip(labeled, itertools.repeat(None))
         return
     yield from zip(itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None))

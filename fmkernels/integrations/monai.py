@@ -14,6 +14,7 @@ MONAI calls the spatial axes of an image x, y, z in the order of the tensor; fmk
 the numbers of a box stay in the order of the axes. In both, as MONAI flips and crops boxes, voxel i covers [i, i + 1).
 """
 
+import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -192,35 +193,43 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         flips: Sequence[int] = (0, 1, 2, 4),
         *,
         temperature: float = 0.7,
+        confidence: float = 0.8,
         network: nn.Module | None = None,
     ) -> list[Item]:
         """Targets of unlabelled images from flipped views; see :func:`fmkernels.predict_targets`.
 
-        Exact where flipped anchors are anchors, as MONAI's are on levels of even stride.
+        The network predicts in evaluation mode; all of its modules are in the mode that they were in afterwards. Exact
+        where flipped anchors are anchors, as MONAI's are on levels of even stride.
 
         Args:
             images: as the detector takes them: [B, C, D, H, W], or a list of [C, D, H, W]; any float type.
             flips: the flip of each view as a bit mask: 1, 2, 4 for the first, second, third spatial axis. The first
                 view is not flipped.
             temperature: of the sharpening, in (0, 1].
+            confidence: the target, in [0, 1], from which a predicted box is an object. Those of lower targets teach
+                the classifier, but are not mixed.
             network: what predicts, the moving average of the detector's network, say; the detector's network by
-                default. In the mode, training or evaluation, that it is in.
+                default.
 
         Returns:
             For each image the targets to train on: ``anchor_targets``, and as boxes of weight 0, so as objects to be
-            mixed, what the detector's box selector (``set_box_selector_parameters``) finds by them and by the box
-            deltas of the first view.
+            mixed, what the detector's box selector (``set_box_selector_parameters``) finds by the confident ones of
+            them and by the box deltas of the first view.
 
         Raises:
             ValueError: flips that do not begin with 0, or a value that fits no function below.
         """
         if not flips or flips[0] != 0:
             raise ValueError(f"predict_targets: flips must begin with 0, the image as it is, got {tuple(flips)}")
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"predict_targets: confidence must be in [0, 1], got {confidence}")
         padded, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
         padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
         masks = torch.tensor(flips, dtype=torch.uint8, device=padded.device)
         views = torch.cat([padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
-        outputs = (self.network if network is None else network)(views)
+        network = self.network if network is None else network
+        with _evaluating(network):
+            outputs = network(views)
         if isinstance(outputs, (list, tuple)):
             half = len(outputs) // 2
             outputs = {self.cls_key: list(outputs[:half]), self.box_reg_key: list(outputs[half:])}
@@ -233,7 +242,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         flat = self._reshape_maps(targets)
         found = self.postprocess_detections(
             {
-                self.cls_key: flat.logit(),
+                self.cls_key: flat.masked_fill(flat < confidence, 0).logit(),
                 self.box_reg_key: self._reshape_maps([level[:batch] for level in outputs[self.box_reg_key]]),
             },
             self.anchors,
@@ -404,6 +413,19 @@ class ObjectMixUpBoxd(_BatchTransform):
         other = (labels[:, None] == labels) & ~torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
         best, donor = wish.masked_fill(~other, -1.0).max(1)
         return boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards each module is in its own again."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(modes[0][1])
+        for module, mode in modes:
+            module.training = mode
 
 
 def _boxes(boxes: Any) -> Tensor:

@@ -3,10 +3,12 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from fmkernels.focalmix import cli
 from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.config import PRESETS
 from fmkernels.focalmix.froc import read_candidates
 from tests.focalmix.conftest import SCANS, write_luna
 
@@ -73,6 +77,34 @@ def refuses(capsys, argv, *words) -> None:
     lines = [line for line in lines if line.strip() and not line.startswith("resampling:")]
     assert code == 2 and len(lines) == 1, lines
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_the_readme_s_commands_are_understood():
+    """With the number of processes that torchrun is given, too."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^(?:torchrun --nproc-per-node (\d+) -m )?fmkernels ([^#\n]+)", text, re.M)
+    assert len(commands) >= 8 and any(world for world, _ in commands)
+    for world, command in commands:
+        arguments = cli._parse(command.split())
+        if command.startswith("train"):
+            config = replace(PRESETS[arguments.preset or "demo"], **cli._given(arguments))
+            shared = (config.batch_size, config.unlabeled_batch_size, config.groups)
+            assert not any(size % int(world or 1) for size in shared), command
+
+
+def test_folders_have_default_names():
+    assert cli._parse(["compare", "data", "--labeled", "4", "8"]).out == Path("runs/compare")
+    assert cli._parse(["train", "data"]).out is None  # after the method, see below
+
+
+def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(data), *SETTINGS]) == 0
+    assert (tmp_path / "runs" / "supervised" / "evaluation.json").exists()
+
+
+def test_options_are_written_out(capsys):
+    refuses(capsys, ["compare", "data", "--labeled", "4", "--seed", "7"], "unrecognized arguments: --seed 7")
 
 
 def train_arguments(data, out):

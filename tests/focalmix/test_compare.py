@@ -89,7 +89,7 @@ def test_the_burn_in_is_trained_once_and_changes_nothing(luna_folder, tmp_path, 
 
     monkeypatch.setattr(comparison, "train", train_from)
     compare(config, luna_folder, tmp_path / "both", labeled=[2], seeds=1, without=["soft-loss"], bootstraps=10)
-    assert begun == [("soft", False), ("soft", True), ("hard", False)]
+    assert begun == [("soft", False), ("soft", True), ("hard", True)]
     train(replace(config, method="focalmix", labeled=2), luna_folder, tmp_path / "alone")
     shared = tmp_path / "both" / "labeled-2" / "focalmix" / "seed-0"
     assert_same_weights(shared, tmp_path / "alone")
@@ -104,6 +104,22 @@ def test_another_configuration_is_refused(luna_folder, tmp_path):
         compare(replace(CONFIG, gamma=1.0), luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
     with pytest.raises(InputError, match="test_subsets: expected at least one"):
         compare(replace(CONFIG, test_subsets=()), luna_folder, tmp_path, labeled=[2], seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"views": 1}, "views"), ({"loss": "hard"}, "soft-loss"), ({"image_mixup": False}, "image-mixup")],
+)
+def test_a_part_that_is_missing_already_cannot_be_left_out(luna_folder, tmp_path, trained, changes, part):
+    with pytest.raises(InputError, match=f"{part}: expected a part that the settings have"):
+        compare(replace(CONFIG, **changes), luna_folder, tmp_path, labeled=[2], seeds=1, without=[part])
+    assert not trained
+
+
+def test_a_burn_in_of_all_steps_is_no_focalmix(luna_folder, tmp_path, trained):
+    with pytest.raises(InputError, match="burn_in: expected less than the 2 steps, got 3"):
+        compare(replace(CONFIG, burn_in=3), luna_folder, tmp_path, labeled=[2], seeds=1)
+    assert not trained
 
 
 def test_an_impossible_draw_is_told_before_any_training(luna_folder, tmp_path, trained):

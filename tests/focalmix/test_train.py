@@ -350,6 +350,16 @@ def test_focalmix_resumed_equals_uninterrupted(luna_folder, tmp_path, monkeypatc
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
 
 
+def test_the_teacher_may_be_the_current_weights(luna_folder, tmp_path):
+    config, runs = replace(FOCALMIX, log_every=1), []
+    for teacher in ("ema", "current"):
+        train(replace(config, teacher=teacher), luna_folder, tmp_path / teacher)
+        runs.append(metrics(tmp_path / teacher))
+    averaged, current = runs
+    assert averaged[: config.burn_in] == current[: config.burn_in]
+    assert all(a != b for a, b in zip(averaged[config.burn_in :], current[config.burn_in :], strict=True))
+
+
 def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, monkeypatch):
     """Something is found at the nodules, brighter than all else: unlabelled patches show one, all or few of them."""
     searched, seen = [], []

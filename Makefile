@@ -35,8 +35,10 @@ coverage: $(READY)
 
 bench: $(READY)
 	mkdir -p $(RESULTS)/local
-	$(PYTHON) -m pytest -q benchmarks/bench_*.py --benchmark-max-time=0.2 --benchmark-quiet --benchmark-json=$(RESULTS)/local/benchmarks.json
-	$(PYTHON) -m benchmarks.plot $(RESULTS)/local/benchmarks.json
+	rm -f $(RESULTS)/local/benchmarks.json
+	$(PYTHON) -m pytest -q benchmarks/bench_*.py --limit=240 --benchmark-max-time=0.2 --benchmark-quiet \
+		--benchmark-json=$(RESULTS)/local/benchmarks.json; \
+	status=$$?; $(PYTHON) -m benchmarks.plot $(RESULTS)/local/benchmarks.json && exit $$status
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

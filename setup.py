@@ -23,6 +23,7 @@ setup(
     extras_require={
         "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
         "monai": ["monai>=1.6", "torchvision>=0.26"],
+        "rivals": ["kornia>=0.8", "monai>=1.6", "timm>=1.0", "torchvision>=0.26"],
         "docs": DOCS,
         "dev": [
             *DOCS,

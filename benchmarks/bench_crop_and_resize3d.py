@@ -1,12 +1,14 @@
-"""crop_and_resize3d against loops over F.interpolate and F.grid_sample, torch.compile of the formula, MONAI, SimpleITK.
+"""crop_and_resize3d against loops over F.interpolate and F.grid_sample, torch.compile, and other libraries' crops.
 
 Boxes of whole voxels are clamped at the box, as a crop followed by a resize does; others at the volume, as grid_sample
-does. kornia has crops of one box for each volume only, torchvision has them in two dimensions only.
+does. Libraries are given for free what a user makes once: transforms, images. Loops over crops are not compiled: that
+makes a graph for each set of boxes.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
 from fmkernels import crop_and_resize3d
 
 WINDOW = (-1200.0, 600.0)
@@ -24,13 +26,14 @@ WINDOW = (-1200.0, 600.0)
 class Workload:
     """Crops of ``size``^3 out of 8 volumes of ``edge``^3; integers are windowed.
 
-    Both are powers of 2 and boxes lie on quarters of a voxel: so float32 has every coordinate, in whatever way a
-    provider computes it, and what is compared is the work.
+    Edges are powers of 2, boxes begin on quarters of a voxel, and the steps between their samples are binary fractions:
+    so float32 has every coordinate, in whatever way a provider computes it, and what is compared is the work. Faces are
+    a voxel away from all boxes: kornia takes zeros from beyond.
     """
 
     boxes: int
     size: int
-    extents: tuple[int, int] = (8, 32)  # of a box along an axis, in voxels
+    extents: tuple[int, int] = (8, 48)  # of a box along an axis, in voxels
     edge: int = 64
     whole: bool = False  # boxes of whole voxels
     dtype: torch.dtype = torch.float32
@@ -56,50 +59,81 @@ class Workload:
     def output_size(self) -> tuple[int, int, int]:
         return (self.size,) * 3
 
+    @cached_property
+    def table(self) -> Tensor:
+        """The boxes, [boxes, 7]."""
+        generator = torch.Generator().manual_seed(0)
+        low, high = self.extents
+        grain = 1.0 if self.whole else 0.25
+        step = grain * self.size / (self.size & -self.size)  # of extents: multiples of the odd part of the size
+        extents = ((low + torch.rand(self.boxes, 3, generator=generator) * (high - low)) / step).round() * step
+        start = 1 + torch.rand(self.boxes, 3, generator=generator) * (self.edge - 2 - extents)
+        start = (start / grain).round() * grain
+        batch = torch.randint(8, (self.boxes, 1), generator=generator)
+        return torch.cat([batch, start, start + extents], 1)
+
     def inputs(self) -> tuple[Tensor, Tensor]:
         shape = (8, 1, *[self.edge] * 3)
         if self.dtype.is_floating_point:
             volumes = torch.randn(shape, device=DEVICE).to(self.dtype).requires_grad_(self.gradient)
         else:
             volumes = torch.randint(-1400, 800, shape, dtype=self.dtype, device=DEVICE)
-        low, high = self.extents
-        extents = low + torch.rand(self.boxes, 3, device=DEVICE) * (high - low)
-        start = torch.rand(self.boxes, 3, device=DEVICE) * (self.edge - extents - 1)
-        parts = 1 if self.whole else 4
-        start, extents = (start * parts).round() / parts, (extents * parts).round() / parts
-        batch = torch.randint(8, (self.boxes, 1), device=DEVICE)
-        return volumes, torch.cat([batch, start, start + extents], 1)
+        return volumes, self.table.to(DEVICE)
+
+    @cached_property
+    def voxels(self) -> int:
+        """Of all volumes, how many a sample takes from."""
+        taken = torch.zeros(8, *[self.edge] * 3, dtype=torch.bool)
+        for b, *bounds in self.table.tolist():
+            sides = zip(bounds[:3], bounds[3:], strict=True)
+            z, y, x = (voxels_taken(*side, self.size, *(side if self.whole else (0, self.edge))) for side in sides)
+            taken[int(b), z[:, None, None], y[:, None], x] = True
+        return int(taken.sum())
 
     def floor(self) -> dict[str, int]:
-        """Every sample, every voxel of a box of mean extents, and for the gradient every voxel, once."""
-        samples = self.boxes * self.size**3
-        voxels = self.boxes * (sum(self.extents) // 2) ** 3
-        forward = samples * self.result.itemsize + voxels * self.dtype.itemsize
+        """Every sample, every voxel that is taken from, and for the gradient every voxel, once."""
+        samples = self.boxes * self.size**3 * self.result.itemsize
+        forward = samples + self.voxels * self.dtype.itemsize
         if not self.gradient:
             return {"forward": forward}
-        backward = samples * self.result.itemsize + 8 * self.edge**3 * self.dtype.itemsize
+        backward = samples + 8 * self.edge**3 * self.dtype.itemsize
         return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-WORKLOADS = {
+def voxels_taken(start: float, end: float, samples: int, low: float, high: float) -> Tensor:
+    """The voxels along an axis that the samples of [start, end) lie on or between, clamped to those of [low, high)."""
+    middles = 2 * torch.arange(samples, dtype=torch.float64) + 1
+    positions = (middles * (end - start) + samples * (2 * start - 1)) / (2 * samples)  # whole where they should be
+    positions = positions.clamp(low, high - 1)
+    return torch.cat([positions.floor(), positions.ceil()]).unique().long()
+
+
+TARGETS = {  # the workloads of the aims; compiled too
+    "cpu": [Workload(64, 24, whole=True, gradient=False), Workload(64, 24, gradient=False)],
+    "cuda": [Workload(16, 32, edge=128, whole=whole, gradient=False) for whole in (True, False)],
+}[DEVICE.type]
+OTHERS = {
     "cpu": [
-        Workload(64, 32, whole=True),
-        Workload(16, 64, whole=True),
-        Workload(64, 8, whole=True),
-        Workload(64, 32),
-        Workload(64, 8),
-        Workload(64, 32, gradient=False),
-        Workload(64, 32, dtype=torch.int16, result=torch.bfloat16, gradient=False),
+        Workload(1, 24, whole=True, gradient=False),
+        Workload(16, 24, gradient=False),
+        Workload(256, 8, gradient=False),
+        Workload(64, 24, dtype=torch.int16, result=torch.bfloat16, gradient=False),
+        Workload(16, 64, whole=True, gradient=False),
+        Workload(64, 24, whole=True),
+        Workload(64, 24),
     ],
     "cuda": [
-        Workload(boxes, size, edge=128, whole=whole, dtype=dtype, result=result, gradient=dtype.is_floating_point)
-        for boxes, size in ((64, 32), (16, 32), (512, 32), (64, 64))
-        for whole, dtype, result in (
-            (True, torch.float32, torch.float32),
-            (False, torch.float32, torch.float32),
-            (False, torch.bfloat16, torch.bfloat16),
-            (False, torch.int16, torch.bfloat16),
-        )
+        *(Workload(boxes, 32, edge=128, whole=whole, gradient=False) for boxes in (256, 1) for whole in (True, False)),
+        *(
+            Workload(64, size, edge=128, whole=whole, dtype=dtype, result=result, gradient=dtype.is_floating_point)
+            for size in (32, 64)
+            for whole, dtype, result in (
+                (True, torch.float32, torch.float32),
+                (False, torch.float32, torch.float32),
+                (False, torch.bfloat16, torch.bfloat16),
+                (False, torch.int16, torch.bfloat16),
+            )
+        ),
     ],
 }[DEVICE.type]
 
@@ -134,25 +168,18 @@ def interpolate_loop(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-def monai(workload: Workload) -> Callable[..., Tensor]:
-    """The crop of each box, resized by MONAI's transform."""
-
-    def run(volumes, boxes):
-        resize = pytest.importorskip("monai.transforms").Resize(workload.output_size, mode="trilinear")
-        crops = [
-            resize(volumes[b, :, z1:z2, y1:y2, x1:x2]).as_tensor() for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
-        ]
-        return torch.stack(crops)
-
-    return run
-
-
-def _grid(workload: Workload, boxes: Tensor) -> Tensor:
-    """What grid_sample takes, [K, d, h, w, 3]."""
-    step = (torch.arange(workload.size, device=boxes.device) + 0.5) / workload.size
+def _positions(workload: Workload, boxes: Tensor) -> Tensor:
+    """Of the samples of each box along each axis, [K, 3, n]."""
+    middles = torch.arange(workload.size, device=boxes.device) + 0.5
     start, end = boxes[:, 1:4, None], boxes[:, 4:, None]
-    z, y, x = ((start + (end - start) * step) * 2 / workload.edge - 1).unbind(1)
-    n = workload.size
+    low, high = (start, end - 1) if workload.whole else (0 * start, 0 * end + workload.edge - 1)
+    return (start + (end - start) / workload.size * middles - 0.5).maximum(low).minimum(high)
+
+
+def _grid(positions: Tensor, extents: int | Tensor) -> Tensor:
+    """What grid_sample takes for positions [K, 3, n] in volumes of these extents, [K, n, n, n, 3]."""
+    z, y, x = ((2 * positions + 1) / extents - 1).unbind(1)
+    n = positions.shape[2]
     axes = x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]
     return torch.stack([axis.expand(-1, n, n, n) for axis in axes], -1)
 
@@ -166,18 +193,25 @@ def grid_sample(workload: Workload) -> Callable[..., Tensor]:
 
     def run(volumes, boxes):
         x = _windowed(workload, volumes)
-        return _grid_sample(x[boxes[:, 0].long()], _grid(workload, boxes)).to(workload.result)
+        grid = _grid(_positions(workload, boxes), workload.edge)
+        return _grid_sample(x[boxes[:, 0].long()], grid).to(workload.result)
 
     return run
 
 
 def grid_sample_loop(workload: Workload) -> Callable[..., Tensor]:
-    """One call for each box."""
+    """One call for each box, on the part of a volume that it takes from."""
 
     def run(volumes, boxes):
-        x, grid = _windowed(workload, volumes), _grid(workload, boxes)
-        batch = boxes[:, 0].int().tolist()
-        return torch.cat([_grid_sample(x[b : b + 1], grid[k : k + 1]) for k, b in enumerate(batch)]).to(workload.result)
+        positions = _positions(workload, boxes)
+        first, last = positions[:, :, 0].floor(), positions[:, :, -1].floor() + 2
+        grid = _grid(positions - first[:, :, None], (last - first)[:, :, None])
+        parts = torch.cat([boxes[:, :1], first, last], 1).int().tolist()
+        crops = [
+            _grid_sample(_windowed(workload, volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2]), grid[k : k + 1])
+            for k, (b, z1, y1, x1, z2, y2, x2) in enumerate(parts)
+        ]
+        return torch.cat(crops).to(workload.result)
 
     return run
 
@@ -186,10 +220,7 @@ def formula(workload: Workload) -> Callable[..., Tensor]:
     """The 8 voxels around every sample, gathered for all boxes at once."""
 
     def run(volumes, boxes):
-        step = (torch.arange(workload.size, device=boxes.device) + 0.5) / workload.size
-        start, end = boxes[:, 1:4, None], boxes[:, 4:, None]
-        low, high = (start, end - 1) if workload.whole else (0 * start, 0 * end + workload.edge - 1)
-        position = (start + (end - start) * step - 0.5).maximum(low).minimum(high)  # [K, 3, n]
+        position = _positions(workload, boxes)
         below = position.floor()
         sides = [(below.long(), 1 - (position - below)), (position.ceil().long(), position - below)]
         batch = boxes[:, 0].long()[:, None, None, None]
@@ -203,54 +234,128 @@ def formula(workload: Workload) -> Callable[..., Tensor]:
     return run
 
 
-def simple_itk(workload: Workload) -> Callable[..., Tensor]:
-    """ResampleImageFilter for each box, which computes coordinates in double precision."""
+def kornia(workload: Workload) -> Provider:
+    """crop_and_resize3d, for which each box has a copy of its volume; with its corners on the outermost samples."""
 
-    def run(volumes, boxes):
-        sitk = pytest.importorskip("SimpleITK")
-        images = [sitk.GetImageFromArray(volume[0].numpy()) for volume in volumes]
+    def inputs():
+        crop = pytest.importorskip("kornia.geometry.transform", exc_type=Exception).crop_and_resize3d
+        clockwise = [(z, y, x) for z in (0, 1) for y, x in ((0, 0), (0, 1), (1, 1), (1, 0))]
+        return *workload.inputs(), crop, torch.tensor(clockwise, dtype=torch.bool, device=DEVICE)
+
+    def run(volumes, boxes, crop, at_end):
+        half = (boxes[:, 4:] - boxes[:, 1:4]) / workload.size / 2
+        start, end = boxes[:, 1:4] + half - 0.5, boxes[:, 4:] - half - 0.5
+        corners = torch.where(at_end, end[:, None], start[:, None]).flip(-1)
+        x = _windowed(workload, volumes)[boxes[:, 0].long()]
+        return crop(x, corners, workload.output_size, align_corners=True).to(workload.result)
+
+    return Provider("kornia", run, inputs)
+
+
+def torchvision(workload: Workload) -> Provider:
+    """roi_align of two slices for each along z of a crop, which it lies between."""
+
+    def inputs():
+        return *workload.inputs(), pytest.importorskip("torchvision.ops", exc_type=Exception).roi_align
+
+    def run(volumes, boxes, roi_align):
+        z = _positions(workload, boxes)[:, 0]
+        slices = boxes[:, :1] * workload.edge + torch.stack([z.floor(), z.ceil()])  # [2, K, n]
+        corners = boxes[:, None, [3, 2, 6, 5]].expand(2, -1, workload.size, -1)
+        rois = torch.cat([slices[..., None], corners], -1).flatten(0, 2)
+        x = _windowed(workload, volumes).flatten(0, 2)[:, None]
+        planes = roi_align(x, rois, workload.output_size[1:], sampling_ratio=1, aligned=True)
+        below, above = planes.view(2, len(boxes), 1, *workload.output_size)
+        return below.lerp(above, z.frac()[:, None, :, None, None]).to(workload.result)
+
+    return Provider("torchvision", run, inputs)
+
+
+def monai(workload: Workload) -> Provider:
+    """SpatialCrop, one for each box, and Resize."""
+
+    def inputs():
+        transforms = pytest.importorskip("monai.transforms", exc_type=Exception)
+        cuts = [transforms.SpatialCrop(roi_start=b[1:4], roi_end=b[4:]) for b in workload.table.int().tolist()]
+        return *workload.inputs(), cuts, transforms.Resize(workload.output_size, mode="trilinear")
+
+    def run(volumes, boxes, cuts, resize):
+        batch = boxes[:, 0].int().tolist()
+        return torch.stack([resize(cut(volumes[b])).as_tensor() for b, cut in zip(batch, cuts, strict=True)])
+
+    return Provider("MONAI", run, inputs)
+
+
+def simple_itk(workload: Workload) -> Provider:
+    """ResampleImageFilter for each box, or for its region, which computes coordinates in double precision."""
+
+    def inputs():
+        sitk = pytest.importorskip("SimpleITK", exc_type=Exception)
         resample = sitk.ResampleImageFilter()
         resample.SetInterpolator(sitk.sitkLinear)
         resample.SetSize(workload.output_size)
+        volumes, boxes = workload.inputs()
+        images = [sitk.GetImageFromArray(volume[0].numpy()) for volume in volumes]
+        return volumes, boxes, images, resample, sitk.GetArrayFromImage
+
+    def run(volumes, boxes, images, resample, array):
+        resample.SetNumberOfThreads(torch.get_num_threads())
         crops = []
         for b, *bounds in boxes.tolist():
-            steps = [(end - start) / workload.size for start, end in zip(bounds[:3], bounds[3:], strict=True)]
-            first = [start + 0.5 * step - 0.5 for start, step in zip(bounds[:3], steps, strict=True)]
-            resample.SetOutputSpacing(steps[::-1])
-            resample.SetOutputOrigin(first[::-1])
-            crops.append(torch.from_numpy(sitk.GetArrayFromImage(resample.Execute(images[int(b)]))))
+            image, sides = images[int(b)], list(zip(bounds[:3], bounds[3:], strict=True))[::-1]
+            if workload.whole:
+                image = image[tuple(slice(int(start), int(end)) for start, end in sides)]
+            steps = [(end - start) / workload.size for start, end in sides]
+            resample.SetOutputSpacing(steps)
+            resample.SetOutputOrigin([s + 0.5 * step - 0.5 for (s, _), step in zip(sides, steps, strict=True)])
+            crops.append(torch.from_numpy(array(resample.Execute(image))))
         return torch.stack(crops)[:, None]
 
-    return run
+    return Provider("SimpleITK", run, inputs)
 
 
-def providers(workload: Workload) -> list[Provider]:
-    """Resizing takes boxes of whole voxels, grid_sample clamps at the volume; so does SimpleITK, forward on the CPU."""
+def providers(workload: Workload, compiled: bool) -> list[Provider]:
+    """Resizing takes boxes of whole voxels, grid_sample clamps at the volume; SimpleITK is for the CPU.
+
+    kornia solves equations in float32 for its coordinates: results in 16 bits are right, those in 32 are not.
+    """
     functions = {OURS: ours}
     if workload.whole:
-        functions |= {"interpolate loop": interpolate_loop, "MONAI": monai}
+        functions |= {"interpolate loop": interpolate_loop}
+        libraries = [monai]
     else:
         functions |= {"grid_sample": grid_sample, "grid_sample loop": grid_sample_loop}
-    functions |= {"formula": formula, "torch.compile": formula}
-    if DEVICE.type == "cpu" and not (workload.whole or workload.window or workload.gradient):
-        functions["SimpleITK"] = simple_itk
-    return [Provider(name, make(workload), compile=name == "torch.compile") for name, make in functions.items()]
+        libraries = [torchvision, *[kornia] * (workload.result == torch.bfloat16)]
+    if DEVICE.type == "cpu" and not (workload.window or workload.gradient):
+        libraries.append(simple_itk)
+    functions["formula"] = formula
+    result = [Provider(name, make(workload)) for name, make in functions.items()]
+    if compiled:
+        result.append(Provider("torch.compile", formula(workload), compile=True))
+        if not workload.whole:
+            result.append(Provider("torch.compile of grid_sample", grid_sample(workload), compile=True))
+    return [*result, *(make(workload) for make in libraries)]
 
 
-def comparison(workload: Workload) -> Comparison:
+def comparison(workload: Workload, compiled: bool = True) -> Comparison:
     return Comparison(
         op="crop_and_resize3d",
         workload=str(workload),
         inputs=workload.inputs,
-        reference=lambda volumes, boxes: reference.crop_and_resize3d(
+        reference=lambda volumes, boxes, *_: reference.crop_and_resize3d(
             volumes, boxes, workload.output_size, clamp=workload.clamp, window=workload.window, dtype=workload.result
         ),
         floor=workload.floor(),
-        providers=providers(workload),
+        providers=providers(workload, compiled),
     )
 
 
-EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(64, 32)))]
+UNCOMPILED = [comparison(workload, compiled=False) for workload in TARGETS]
+EVERY = [
+    *map(comparison, TARGETS),
+    *(each for whole in UNCOMPILED for each in [*wall_time(whole), *on_one_thread(whole)]),
+    *(comparison(workload, compiled=False) for workload in OTHERS),
+]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

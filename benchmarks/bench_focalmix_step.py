@@ -20,35 +20,34 @@ from fmkernels.focalmix.state import autocast, build_model
 
 @dataclass(frozen=True)
 class Workload:
-    """The step of a preset: so many labelled and as many unlabelled patches."""
+    """The step of a preset, of its labelled and its unlabelled patches."""
 
     preset: str
-    batch_size: int
 
     @property
     def config(self) -> Config:
-        size = {"batch_size": self.batch_size, "unlabeled_batch_size": self.batch_size}
-        return replace(PRESETS[self.preset], method="focalmix", **size)
+        return replace(PRESETS[self.preset], method="focalmix")
 
     def __str__(self) -> str:
         config = self.config
-        edge, views = config.patch_size[0], config.views
-        return f"{self.preset}, {self.batch_size} + {self.batch_size} patches of {edge}^3, K = {views}"
+        patches = f"{config.batch_size} + {config.unlabeled_batch_size} patches of {config.patch_size[0]}^3"
+        return f"{self.preset}, {patches}, K = {config.views}"
 
     def inputs(self) -> tuple:
         """Model, teacher, labelled and unlabelled patches, draws, and the parameters that get gradients."""
         config = self.config
         model, teacher = build_model(config).to(DEVICE), build_model(config).to(DEVICE)
-        shape = (2, self.batch_size, 1, *config.patch_size)
+        labels, others = config.batch_size, config.unlabeled_batch_size
+        shape = (labels + others, 1, *config.patch_size)
         images = torch.randint(-1200, 600, shape, dtype=torch.int16, device=DEVICE)
-        corner, side = torch.rand(self.batch_size, 1, 3) * config.patch_size[0] / 2, config.diameters[0]
+        corner, side = torch.rand(labels, 1, 3) * config.patch_size[0] / 2, config.diameters[0]
         boxes = [torch.cat([low, low + side], 1).round().to(DEVICE) for low in corner]
-        labeled = {"image": images[0], "boxes": boxes, "ignore": [boxes[0].new_empty(0, 6)] * self.batch_size}
+        labeled = {"image": images[:labels], "boxes": boxes, "ignore": [boxes[0].new_empty(0, 6)] * labels}
         drawn = draw(config, config.burn_in + config.ramp).to(DEVICE)
-        return model, teacher, labeled, images[1], drawn, *model.parameters()
+        return model, teacher, labeled, images[labels:], drawn, *model.parameters()
 
 
-WORKLOADS = {"cpu": [Workload("demo", 8)], "cuda": [Workload("demo", 16), Workload("luna16", 8)]}[DEVICE.type]
+WORKLOADS = {"cpu": [Workload("demo")], "cuda": [Workload("demo"), Workload("luna16")]}[DEVICE.type]
 
 
 def step(workload: Workload, ops: str) -> Callable[..., Tensor]:
@@ -69,7 +68,7 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
     def run(model, teacher, labeled, unlabeled, drawn, *_):
         if model not in images:
             images[model] = apply_window(torch.cat([labeled["image"], unlabeled]), config.window)
-        views = images[model][workload.batch_size :].repeat(config.views, 1, 1, 1, 1)
+        views = images[model][config.batch_size :].repeat(config.views, 1, 1, 1, 1)
         with autocast(config, DEVICE):
             with torch.no_grad():
                 teacher(views)

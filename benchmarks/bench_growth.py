@@ -1,4 +1,7 @@
-"""Time against size, from one element up: ours beside the best that PyTorch has."""
+"""Time against size, from one element up: ours beside the best that PyTorch has.
+
+On a CPU without torch.compile, which takes seconds for each size.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +19,7 @@ from benchmarks import (
 from benchmarks.common import DEVICE, OURS, Comparison, rows
 
 GPU = DEVICE.type == "cuda"
-RIVALS = {"best eager", "interpolate loop", "interpolate"} | ({"torch.compile"} if GPU else set())
+RIVALS = {"best eager", "gather and lerp", "interpolate loop", "interpolate"} | ({"torch.compile"} if GPU else set())
 
 
 def growing(suite: ModuleType, workload, elements: int) -> Comparison:

@@ -1,7 +1,8 @@
-"""mixup3d against plain PyTorch, the leanest PyTorch, torch.compile of the formula, and the mixup of other libraries.
+"""mixup3d against plain PyTorch, the leanest PyTorch, torch.compile, a copy, and the mixup of other libraries.
 
-Those neither flip nor window and draw lam and the partners themselves; here they are told. Partners are the mirror
-image of the batch, as in timm; torchvision takes one lam for all and the neighbour. kornia's takes no volumes.
+Those neither flip nor window and draw lam and the partners themselves; here they are told, by what is made before the
+call. Partners are the mirror image of the batch, as in timm; torchvision takes one lam for all and the neighbour;
+kornia takes slices of images below one another. The copy moves the bytes of the floor, at whatever type.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread,
 from fmkernels import mixup3d
 
 WINDOW = (-1200.0, 600.0)
+FLIPS = [[axis for bit, axis in ((1, 1), (2, 2), (4, 3)) if mask & bit] for mask in range(8)]  # of [1, D, H, W]
+BF16, I16 = torch.bfloat16, torch.int16
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,25 @@ class Workload:
         return {"forward": forward, "backward": forward, "both": 2 * forward} if self.gradient else {"forward": forward}
 
 
-WORKLOADS = [
-    Workload(batch, edge, *types, flips=flips, in_place=in_place, gradient=gradient)
-    for batch, edge in {"cpu": [(8, 64), (8, 96)], "cuda": [(16, 192), (8, 64), (8, 128), (64, 96)]}[DEVICE.type]
-    for types, flips, in_place, gradient in (
-        ((torch.float32, torch.float32), False, False, True),
-        ((torch.float32, torch.float32), False, True, False),
-        ((torch.float32, torch.float32), True, True, False),
-        ((torch.bfloat16, torch.bfloat16), False, True, False),
-        ((torch.int16, torch.bfloat16), True, False, False),
-        ((torch.int16, torch.float32), False, False, False),
+TARGETS = {  # the workloads of the aims, where the best form is compiled too
+    "cpu": [Workload(8, 96, gradient=True), Workload(8, 96, I16)],
+    "cuda": [Workload(16, 192, in_place=True), Workload(16, 192, I16, BF16, flips=True)],
+}[DEVICE.type]
+OTHERS = [
+    workload
+    for batch, edge in {"cpu": [(8, 96)], "cuda": [(16, 192), (16, 96), (2, 96), (8, 160)]}[DEVICE.type]
+    for workload in (
+        Workload(batch, edge, gradient=True),
+        Workload(batch, edge, in_place=True),
+        Workload(batch, edge, flips=True, in_place=True),
+        Workload(batch, edge, BF16, BF16, in_place=True),
+        Workload(batch, edge, I16, BF16, flips=True),
+        Workload(batch, edge, I16),
     )
+    if workload not in TARGETS
 ]
+if DEVICE.type == "cpu":
+    OTHERS += [Workload(2, 160, gradient=True), Workload(2, 160, I16)]
 
 
 def ours(workload: Workload) -> Callable[..., Tensor]:
@@ -90,94 +100,214 @@ def _flipped(volumes: Tensor, flips: Tensor) -> Tensor:
     return volumes
 
 
-def _prepared(workload: Workload, volumes: Tensor, flips: Tensor | None) -> Tensor:
-    x = volumes.float()
-    if workload.window():
-        low, high = workload.window()
-        x = ((x - low) / (high - low)).clamp(0, 1)
-    return x if flips is None else _flipped(x, flips)
-
-
 def plain(workload: Workload) -> Callable[..., Tensor]:
     """The formula as a trainer writes it."""
 
     def run(volumes, lam, index, flips):
-        x, share = _prepared(workload, volumes, flips), lam[:, None, None, None, None]
+        x, share = volumes.float(), lam[:, None, None, None, None]
+        if workload.window():
+            low, high = WINDOW
+            x = ((x - low) / (high - low)).clamp(0, 1)
+        if flips is not None:
+            x = _flipped(x, flips)
         mixed = (share * x + (1 - share) * x[index]).to(workload.result)
         return volumes.copy_(mixed) if workload.in_place else mixed
 
     return run
 
 
-def lean(workload: Workload) -> Callable[..., Tensor]:
-    """The best of eager PyTorch that does not read lam: one gather, one lerp."""
+def _windowed(volumes: Tensor) -> Tensor:
+    low, high = WINDOW
+    return volumes.float().sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def gather_and_lerp(workload: Workload) -> Callable[..., Tensor]:
+    """The best of eager PyTorch that does not read lam."""
 
     def run(volumes, lam, index, flips):
-        x = _prepared(workload, volumes, flips)
-        mixed = torch.lerp(x[index], x, lam[:, None, None, None, None])
+        x = _windowed(volumes) if workload.window() else volumes.float()
+        if flips is not None:
+            x = _flipped(x, flips)
+        mixed = torch.lerp(x.index_select(0, index), x, lam[:, None, None, None, None])
         return volumes.copy_(mixed) if workload.in_place else mixed.to(workload.result)
 
     return run
 
 
 def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
-    """The least that eager PyTorch moves in place; the host reads lam."""
+    """The least that eager PyTorch moves; the host reads lam, index and flips."""
 
     def run(volumes, lam, index, flips):
-        for own, partner, share in zip(volumes, volumes[index], lam.tolist(), strict=True):
-            torch.lerp(partner, own, share, out=own)
-        return volumes
+        own = (
+            volumes if flips is None else [x.flip(FLIPS[mask]) for x, mask in zip(volumes, flips.tolist(), strict=True)]
+        )
+        if workload.window():
+            own = [_windowed(x) for x in own]
+        overwritten = workload.in_place and flips is None
+        partners = own.index_select(0, index) if overwritten else [own[i] for i in index.tolist()]
+        out = volumes if workload.in_place else torch.empty_like(volumes, dtype=workload.result)
+        for *pair, share, row in zip(partners, own, lam.tolist(), out, strict=True):
+            torch.lerp(*pair, share, out=row)
+        return out
+
+    def run_with_graph(volumes, *told):
+        return _BySample.apply(run, volumes, *told) if volumes.requires_grad else run(volumes, *told)
+
+    return run_with_graph
+
+
+class _BySample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, volumes, lam, index, flips):
+        ctx.told = lam, index
+        return run(volumes, lam, index, flips)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        lam, index = (each.tolist() for each in ctx.told)
+        gradient = torch.empty_like(upstream)
+        for row, own, share in zip(upstream, gradient, lam, strict=True):
+            torch.mul(row, share, out=own)
+        for row, i, share in zip(upstream, index, lam, strict=True):
+            gradient[i].add_(row, alpha=1 - share)
+        return None, gradient, None, None, None
+
+
+@torch.library.custom_op("fmkernels_benchmarks::as_float", mutates_args=())
+def _as_float(x: Tensor) -> Tensor:
+    """What torch.compile is not to fuse: for a CPU it vectorises nothing that reads int16."""
+    return x.float()
+
+
+_as_float.register_fake(lambda x: x.float())
+
+
+def _flipped_at_once(volumes: Tensor, flips: Tensor, rows: Tensor) -> Tensor:
+    """These volumes, each flipped by its mask, by one choice of voxels."""
+    place = torch.arange(volumes.shape[-1], device=DEVICE)
+    z, y, x = (torch.where((flips[rows] & bit).bool()[:, None], place.flip(0), place) for bit in (1, 2, 4))
+    chosen = volumes[rows[:, None, None, None], 0, z[:, :, None, None], y[:, None, :, None], x[:, None, None]]
+    return chosen[:, None]
+
+
+def to_compile(workload: Workload) -> Callable[..., Tensor]:
+    """The best for torch.compile, which makes one pass of it: voxels are chosen first, each once."""
+
+    def run(volumes, lam, index, flips):
+        x = _as_float(volumes) if DEVICE.type == "cpu" and volumes.dtype == I16 else volumes
+        own, partner = x, x[index]
+        if flips is not None:
+            own, partner = (_flipped_at_once(x, flips, rows) for rows in (torch.arange(len(x), device=DEVICE), index))
+        own, partner = own.float(), partner.float()
+        if workload.window():
+            low, high = WINDOW
+            own, partner = (((each - low) / (high - low)).clamp(0, 1) for each in (own, partner))
+        mixed = torch.lerp(partner, own, lam[:, None, None, None, None]).to(workload.result)
+        return volumes.copy_(mixed) if workload.in_place else mixed
 
     return run
 
 
-def torchvision(workload: Workload) -> Callable[..., Tensor]:
-    def run(volumes, lam, index, flips):
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, source, target):
+        ctx.target = target
+        return target.copy_(source)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.target.copy_(upstream), None
+
+
+def copy(workload: Workload) -> Provider:
+    """What a copy of as many bytes takes, in the same rounds and the same caches."""
+
+    def inputs():
+        source = torch.randn(workload.floor()["forward"] // 8, device=DEVICE).requires_grad_(workload.gradient)
+        return source, torch.empty_like(source)
+
+    return Provider("copy", _Copy.apply, inputs, reference=lambda source, _: source.double())
+
+
+def torchvision(workload: Workload) -> Provider:
+    def inputs():
         v2 = pytest.importorskip("torchvision.transforms.v2", exc_type=Exception)
-        video = pytest.importorskip("torchvision.tv_tensors", exc_type=Exception).Video(volumes)
+        video = pytest.importorskip("torchvision.tv_tensors", exc_type=Exception).Video
+        return *workload.inputs_for_torchvision(), v2.MixUp(num_classes=2), video
+
+    def run(volumes, lam, index, flips, mixup, video):
         params = {"lam": 0.75, "labels": None, "batch_size": len(volumes)}
-        return v2.MixUp(num_classes=2).transform(video, params).as_subclass(Tensor)
+        return mixup.transform(video(volumes), params).as_subclass(Tensor)
 
-    return run
+    return Provider("torchvision", run, inputs)
 
 
-def timm(workload: Workload) -> Callable[..., Tensor]:
-    def run(volumes, lam, index, flips):
+def timm(workload: Workload) -> Provider:
+    def inputs():
         mixup = pytest.importorskip("timm.data.mixup", exc_type=Exception).Mixup(mode="elem")
-        mixup._params_per_elem = lambda batch: (lam.tolist(), [False] * batch)
+        volumes, lam, *others = workload.inputs()
+        shares = lam.tolist()
+        mixup._params_per_elem = lambda batch: (shares, [False] * batch)
+        return volumes, lam, *others, mixup
+
+    def run(volumes, lam, index, flips, mixup):
         mixup._mix_elem(volumes)
         return volumes
 
-    return run
+    return Provider("timm", run, inputs)
 
 
-def monai(workload: Workload) -> Callable[..., Tensor]:
-    def run(volumes, lam, index, flips):
+def monai(workload: Workload) -> Provider:
+    def inputs():
         array = pytest.importorskip("monai.transforms.regularization.array", exc_type=Exception)
-        mixup = array.MixUp(len(volumes))
+        volumes, lam, index, flips = workload.inputs()
+        mixup = array.MixUp(workload.batch)
         mixup._params = lam, index, []
+        return volumes, lam, index, flips, mixup
+
+    def run(volumes, lam, index, flips, mixup):
         return mixup.apply(volumes)
 
-    return run
+    return Provider("monai", run, inputs)
+
+
+def kornia(workload: Workload) -> Provider:
+    """Its lambda is the partner's share."""
+
+    def inputs():
+        mixup = pytest.importorskip("kornia.augmentation", exc_type=Exception).RandomMixUpV2()
+        volumes, lam, index, flips = workload.inputs()
+        params = {"mixup_pairs": index, "mixup_lambdas": lam, "batch_prob": torch.ones(workload.batch)}
+        return volumes, lam, index, flips, mixup, params
+
+    def run(volumes, lam, index, flips, mixup, params):
+        return mixup(volumes.flatten(2, 3), params=params).view_as(volumes)
+
+    def expected(volumes, lam, *others):
+        return oracle(workload)(volumes, 1 - lam, *others)
+
+    return Provider("kornia", run, inputs, reference=expected)
 
 
 def providers(workload: Workload) -> list[Provider]:
     """Other libraries mix float32 without flips, each either in place or not."""
-    functions = {OURS: ours, "eager": plain, "best eager": lean}
-    if workload.in_place and not workload.flips:
-        functions["lerp by sample"] = lerp_by_sample
-    functions["torch.compile"] = plain
+    functions = {OURS: ours, "eager": plain, "gather and lerp": gather_and_lerp, "best eager": lerp_by_sample}
+    result = [Provider(name, make(workload)) for name, make in functions.items()]
+    result.append(Provider("torch.compile", plain(workload), compile=True))
+    if workload in TARGETS:
+        result.append(Provider("torch.compile of the best", to_compile(workload), compile=True))
+    libraries = []
     if workload.dtype == torch.float32 and not workload.flips:
-        functions |= {"timm": timm} if workload.in_place else {"torchvision": torchvision, "monai": monai}
-    return [
-        Provider(
-            name,
-            make(workload),
-            inputs=workload.inputs_for_torchvision if name == "torchvision" else None,
-            compile=name == "torch.compile",
-        )
-        for name, make in functions.items()
-    ]
+        libraries = [timm] if workload.in_place else [torchvision, monai, kornia]
+    return [*result, *(make(workload) for make in (copy, *libraries))]
+
+
+def oracle(workload: Workload) -> Callable[..., Tensor]:
+    def run(volumes, lam, index, flips, *_):
+        window = workload.window()
+        return reference.mixup3d(volumes, lam, index, flips=flips, window=window, dtype=workload.result)
+
+    return run
 
 
 def comparison(workload: Workload) -> Comparison:
@@ -185,18 +315,16 @@ def comparison(workload: Workload) -> Comparison:
         op="mixup3d",
         workload=str(workload),
         inputs=workload.inputs,
-        reference=lambda volumes, lam, index, flips: reference.mixup3d(
-            volumes, lam, index, flips=flips, window=workload.window(), dtype=workload.result
-        ),
+        reference=oracle(workload),
         floor=workload.floor(),
         providers=providers(workload),
     )
 
 
 EVERY = [
-    *map(comparison, WORKLOADS),
-    *on_one_thread(comparison(Workload(8, 96, gradient=True))),
-    *on_one_thread(comparison(Workload(8, 96, torch.int16))),
+    *map(comparison, TARGETS),
+    *(alone for workload in TARGETS for alone in on_one_thread(comparison(workload))),
+    *map(comparison, OTHERS),
 ]
 
 

@@ -1,12 +1,12 @@
-"""object_mixup3d against PyTorch box by box, by interpolate or grid_sample, and torch.compile of the former.
+"""object_mixup3d against PyTorch box by box, with the resizing of PyTorch or of other libraries, and torch.compile.
 
 The peers are given the boxes as Python numbers, whole ones, for free; ours reads them where they are.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import pytest
 import torch
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
+from benchmarks.bench_crop_and_resize3d import voxels_taken
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
 from fmkernels import object_mixup3d
 
-MOST_COMPILED = 64
+MOST_FOR_LIBRARIES = 16  # boxes, each of which takes them a millisecond or more
 Box = tuple[int, ...]  # batch index, start and end along z, y and x
+Resize = Callable[[Tensor, tuple[int, ...]], Tensor]  # of a crop [1, 1, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Workload:
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         shape = (self.batch, 1, *[self.edge] * 3)
-        boxes, donor_boxes = torch.tensor(self.pairs, dtype=torch.float32, device=DEVICE).unbind(1)
+        boxes, donor_boxes = torch.tensor(self.pairs, dtype=torch.float32, device=DEVICE).transpose(0, 1).contiguous()
         lam = torch.rand(self.boxes, device=DEVICE) / 2 + 0.5
         volumes, donors = (torch.randn(shape, device=DEVICE).to(self.dtype) for _ in range(2))
         return volumes, boxes, donor_boxes, lam, donors if self.donors else None
@@ -66,32 +68,46 @@ class Workload:
     @property
     def voxels(self) -> int:
         """Of all targets."""
-        return sum(_voxels(target) for target, _ in self.pairs)
+        return sum(math.prod(_size(target)) for target, _ in self.pairs)
 
     def floor(self) -> dict[str, int]:
-        """Targets read and written, donors read; out of place all voxels read and written, and donors read."""
-        donors = sum(_voxels(donor) for _, donor in self.pairs)
+        """Targets, or out of place all voxels, read and written once, and what donors apart give, read once.
+
+        Without donors apart that is in the targets, which are each other's donors.
+        """
         written = self.voxels if self.in_place else self.batch * self.edge**3
-        return {"forward": (2 * written + donors) * self.dtype.itemsize}
+        taken = sum(
+            math.prod(
+                len(voxels_taken(0, voxels, samples, 0, voxels))
+                for voxels, samples in zip(_size(source), _size(target), strict=True)
+            )
+            for target, source in self.pairs
+        )
+        return {"forward": (2 * written + taken * self.donors) * self.dtype.itemsize}
 
 
-def _voxels(box: Box) -> int:
-    return math.prod(end - start for start, end in zip(box[1:4], box[4:], strict=True))
+def _size(box: Box) -> tuple[int, ...]:
+    return tuple(end - start for start, end in zip(box[1:4], box[4:], strict=True))
 
 
-WORKLOADS = {
+TARGETS = {  # the workloads of the aims
+    "cpu": [Workload(8, 96, 16, 8, 48, donors=True)],
+    "cuda": [Workload(16, 160, 16, 8, 48, donors=donors) for donors in (False, True)],
+}[DEVICE.type]
+OTHERS = {
     "cpu": [
-        Workload(8, 96, 8, 8, 24),
-        Workload(8, 96, 8, 8, 24, donors=True),
+        Workload(8, 96, 16, 8, 48),
+        Workload(8, 96, 16, 8, 48, torch.bfloat16, donors=True),
+        Workload(8, 96, 1, 48, 48),
         Workload(8, 96, 256, 8, 24),
-        Workload(8, 96, 16, 24, 24, torch.bfloat16, donors=True),
         Workload(8, 64, 8, 8, 24, in_place=False),
     ],
     "cuda": [
-        Workload(batch, 160, boxes, low, high, dtype, donors, in_place)
-        for batch, boxes, low, high in ((16, 16, 8, 24), (16, 64, 8, 40), (16, 1000, 8, 24))
+        workload
         for dtype in (torch.float32, torch.bfloat16)
+        for boxes in (16, 256, 1)
         for donors, in_place in ((True, True), (False, True), (True, False))
+        if (workload := Workload(16, 160, boxes, 8, 48, dtype, donors, in_place)) not in TARGETS
     ],
 }[DEVICE.type]
 
@@ -109,47 +125,101 @@ def _region(volumes: Tensor, box: Box) -> Tensor:
     return volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2]
 
 
-def box_by_box(workload: Workload, resize: Callable[[Tensor, list[int]], Tensor]) -> Callable[..., Tensor]:
+def box_by_box(workload: Workload) -> Callable[..., Tensor]:
     """Resize all donors, then blend each into its target; float32 shares."""
 
-    def donors_of(volumes: Tensor, donors: Tensor | None) -> Iterator[Tensor]:
-        for target, source in workload.pairs:
-            size = [end - start for start, end in zip(target[1:4], target[4:], strict=True)]
-            yield resize(_region(volumes if donors is None else donors, source).float(), size)
-
-    def run(volumes, boxes, donor_boxes, lam, donors):
-        resized = donors_of(volumes, donors)
+    def run(volumes, boxes, donor_boxes, lam, donors, resize):
+        wide, pool = torch.promote_types(volumes.dtype, lam.dtype), volumes if donors is None else donors
+        resized = (resize(_region(pool, source).to(wide), _size(target)) for target, source in workload.pairs)
         if donors is None and workload.in_place:  # all are read before anything is written
             resized = list(resized)
         out = volumes if workload.in_place else volumes.clone()
-        for k, ((target, _), donor) in enumerate(zip(workload.pairs, resized, strict=True)):
+        for (target, _), donor, share in zip(workload.pairs, resized, (1 - lam).unbind(), strict=True):
             region = _region(out, target)
-            region.copy_(torch.lerp(donor, region.float(), lam[k]))
+            region.copy_(region.to(wide).lerp_(donor, share))  # which is no copy where it is wide
         return out
 
     return run
 
 
-def interpolate(crop: Tensor, size: list[int]) -> Tensor:
-    return F.interpolate(crop, size, mode="trilinear")
+def interpolate() -> Resize:
+    return partial(F.interpolate, mode="trilinear")
 
 
-def grid_sample(crop: Tensor, size: list[int]) -> Tensor:
-    theta = torch.eye(3, 4, device=crop.device)[None]
-    grid = F.affine_grid(theta, [1, 1, *size], align_corners=False)
-    return F.grid_sample(crop, grid, padding_mode="border", align_corners=False)
+def grid_sample() -> Resize:
+    def resize(crop, size):
+        theta = torch.eye(3, 4, device=crop.device)[None]
+        grid = F.affine_grid(theta, [1, 1, *size], align_corners=False)
+        return F.grid_sample(crop, grid, padding_mode="border", align_corners=False)
+
+    return resize
+
+
+def monai() -> Resize:
+    transform = cache(partial(pytest.importorskip("monai.transforms", exc_type=Exception).Resize, mode="trilinear"))
+    return lambda crop, size: transform(size)(crop[0]).as_tensor()[None]
+
+
+def simple_itk() -> Resize:
+    sitk = pytest.importorskip("SimpleITK", exc_type=Exception)
+    resample = sitk.ResampleImageFilter()
+    resample.SetInterpolator(sitk.sitkLinear)
+
+    def resize(crop, size):
+        image, size = sitk.GetImageFromArray(crop[0, 0].numpy()), size[::-1]
+        steps = [voxels / samples for voxels, samples in zip(image.GetSize(), size, strict=True)]
+        resample.SetNumberOfThreads(torch.get_num_threads())
+        resample.SetSize(size)
+        resample.SetOutputSpacing(steps)
+        resample.SetOutputOrigin([step / 2 - 0.5 for step in steps])
+        return torch.from_numpy(sitk.GetArrayFromImage(resample.Execute(image)))[None, None]
+
+    return resize
+
+
+def kornia() -> Resize:
+    """From corner to corner of a crop."""
+    crop_and_resize = pytest.importorskip("kornia.geometry.transform", exc_type=Exception).crop_and_resize3d
+    clockwise = [(x, y, z) for z in (0, 1) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))]
+    corners = torch.tensor(clockwise, dtype=torch.float32, device=DEVICE)[None]
+
+    def resize(crop, size):
+        last = torch.tensor([voxels - 1.0 for voxels in crop.shape[:1:-1]], device=crop.device)
+        return crop_and_resize(crop, corners * last, size, align_corners=True)
+
+    return resize
+
+
+def from_corner_to_corner(workload: Workload) -> Callable[..., Tensor]:
+    """What kornia is held to, in float64."""
+    resize = partial(F.interpolate, mode="trilinear", align_corners=True)
+
+    def run(volumes, boxes, donor_boxes, lam, donors, _):
+        pool = None if donors is None else donors.double()
+        return box_by_box(workload)(volumes.double(), boxes, donor_boxes, lam.double(), pool, resize)
+
+    return run
 
 
 def providers(workload: Workload) -> list[Provider]:
-    """Compiled is one graph of all boxes, which takes minutes where they are many."""
-    interpolated = box_by_box(workload, interpolate)
-    result = [
-        Provider(OURS, ours(workload)),
-        Provider("interpolate", interpolated),
-        Provider("grid_sample", box_by_box(workload, grid_sample)),
-    ]
-    if workload.boxes <= MOST_COMPILED:
-        result.append(Provider("torch.compile", interpolated, compile=True))
+    """One box is compiled: more are a graph of all, which takes minutes, and anew for other boxes.
+
+    kornia solves equations in float32 for its coordinates: results in 16 bits are right, those in 32 are not.
+    """
+
+    def provider(name: str, make: Callable[[], Resize], **more) -> Provider:
+        return Provider(name, box_by_box(workload), lambda: (*workload.inputs(), make()), **more)
+
+    result = [Provider(OURS, ours(workload))]
+    result += [provider("interpolate", interpolate), provider("grid_sample", grid_sample)]
+    if workload.boxes == 1:
+        result.append(provider("torch.compile", interpolate, compile=True))
+    if workload.boxes <= MOST_FOR_LIBRARIES:
+        result.append(provider("MONAI", monai))
+        if DEVICE.type == "cpu":
+            result.append(provider("SimpleITK", simple_itk))
+        if workload.dtype == torch.bfloat16:
+            result.append(provider("kornia", kornia, reference=from_corner_to_corner(workload)))
     return result
 
 
@@ -158,7 +228,7 @@ def comparison(workload: Workload) -> Comparison:
         op="object_mixup3d",
         workload=str(workload),
         inputs=workload.inputs,
-        reference=lambda volumes, boxes, donor_boxes, lam, donors: reference.object_mixup3d(
+        reference=lambda volumes, boxes, donor_boxes, lam, donors, *_: reference.object_mixup3d(
             volumes, boxes, donor_boxes, lam, donors=donors
         ),
         floor=workload.floor(),
@@ -166,7 +236,12 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(8, 96, 8, 8, 24, donors=True)))]
+AIMS = [comparison(workload) for workload in TARGETS]
+EVERY = [
+    *AIMS,
+    *(each for whole in AIMS for each in [*wall_time(whole), *on_one_thread(whole)]),
+    *map(comparison, OTHERS),
+]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

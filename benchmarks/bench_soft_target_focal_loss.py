@@ -1,4 +1,4 @@
-"""soft_target_focal_loss against plain PyTorch, torch.compile of it, and the focal losses of other libraries.
+"""soft_target_focal_loss against plain and the best PyTorch, torch.compile of both, and losses of other libraries.
 
 Those take hard labels or mean something else by soft ones: they run on the targets rounded to 0 and 1, where the
 formulas agree (alpha0 = 1 - alpha, alpha1 = alpha), and are marked so. Those of apex and mmcv are for GPUs, and know
@@ -7,6 +7,7 @@ one class of several for each anchor.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
+from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
 from fmkernels import soft_target_focal_loss
 
 CLASSES = 8  # of anchors that have one of several
+BLOCK = 2**17  # elements for each thread that the best eager form works on at a time, within caches
 LEVEL_RATIO = 8  # elements of a level beside those of the next: half the size along three axes
 
 
@@ -70,26 +72,34 @@ class Workload:
         return {"forward": read, "backward": None, "both": read + written}
 
 
-WORKLOADS = {
+BF16 = torch.bfloat16
+TARGETS = {  # the workloads of the aims, where the best form is compiled too
+    "cpu": [Workload(4_000_000)],
+    "cuda": [
+        Workload(100_000_000),
+        Workload(100_000_000, BF16, BF16),
+        Workload(100_000, levels=3),
+        Workload(100_000, BF16, BF16, levels=3),
+    ],
+}[DEVICE.type]
+OTHERS = {
     "cpu": [
         Workload(10_000),
         Workload(1_000_000),
         Workload(1_000_000, scale=1024),
-        Workload(1_000_000, torch.bfloat16, torch.bfloat16),
-        Workload(4_000_000),
+        Workload(1_000_000, BF16, BF16),
         *(Workload(elements, levels=3) for elements in (10_000, 100_000, 1_000_000)),
     ],
     "cuda": [
-        Workload(elements, *types, scale=scale, levels=1 if elements > 1_000_000 else 3)
+        workload
         for elements in (100_000_000, 100_000, 10_000_000, 1_000_000, 10_000)
-        for types in (
-            (torch.float32, torch.float32),
-            (torch.bfloat16, torch.bfloat16),
-            (torch.bfloat16, torch.uint8),
-        )
         for scale in ((1.0, 1024.0) if elements == 100_000_000 else (1.0,))
+        for types in ((torch.float32, torch.float32), (BF16, BF16), (BF16, torch.uint8))
+        if (workload := Workload(elements, *types, scale=scale, levels=1 if elements > 1_000_000 else 3)) not in TARGETS
     ],
 }[DEVICE.type]
+
+importorskip = cache(pytest.importorskip)  # which takes longer than a small loss
 
 
 def over_levels(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -114,39 +124,80 @@ def plain(logits: Tensor, targets: Tensor) -> Tensor:
     return ((0.05 + 0.9 * y) * (y - torch.sigmoid(x)).square() * cross_entropy).sum()
 
 
-class _ClosedForm(torch.autograd.Function):
-    """The best of eager PyTorch: loss and gradient in the forward, temporaries reused."""
+def closed_form(
+    x: Tensor, y: Tensor, gradient: bool, slope: Tensor | None = None, buffers: Sequence[Tensor | None] = (None,) * 4
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and, where asked for, the gradient, in these buffers where they are given."""
+    p, cross_entropy, weight, d = buffers
+    p = torch.sigmoid(x, out=p)
+    cross_entropy = F.softplus(x, out=cross_entropy).addcmul_(x, y, value=-1)
+    d = torch.sub(p, y, out=d)
+    weight = torch.mul(y, 0.9, out=weight).add_(0.05).mul_(d)
+    slope = torch.mul(weight, d, out=slope)
+    loss = torch.dot(slope, cross_entropy)
+    if not gradient:
+        return loss, None
+    d.mul_(d).addcmul_(p.addcmul_(p, p, value=-1), cross_entropy, value=2)
+    return loss, torch.mul(weight, d, out=slope)
 
+
+def in_blocks(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The closed form of one block after the other, in buffers that stay in the caches of a CPU."""
+    block = min(BLOCK * torch.get_num_threads(), logits.numel())
+    buffers = torch.empty(5, block)
+    loss, slopes = torch.zeros(()), torch.empty_like(logits)
+    for x, y, slope in zip(logits.split(block), targets.split(block), slopes.split(block), strict=True):
+        *four, wide = buffers[:, : len(x)]
+        wide = slope if slope.dtype == torch.float32 else wide
+        loss += closed_form(x.float(), y.float(), gradient, wide, four)[0]
+        if gradient and wide is not slope:
+            slope.copy_(wide)
+    return loss, slopes
+
+
+def _loss_and_slope(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    if DEVICE.type == "cpu" and not torch.compiler.is_compiling():
+        return in_blocks(logits, targets, gradient)
+    loss, slope = closed_form(logits.float(), targets.float(), gradient)
+    return loss, slope.to(logits.dtype) if gradient else None
+
+
+class _WithSlope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
-        x, y = logits.float(), targets.float()
-        p = torch.sigmoid(x)
-        cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        d = p - y
-        weight = (0.9 * y).add_(0.05).mul_(d)
-        loss = torch.dot((weight * d).view(-1), cross_entropy.view(-1))
-        slope = torch.addcmul(p, p, p, value=-1).mul_(cross_entropy).mul_(2).addcmul_(d, d)
-        ctx.save_for_backward(slope.mul_(weight).to(logits.dtype))
+        loss, slope = _loss_and_slope(logits, targets, gradient=True)
+        ctx.save_for_backward(slope)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream.to(ctx.saved_tensors[0].dtype), None
+        (slope,) = ctx.saved_tensors
+        if DEVICE.type == "cpu" and not torch.compiler.is_compiling() and upstream == 1:
+            return slope, None
+        return slope * upstream.to(slope.dtype), None
+
+
+def best(logits: Tensor, targets: Tensor) -> Tensor:
+    """The best of PyTorch: loss and gradient in the forward, by the closed form, temporaries reused."""
+    if torch.is_grad_enabled():
+        return _WithSlope.apply(logits, targets)
+    return _loss_and_slope(logits, targets, gradient=False)[0]
 
 
 def torchvision(logits: Tensor, targets: Tensor) -> Tensor:
-    ops = pytest.importorskip("torchvision.ops", exc_type=Exception)
+    ops = importorskip("torchvision.ops", exc_type=Exception)
     return ops.sigmoid_focal_loss(logits.float(), targets.float(), alpha=0.95, gamma=2, reduction="sum")
 
 
 def monai(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = pytest.importorskip("monai.losses.focal_loss")
+    losses = importorskip("monai.losses.focal_loss", exc_type=Exception)
     return losses.sigmoid_focal_loss(logits.float(), targets.float(), gamma=2, alpha=0.95).sum()
 
 
 def kornia(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = pytest.importorskip("kornia.losses")
-    return losses.binary_focal_loss_with_logits(logits.float(), targets.float(), alpha=0.95, gamma=2, reduction="sum")
+    losses = importorskip("kornia.losses", exc_type=Exception)
+    x, y = (each.float().view(1, 1, -1) for each in (logits, targets))
+    return losses.binary_focal_loss_with_logits(x, y, alpha=0.95, gamma=2, reduction="sum")
 
 
 def fvcore(logits: Tensor, targets: Tensor) -> Tensor:
@@ -160,13 +211,13 @@ def fvcore(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def apex(logits: Tensor, kinds: Tensor) -> Tensor:
-    losses = pytest.importorskip("apex.contrib.focal_loss", exc_type=Exception)
+    losses = importorskip("apex.contrib.focal_loss", exc_type=Exception)
     background = torch.where(kinds == CLASSES, -1, kinds)
     return losses.focal_loss(logits.float(), background, torch.ones(1, device=DEVICE), CLASSES, 0.95, 2.0)
 
 
 def mmcv(logits: Tensor, kinds: Tensor) -> Tensor:
-    ops = pytest.importorskip("mmcv.ops", exc_type=Exception)
+    ops = importorskip("mmcv.ops", exc_type=Exception)
     return ops.sigmoid_focal_loss(logits.float(), kinds, 2.0, 0.95, None, "sum")
 
 
@@ -174,12 +225,7 @@ def class_reference(logits: Tensor, kinds: Tensor) -> Tensor:
     return reference.soft_target_focal_loss(logits, F.one_hot(kinds, CLASSES + 1)[:, :CLASSES], reduction="sum")
 
 
-SOFT = {
-    OURS: ours,
-    "eager": over_levels(plain),
-    "best eager": over_levels(_ClosedForm.apply),
-    "torch.compile": over_levels(plain),
-}
+SOFT = {OURS: ours, "eager": over_levels(plain), "best eager": over_levels(best)}
 HARD = {
     "torchvision (hard labels)": torchvision,
     "monai (hard labels)": monai,
@@ -190,7 +236,10 @@ BY_CLASS = {"apex (one class an anchor)": apex, "mmcv (one class an anchor)": mm
 
 
 def providers(workload: Workload) -> list[Provider]:
-    soft = [Provider(name, function, compile=name == "torch.compile") for name, function in SOFT.items()]
+    soft = [Provider(name, function) for name, function in SOFT.items()]
+    soft.append(Provider("torch.compile", SOFT["eager"], compile=True))
+    if workload in TARGETS:
+        soft.append(Provider("torch.compile of the best", SOFT["best eager"], compile=True))
     if workload.levels > 1:
         return soft
     hard = [Provider(name, function, inputs=workload.hard_inputs) for name, function in HARD.items()]
@@ -218,7 +267,12 @@ def comparison(workload: Workload) -> Comparison:
     )
 
 
-EVERY = [*map(comparison, WORKLOADS), *on_one_thread(comparison(Workload(4_000_000)))]
+EVERY = [
+    *map(comparison, TARGETS),
+    *wall_time(comparison(Workload(100_000, levels=3))),
+    *on_one_thread(comparison(Workload(4_000_000))),
+    *map(comparison, OTHERS),
+]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

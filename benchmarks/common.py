@@ -71,6 +71,7 @@ class Comparison:
     scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
     elements: how many the workload has, where it is one of a series that grows.
     host: time how long the host is busy, which does not wait for a GPU.
+    wall: time from the call until a GPU has done what was called, with its caches as they are.
     threads: of the CPU; None for as many as torch uses by itself.
     """
 
@@ -84,6 +85,7 @@ class Comparison:
     precision: torch.dtype | None = None
     elements: int | None = None
     host: bool = False
+    wall: bool = False
     threads: int | None = None
     measured: bool = field(default=False, init=False)
     _samples: dict[str, dict[str, list[float]]] = field(default_factory=dict, init=False)
@@ -109,6 +111,7 @@ class Comparison:
             raise self._problems[provider]
         samples = self._samples[provider][phase]
         p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
+        compiled = any(each.compile for each in self.providers if each.name == provider)
         threads = self.threads or torch.get_num_threads()
         floor, copy = self.floor[phase], copy_bandwidth(threads)
         speed = None if floor is None else floor / median
@@ -119,7 +122,8 @@ class Comparison:
                 "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
                 "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
                 "peak_extra_bytes": self._memory[provider].get(phase), "launches": self._launches[provider].get(phase),
-                "elements": self.elements, "host": self.host, "threads": threads,
+                "elements": self.elements, "host": self.host, "wall": self.wall, "compiled": compiled,
+                "threads": threads,
             },
         )  # fmt: skip
 
@@ -147,7 +151,7 @@ class Comparison:
     def ready(self, provider: Provider) -> tuple["Run", list[Tensor]]:
         """The provider, ready to be timed, and the results of its first call; always with the same inputs."""
         torch.manual_seed(0)
-        run = Run(provider, (provider.inputs or self.inputs)(), self.floor, self.host)
+        run = Run(provider, (provider.inputs or self.inputs)(), self.floor, self.host, self.wall)
         results = run.forward()
         run.upstream = [torch.full_like(r, self.scale) if r.dim() == 0 else torch.randn_like(r) for r in results]
         return run, results
@@ -186,6 +190,12 @@ def on_one_thread(comparison: Comparison) -> list[Comparison]:
     return [replace(comparison, workload=workload, threads=1)] if DEVICE.type == "cpu" else []
 
 
+def wall_time(comparison: Comparison) -> list[Comparison]:
+    """The same from the call until a GPU is done; nothing on a CPU, where every time is that."""
+    op, floor = f"{comparison.op}, wall time", dict.fromkeys(comparison.floor)
+    return [replace(comparison, op=op, floor=floor, wall=True)] if DEVICE.type == "cuda" else []
+
+
 def rows(comparisons: Iterable[Comparison]) -> list:
     """What to parametrize ("comparison", "provider", "phase") with: each provider in each phase."""
     return [
@@ -199,11 +209,13 @@ def rows(comparisons: Iterable[Comparison]) -> list:
 class Run:
     """One provider with its inputs."""
 
-    def __init__(self, provider: Provider, inputs: tuple, phases: Sequence[str], host: bool = False):
+    def __init__(
+        self, provider: Provider, inputs: tuple, phases: Iterable[str], host: bool = False, wall: bool = False
+    ):
         compiled = torch.compile(provider.function, fullgraph=True, dynamic=False) if provider.compile else None
         self.function = compiled or provider.function
         self.inputs, self.leaves = inputs, _leaves(inputs)
-        self.backward, self.host = "backward" in phases, host
+        self.backward, self.host, self.wall = "backward" in phases, host or wall, wall
         self.upstream: list[Tensor] = []
 
     def forward(self) -> list[Tensor]:
@@ -217,17 +229,32 @@ class Run:
 
     def round(self) -> dict[str, tuple["Mark", "Mark"]]:
         """Each phase once: when it began and when it ended."""
-        _prepare(self.host)
-        begin = _mark(self.host)
+        begin = self._begin()
         self.forward()
-        spans = {"forward": (begin, _mark(self.host))}
+        spans = {"forward": (begin, self._end())}
         if self.backward:
-            _prepare(self.host)
-            begin = _mark(self.host)
+            begin = self._begin()
             _, middle, _ = self.forward_backward()
-            end = _mark(self.host)
+            end = self._end()
             spans |= {"backward": (middle, end), "both": (begin, end)}
         return spans
+
+    def _begin(self) -> "Mark":
+        """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow.
+
+        Where the host's clock counts, let the GPU come to rest, so that no launch has to wait for a place in its queue.
+        """
+        if DEVICE.type == "cuda":
+            if self.host:
+                torch.cuda.synchronize()
+            else:
+                _flush_buffer().zero_()
+        return _mark(self.host)
+
+    def _end(self) -> "Mark":
+        if self.wall and DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return _mark(self.host)
 
     def _calls(self) -> dict[str, Callable]:
         """What a GPU is asked about: the phases that can be called by themselves."""
@@ -281,18 +308,6 @@ def seconds(begin: Mark, end: Mark) -> float:
 @cache
 def _flush_buffer() -> Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
-
-
-def _prepare(host: bool) -> None:
-    """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow.
-
-    Where the host is timed, let the GPU come to rest, so that no launch has to wait for a place in its queue.
-    """
-    if DEVICE.type == "cuda":
-        if host:
-            torch.cuda.synchronize()
-        else:
-            _flush_buffer().zero_()
 
 
 @cache

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks.common import DEVICE, Comparison
 
+PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "SimpleITK", "kornia", "monai", "timm", "torchvision")
+
 
 class _Replay:
     """A timer that shows pytest-benchmark samples already taken, one per pair of calls."""
@@ -22,6 +24,7 @@ class _Replay:
 
 
 _replay = _Replay()
+_left_out: dict[str, str] = {}  # what has no row, and why
 
 
 def pytest_addoption(parser):
@@ -45,13 +48,21 @@ def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], Non
 
     def record(comparison: Comparison, provider: str, phase: str) -> None:
         if not comparison.measured and time.monotonic() > end:
+            _left_out[f"{comparison}"] = "no time was left"
             pytest.skip("no time was left")
-        row = comparison.row(
-            provider,
-            phase,
-            min_rounds=pytestconfig.getoption("benchmark_min_rounds"),
-            max_time=float(pytestconfig.getoption("benchmark_max_time")),
-        )
+        try:
+            row = comparison.row(
+                provider,
+                phase,
+                min_rounds=pytestconfig.getoption("benchmark_min_rounds"),
+                max_time=float(pytestconfig.getoption("benchmark_max_time")),
+            )
+        except pytest.skip.Exception as missing:
+            _left_out[provider] = f"{missing}"
+            raise
+        except Exception:
+            _left_out[f"{comparison}: {provider}"] = "failed"
+            raise
         benchmark.group = f"{comparison}, {phase}"
         benchmark.extra_info.update(row.info)
         _replay.times = (t for sample in row.samples for t in (0.0, sample))
@@ -61,9 +72,14 @@ def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], Non
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    names = ("torch", "triton", "torchvision", "monai", "kornia", "numpy")
-    versions = {name: _version(name) for name in names}
-    machine_info["versions"] = {"python": platform.python_version()} | {k: v for k, v in versions.items() if v}
+    """What times depend on, without what names the machine."""
+    of_cpu = ("arch", "brand_raw", "count", "flags", "l1_data_cache_size", "l2_cache_size", "l3_cache_size")
+    about = {name: machine_info[name] for name in ("machine", "processor", "system")}
+    about["cpu"] = {name: machine_info["cpu"][name] for name in of_cpu if name in machine_info["cpu"]}
+    about["versions"] = {"python": platform.python_version()}
+    about["versions"] |= {name: version for name in PACKAGES if (version := _version(name))}
+    machine_info.clear()
+    machine_info.update(about)
     machine_info["threads"] = torch.get_num_threads()
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
@@ -72,6 +88,20 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             "memory_bytes": properties.total_memory,
             "runtime": torch.version.cuda or torch.version.hip,
         }
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    """Without the names of the folder and of the branch."""
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """What was left out; and of each row no more than says what it is and sums it up, without the times of rounds."""
+    output_json["left_out"] = _left_out
+    for entry in output_json["benchmarks"]:
+        del entry["options"], entry["params"], entry["param"]
+        entry["stats"] = {name: entry["stats"][name] for name in ("rounds", "min", "max", "mean", "stddev")}
 
 
 def _version(name: str) -> str | None:

@@ -34,13 +34,13 @@ OUTCOMES = {0: "passed", 124: "timed out", -9: "timed out"}  # what timeout retu
 SHORTEST = 5  # seconds, with less of which a stage is not begun
 GRACE = 10  # seconds from the request to end to the end
 SUITES = {  # seconds for each benchmark
-    "focalmix_step": 40,
-    "soft_target_focal_loss": 40,
-    "mixup3d": 40,
+    "focalmix_step": 30,
+    "soft_target_focal_loss": 55,
+    "mixup3d": 45,
     "predict_targets": 25,
     "crop_and_resize3d": 30,
     "object_mixup3d": 25,
-    "growth": 50,
+    "growth": 40,
     "host_time": 10,
 }
 

@@ -2,18 +2,37 @@
 
 import importlib
 import json
+import os
 import pkgutil
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import fmkernels.kernels
-from benchmarks import bench_growth, bench_host_time, common, device_checks, plot
+from benchmarks import (
+    bench_crop_and_resize3d,
+    bench_growth,
+    bench_host_time,
+    bench_mixup3d,
+    bench_object_mixup3d,
+    bench_predict_targets,
+    bench_soft_target_focal_loss,
+    common,
+    device_checks,
+    plot,
+)
 from benchmarks.common import OURS, Comparison, Provider
 from tests.conftest import launches
 from tests.support import on_gpu
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks would run on the GPU")
 
@@ -105,6 +124,21 @@ def test_a_comparison_runs_on_as_many_threads_as_it_says(monkeypatch):
     assert seen == {1} and info["threads"] == 1 and info["workload"] == "small, one thread"
 
 
+def test_the_wall_clock_waits_for_a_gpu(monkeypatch):
+    whole = comparison(Provider(OURS, double), phases=("forward", "backward", "both"))
+    assert not common.wall_time(whole)
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda"))
+    (timed,) = common.wall_time(whole)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(time.perf_counter()))
+    run, _ = timed.ready(timed.providers[0])
+    spans = run.round()
+    begins, ends = waits[::2], waits[1::2]
+    assert len(begins) == len(ends) == 2 and timed.op == "double, wall time" and not any(timed.floor.values())
+    for phase, begin, end in zip(("forward", "both"), begins, ends, strict=True):
+        assert begin <= spans[phase][0] < end <= spans[phase][1]
+
+
 @pytest.mark.parametrize("suite", [bench_growth, bench_host_time])
 def test_every_series_begins_with_one_element(suite):
     smallest = {c.op if c.elements else c.workload: c for c in reversed(suite.EVERY)}
@@ -120,7 +154,36 @@ def test_sizes_grow():
         series = [c for c in bench_growth.EVERY if c.op == op]
         sizes = [c.elements for c in series]
         assert sizes == sorted(set(sizes)) and sizes[-1] > 10_000
-        assert all(len(c.providers) == 2 and c.providers[0].name == OURS for c in series)
+        assert all(len(c.providers) >= 2 and c.providers[0].name == OURS for c in series)
+
+
+SUITES = (
+    bench_crop_and_resize3d,
+    bench_mixup3d,
+    bench_object_mixup3d,
+    bench_predict_targets,
+    bench_soft_target_focal_loss,
+)
+SUITE = """
+import pytest, torch
+from benchmarks import common
+from benchmarks.common import OURS, Comparison, Provider, rows
+
+common._COPY_BYTES = 1 << 20
+
+def absent(x):
+    return pytest.importorskip("absent_rival")
+
+small = Comparison(
+    op="double", workload="small", inputs=lambda: (torch.ones(5),), reference=lambda x: x.double() * 2,
+    floor={"forward": 40},
+    providers=[Provider(OURS, lambda x: x * 2), Provider("wrong", lambda x: x * 3), Provider("absent", absent)],
+)
+
+@pytest.mark.parametrize(("comparison", "provider", "phase"), rows([small]))
+def test_small(record, comparison, provider, phase):
+    record(comparison, provider, phase)
+"""
 
 
 def row(op: str, workload: str, provider: str, milliseconds: float, **more) -> dict:
@@ -128,7 +191,7 @@ def row(op: str, workload: str, provider: str, milliseconds: float, **more) -> d
         "op": op, "workload": workload, "provider": provider, "phase": "forward", "median_s": milliseconds / 1e3,
         "p20_s": milliseconds / 1.1e3, "p80_s": milliseconds / 0.9e3, "bytes_per_s": 5e9, "share_of_copy": 0.25,
         "copy_bytes_per_s": 2e10, "peak_extra_bytes": None, "elements": None, "host": False,
-        "threads": 2, "launches": None,
+        "threads": 2, "launches": None, "compiled": False,
     } | more  # fmt: skip
 
 
@@ -140,6 +203,7 @@ def run_of(rows: list[dict]) -> dict:
         "machine_info": {"cpu": {}, "processor": "A processor", "threads": 1, "versions": {"torch": "2"}},
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-11-23T12:00:00",
+        "left_out": {"timm": "could not import 'timm.data.mixup'", "growing, of 2": "no time was left"},
         "benchmarks": [{"extra_info": row} for row in rows],
     }
 
@@ -152,14 +216,22 @@ ROWS = [
 
 
 def test_each_kind_of_op_has_its_panel():
-    panels = {axes.get_title().split(",")[0]: axes for axes in plot.figure(ROWS, "title").axes}
-    assert [bar.get_height() for bar in panels["counted"].patches] == [25, 25]
-    assert "copy" in panels["counted"].get_ylabel()
-    assert [bar.get_height() for bar in panels["uncounted"].patches] == [3, 9]
-    assert panels["uncounted"].get_ylabel() == "milliseconds"
-    lines = {line.get_label(): line for line in panels["growing"].lines}
+    panels = {axes.get_title().split(":")[0]: axes for axes in plot.figure(ROWS, "title").axes}
+    counted, uncounted, growing = panels["counted"], panels["uncounted"], panels["growing, forward"]
+    assert [(line.get_label(), *line.get_xdata()) for line in counted.lines] == [(OURS, 25), ("rival", 25)]
+    assert "copy" in counted.get_xlabel()
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in uncounted.lines] == [(3, 0), (9, 1)]
+    assert uncounted.get_xlabel() == "milliseconds"
+    lines = {line.get_label(): line for line in growing.lines}
     assert list(lines[OURS].get_xdata()) == [1, 10, 1000] and list(lines["rival"].get_ydata()) == [2, 20, 2000]
-    assert panels["growing"].get_xscale() == panels["growing"].get_yscale() == "log"
+    assert growing.get_xscale() == growing.get_yscale() == "log"
+
+
+def test_every_workload_is_drawn_in_the_phase_that_holds_all_of_it():
+    trained = [row("op", "trained", OURS, 1.0, phase=phase) for phase in ("forward", "backward", "both")]
+    (axes,) = plot.figure([*trained, row("op", "other", OURS, 4.0)], "title").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["trained, forward and backward", "other, forward"]
+    assert list(axes.lines[0].get_ydata()) == [0, 1]
 
 
 def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
@@ -173,8 +245,76 @@ def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
     assert [line.split(":")[0] for line in err.splitlines()] == [str(missing), str(empty), str(broken)]
     assert "| counted | one | forward | rival | 8.000 |" in out and "| 4.00 |  | 7 |" in out
     assert "A copy moves 20.0 GB/s with 2 CPU threads." in out
+    assert "No time was left: growing, of 2. Not installed: timm." in out
     assert good.with_suffix(".png").stat().st_size > 10_000 and good.with_suffix(".md").read_text() in out
     assert plot.main([str(good)]) == 0
+
+
+RIVALS = [
+    row("mixup3d", "float32 8 x 96^3", OURS, 2.0), row("mixup3d", "float32 8 x 96^3", "eager", 9.0),
+    row("mixup3d", "float32 8 x 96^3", "best eager", 5.0), row("mixup3d", "float32 8 x 96^3", "monai", 7.0),
+    row("mixup3d", "float32 8 x 96^3", "torch.compile", 4.0, compiled=True),
+    row("host time of one element", "mixup3d", OURS, 0.02, host=True, **UNCOUNTED),
+    row("host time of one element", "mixup3d", "cheapest", 0.01, host=True, **UNCOUNTED),
+]  # fmt: skip
+
+
+def test_the_short_table_holds_ours_to_the_best_of_each_kind(tmp_path):
+    text = plot.speed(run_of([*RIVALS, *ROWS]))
+    cells = "2 | 2.0 | 4.5, eager | 2.5, best eager | 2.0, torch.compile | 3.5, monai | 25.0 |"
+    assert f"| `mixup3d` | float32 8 x 96^3 | forward | {cells}\n" in text
+    assert text.count("`mixup3d`") == 2 and "`mixup3d` 2.0." in text and "Not installed: timm." in text
+    path, readme = tmp_path / "run.json", tmp_path / "README.md"
+    path.write_text(json.dumps(run_of(RIVALS)))
+    readme.write_text("before\n<!-- speed: run.json -->\nold\n<!-- end of speed -->\nafter\n")
+    for _ in range(2):
+        assert plot.main([str(path), "--readme", str(readme)]) == 0
+        assert "old" not in readme.read_text() and "4.5, eager" in readme.read_text()
+        assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    readme.write_text("without markers")
+    assert plot.main([str(path), "--readme", str(readme)]) == 1 and readme.read_text() == "without markers"
+
+
+def test_the_short_table_asks_for_rows_that_there_are():
+    every = {(c.op, c.workload): c for suite in SUITES for c in suite.EVERY}
+    for op, workload, phase, plain in plot.SPEED:
+        for each in (every[op, workload], every[op, f"{workload}, one thread"]):
+            assert phase in each.floor and plain in [provider.name for provider in each.providers], each
+
+
+def test_the_readme_has_the_table_of_every_committed_run():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- speed: (\S+) -->\n(.*?)<!-- end of speed -->", readme, re.S))
+    found = sorted(ROOT.glob("benchmarks/results/*/benchmarks.json"))
+    runs = {path.relative_to(ROOT).as_posix(): path for path in found if path.parent.name != "local"}
+    assert runs.keys() == {name for name, block in blocks.items() if block}
+    for name, path in runs.items():
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert blocks[name] == f"{plot.speed(run)}\n"
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == plot.report(run)
+        assert path.with_suffix(".png").exists() and path.stat().st_size < 3 * 2**19
+
+
+def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_path):
+    suite, report = tmp_path / "bench_small.py", tmp_path / "run.json"
+    suite.write_text(SUITE)
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, suite]
+    options = ["-o", "python_files=bench_*.py", "--benchmark-max-time=0", f"--benchmark-json={report}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*pytest_, *options], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert "1 failed, 1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    run = json.loads(report.read_text())
+    absent = "could not import 'absent_rival': No module named 'absent_rival'"
+    assert run["left_out"] == {"double, small: wrong": "failed", "absent": absent}
+    (entry,) = run["benchmarks"]
+    assert entry["extra_info"]["provider"] == OURS
+    assert entry["stats"].keys() == {"rounds", "min", "max", "mean", "stddev"}
+    machine = run["machine_info"]
+    assert machine.keys() == {"machine", "processor", "system", "cpu", "versions", "threads"}
+    assert machine["versions"].keys() >= {"python", "torch", "numba", "numpy"}
+    assert not run["commit_info"].keys() & {"project", "branch"}
+    assert str(ROOT) not in report.read_text() and str(tmp_path) not in report.read_text()
 
 
 def test_the_calls_for_a_sanitizer_agree_with_the_reference(capsys):

@@ -1,39 +1,70 @@
-"""Turn MONAI's detection training into FocalMix: the lines marked + are new, in place of a sampler and a plain step."""
+"""Turn MONAI's detection training into FocalMix: the lines marked + are new, or in place of others."""
 
 import torch
-from monai.apps.detection.networks.retinanet_network import RetinaNet, resnet_fpn_feature_extractor
+from monai.apps.detection.networks.retinanet_network import RetinaNet
+from monai.apps.detection.transforms.dictionary import RandCropBoxByPosNegLabeld, RandFlipBoxd
 from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
+from monai.data import DataLoader, Dataset
+from monai.data.utils import no_collation
+from monai.networks.blocks.backbone_fpn_utils import BackboneWithFPN
 from monai.networks.nets import resnet
+from monai.transforms import Compose, EnsureTyped, RandSpatialCropd, ScaleIntensityRanged
+from monai.utils import set_determinism
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fmkernels.integrations.monai import MixUpBoxd, ObjectMixUpBoxd, SoftTargetRetinaNetDetector  # +
 
-torch.manual_seed(0)
+epochs, burn_in, ramp, decay = 16, 6, 6, 0.9  # of a demonstration: hundreds of epochs and 0.999 are usual
+set_determinism(0)
+
+
+def scan(size=24, side=5):
+    """A cube in noise, HU: stands for what LoadImaged reads."""
+    image, corner = -850 + 50 * torch.randn(1, size, size, size), torch.randint(size - side, (3,))
+    x, y, z = (slice(start, start + side) for start in corner.tolist())
+    image[:, x, y, z] += 850
+    box, label = torch.cat([corner, corner + side])[None].float(), torch.zeros(1, dtype=torch.long)
+    return {"image": image, "box": box, "label": label}
+
+
+def loader_of(scans, *augmentation):
+    window = ScaleIntensityRanged(keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True)
+    transforms = Compose([EnsureTyped(keys=list(scans[0])), window, *augmentation])
+    return DataLoader(Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation)
+
+
+crop = RandCropBoxByPosNegLabeld(["image"], "box", "label", [16] * 3, num_samples=2, pos=1, neg=0)
+flips = [RandFlipBoxd(["image"], ["box"], ["image"], prob=0.5, spatial_axis=axis) for axis in range(3)]
+loader = loader_of([scan() for _ in range(8)], crop, *flips)
+crop = RandSpatialCropd(keys="image", roi_size=16, random_size=False)
+unlabeled_loader = loader_of([{"image": scan()["image"]} for _ in range(16)], crop)  # +
+
 backbone = resnet.ResNet(resnet.ResNetBlock, [1, 1, 1, 1], [8, 16, 32, 64], n_input_channels=1, conv1_t_stride=2)
-features = resnet_fpn_feature_extractor(backbone, spatial_dims=3, returned_layers=[1])
+features = BackboneWithFPN(backbone, {"layer1": "0"}, [8], out_channels=32, spatial_dims=3)
 anchors = AnchorGeneratorWithAnchorShape([1, 2], [[4, 4, 4], [6, 6, 6]])
 network = RetinaNet(spatial_dims=3, num_classes=1, num_anchors=2, feature_extractor=features, size_divisible=8)
 detector = SoftTargetRetinaNetDetector(network, anchors)  # + was RetinaNetDetector
-detector.set_atss_matcher(num_candidates=4)  # + and no detector.set_hard_negative_sampler(...)
+detector.set_atss_matcher(num_candidates=4)  # and no detector.set_hard_negative_sampler(...)
 detector.set_target_keys(box_key="box", label_key="label")
-optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
-teacher = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # +
+optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+teacher = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # +
 mix_images, mix_objects = MixUpBoxd(), ObjectMixUpBoxd()  # +
 
-labeled, unlabeled = torch.rand(2, 2, 1, 16, 16, 16) * 0.1  # stand for what the loaders give
-labeled[:, :, 4:9, 4:9, 4:9] = unlabeled[:, :, 6:11, 6:11, 6:11] = 1
-box, label = torch.tensor([[4.0, 4, 4, 9, 9, 9]]), torch.zeros(1, dtype=torch.long)
 losses = []
-for _ in range(6):
-    batch = [{"image": image, "box": box, "label": label} for image in labeled]
-    found = detector.predict_targets(unlabeled, network=teacher)  # +
-    batch += [{"image": image, **own} for image, own in zip(unlabeled, found, strict=True)]  # +
-    batch = mix_objects(mix_images(batch), objects=batch)  # +
-    outputs = detector([item["image"] for item in batch], batch)
-    loss = outputs[detector.cls_key] + outputs[detector.box_reg_key]
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    teacher.update_parameters(network)  # +
-    losses.append(loss.item())
+for epoch in range(epochs):
+    weight = min(max(epoch - burn_in, 0) / ramp, 1.0)  # + of an unlabelled image
+    for crops, unlabeled in zip(loader, unlabeled_loader, strict=False):  # + was: for crops in loader
+        batch = [item for items in crops for item in items]
+        if weight > 0:  # +
+            images = [item["image"] for item in unlabeled]  # +
+            found = detector.predict_targets(images, network=teacher, confidence=0.8)  # +
+            batch += [{**item, **own, "image_weight": weight} for item, own in zip(unlabeled, found, strict=True)]  # +
+            batch = mix_objects(mix_images(batch), objects=batch)  # +
+        outputs = detector([item["image"] for item in batch], batch)
+        loss = outputs[detector.cls_key] + outputs[detector.box_reg_key]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        teacher.update_parameters(network)  # +
+        losses.append(loss.item())
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

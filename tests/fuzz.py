@@ -41,6 +41,7 @@ from tests.focalmix.test_train import TINY
 
 CHECKS = {
     "soft_target_focal_loss": ("check_case",),
+    "sample_mixup": ("check_case",),
     "mixup3d": ("check_values", "check_gradients"),
     "crop_and_resize3d": ("check_case",),
     "object_mixup3d": ("check_case",),
@@ -231,8 +232,11 @@ def file_cases(target: str) -> st.SearchStrategy:
 
 
 def run(target: str, number: int, end: float) -> tuple[int, str]:
-    """A round of cases of one target until a time: how many ran, and how the smallest that failed is run again."""
-    count, last = 0, {}
+    """A round of cases of one target: how many ran, and how the smallest that failed is run again.
+
+    After the end, but for the first case, those that Hypothesis still draws pass; what has failed is made small first.
+    """
+    count, failing = 0, None
 
     @seed(number)
     @settings(
@@ -246,28 +250,34 @@ def run(target: str, number: int, end: float) -> tuple[int, str]:
     )
     @given(case=operation_cases(target) if target in CHECKS else file_cases(target))
     def each(case: dict) -> None:
-        nonlocal count, last
-        if time.monotonic() < end:
-            count, last = count + 1, case
+        nonlocal count, failing
+        if count and failing is None and time.monotonic() >= end:
+            return
+        count += 1
+        try:
             check(target, case)
+        except Exception:
+            failing = case
+            raise
 
     try:
         each()
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         needed = "import torch\nfrom math import inf, nan\nfrom tests.fuzz import check"
-        return count, f"# {what[:200]}\n{needed}\ncheck({target!r}, {last})"
+        return count, f"# {what[:200]}\n{needed}\ncheck({target!r}, {failing})"
     return count, ""
 
 
 def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int, str]]:
-    """Round after round, until the time is over: of each target the number of cases, and its first failure."""
+    """Round after round, at least one case of each target, until the time is over: of each target the number of cases,
+    and its first failure."""
     found = dict.fromkeys(targets, (0, ""))
     end, number = time.monotonic() + seconds, first
-    while time.monotonic() < end and not all(failure for _, failure in found.values()):
+    while number == first or (time.monotonic() < end and not all(failure for _, failure in found.values())):
         for target in targets:
             before, failure = found[target]
-            if not failure and time.monotonic() < end:
+            if not failure and (number == first or time.monotonic() < end):
                 count, failure = run(target, number, end)
                 found[target] = before + count, failure
         number += 1

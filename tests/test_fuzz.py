@@ -1,7 +1,10 @@
 """The fuzzer itself: a short run finds nothing, and what it would find it makes small and prints as a program."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from fmkernels import functional
 from fmkernels.focalmix.errors import InputError
 from tests import fuzz, test_predict_targets
 
@@ -11,8 +14,29 @@ def test_five_seconds_find_nothing(capsys):
     report = capsys.readouterr().out
     assert code == 0, report
     counts = {line.split()[0]: int(line.split()[1]) for line in report.splitlines() if line.endswith(" cases")}
-    assert counts.pop("all") == sum(counts.values()) > 0
-    assert counts.keys() == {*fuzz.CHECKS, *fuzz.originals()[1]}
+    assert counts.pop("all") == sum(counts.values())
+    assert counts.keys() == {*fuzz.CHECKS, *fuzz.originals()[1]} and all(counts.values())
+    assert {*functional.__all__} <= counts.keys()
+
+
+def test_every_target_is_tried_before_the_time_counts():
+    assert all(found == (1, "") for found in fuzz.fuzz(0, 1, ["sample_mixup", "config", "header"]).values())
+
+
+def test_what_fails_is_made_small_after_the_end(monkeypatch):
+    """And what passes meanwhile is not printed in its place."""
+    now = [0.0]
+
+    def planted(target, case):
+        if len(case["damage"]) > 1:
+            now[0] = 2.0
+            raise AssertionError("planted")
+
+    monkeypatch.setattr(fuzz, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fuzz, "check", planted)
+    count, report = fuzz.run("header", 1, end=1.0)
+    assert count > 2 and report.startswith("# AssertionError: planted\n")
+    assert report.endswith("check('header', {'damage': [('number', 0, 0), ('number', 0, 0)]})")
 
 
 def again(report: str) -> None:

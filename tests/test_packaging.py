@@ -1,6 +1,7 @@
 """The source distribution builds the wheel, and the wheel works from an empty folder, without the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fmkernels
+from tests.test_house import imports
 
 pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
 pytest.importorskip("wheel", reason="building a wheel needs wheel")
@@ -84,3 +86,29 @@ sys.exit(main(["doctor"]))
     assert "all 6 self-tests passed" in said
     (script,) = (target / "bin").iterdir() if (target / "bin").exists() else (target / "Scripts").iterdir()
     assert script.stem == "fmkernels"
+
+
+def test_what_is_required_is_what_the_code_imports(wheel):
+    """The package itself and each extra: nothing missing, nothing unused."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode()
+    required: dict[str, set[str]] = {}
+    for name, extra in re.findall(r"^Requires-Dist: ([\w-]+)(?:.*extra == [\"'](\w+)[\"'])?", lines, re.M):
+        required.setdefault(extra, set()).add(name)
+    used: dict[str, set[str]] = {}
+    for path in (ROOT / "fmkernels").rglob("*.py"):
+        extra = {"focalmix": "train", "integrations": "monai"}.get(path.relative_to(ROOT).parts[1], "")
+        names = {name.removeprefix("torch.utils.") if "tensorboard" in name else name for name in imports(path)}
+        used.setdefault(extra, set()).update(name.split(".")[0] for name in names)
+    foreign = {extra: names - {"fmkernels", *sys.stdlib_module_names} for extra, names in used.items()}
+    base = required[""]
+    assert foreign[""] - {"triton", "llvmlite"} == base  # they come with torch and numba
+    assert foreign["train"] - base == required["train"]
+    assert foreign["monai"] - base == required["monai"] - {"torchvision"}  # which MONAI's detector asks for
+
+
+def test_importing_the_package_is_quick(tmp_path):
+    """CPU time beyond torch."""
+    code = "import time, torch; before = time.process_time(); import fmkernels; print(time.process_time() - before)"
+    assert min(float(python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)) < 0.1

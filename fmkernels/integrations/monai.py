@@ -198,7 +198,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
     ) -> list[Item]:
         """Targets of unlabelled images from flipped views; see :func:`fmkernels.predict_targets`.
 
-        The network predicts in evaluation mode; all of its modules are in the mode that they were in afterwards. Exact
+        The network predicts in evaluation mode; afterwards each of its modules is in the mode that it was in. Exact
         where flipped anchors are anchors, as MONAI's are on levels of even stride.
 
         Args:
@@ -227,9 +227,9 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
         masks = torch.tensor(flips, dtype=torch.uint8, device=padded.device)
         views = torch.cat([padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
-        network = self.network if network is None else network
-        with _evaluating(network):
-            outputs = network(views)
+        predictor = self.network if network is None else network
+        with _evaluating(predictor):
+            outputs = predictor(views)
         if isinstance(outputs, (list, tuple)):
             half = len(outputs) // 2
             outputs = {self.cls_key: list(outputs[:half]), self.box_reg_key: list(outputs[half:])}

@@ -49,8 +49,6 @@ class Fault:
     error: int = errno.ENOSPC
     largest_file: int | None = None
     """Bytes beyond which no file grows."""
-    clock: float = 0.0
-    """Seconds that the wall clock goes back at every look."""
 
 
 NOTHING = Fault()
@@ -179,9 +177,6 @@ def _child(
         setattr(report, name, _draw)
     if fault.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest_file, fault.largest_file))
-    if fault.clock:
-        looks, now = itertools.count(), time.time()
-        time.time = lambda: now - fault.clock * next(looks)
     events = [0]
 
     def watch(event: str, arguments: tuple) -> None:

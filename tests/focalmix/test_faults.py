@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 fcntl = pytest.importorskip("fcntl", reason="no fork, no SIGKILL, no limits of files")
@@ -25,6 +26,7 @@ import torch  # noqa: E402
 
 from fmkernels.focalmix.files import atomic_write, own_folder  # noqa: E402
 from fmkernels.focalmix.froc import read_candidates  # noqa: E402
+from fmkernels.focalmix.luna16 import LUNA16  # noqa: E402
 from tests.focalmix import faults  # noqa: E402
 from tests.focalmix.conftest import SCANS, write_luna  # noqa: E402
 from tests.focalmix.faults import Fault, run  # noqa: E402
@@ -208,12 +210,12 @@ def test_a_folder_in_use_is_refused(name, folder, data, tmp_path):
     assert not written(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["supervised", "prepare", "phantom"])
+@pytest.mark.parametrize("name", ["supervised", "prepare", "detect", "compare", "phantom"])
 def test_two_at_once_in_one_folder(name, data, finished, tmp_path):
     pair = [faults.start(*JOBS[name](data, tmp_path), tmp_path) for _ in range(2)]
     for ended in [running.end() for running in pair]:
         if ended.code:
-            assert name != "prepare"
+            assert name not in ("prepare", "detect")
             assert_says_so(ended, "another process")
     assert run(*JOBS[name](data, tmp_path), tmp_path).code == 0
     assert written(tmp_path) == finished(name).files
@@ -252,12 +254,43 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def test_a_clock_that_goes_back(data, finished, tmp_path):
-    job = JOBS["focalmix"](data, tmp_path)
-    assert run(*job, tmp_path, Fault(clock=3600, kill_at=finished("focalmix").events // 2)).code == -9
-    ended = run(*job, tmp_path, Fault(clock=3600))
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_clock_that_jumps_between_sessions(years, data, finished, tmp_path):
+    """Whatever the times of files say: the same result from the same scans, what has changed is read again, and going
+    on ends as if nothing had been."""
+    luna, out = tmp_path / "luna", tmp_path / "out"
+    shutil.copytree(data, luna)
+    out.mkdir()
+    job = JOBS["focalmix"](luna, out)
+    assert run(*job, out, Fault(kill_at=2 * finished("focalmix").events // 3)).code == -9
+    assert (out / "run" / "checkpoint.pt").exists()
+    turn_the_clock(tmp_path, years)
+    ended = run(*job, out)
     assert ended.code == 0, ended.lines
-    assert written(tmp_path) == finished("focalmix").files
+    assert written(out) == finished("focalmix").files
+
+    before, (source,) = volume(luna), luna.glob(f"subset*/{SCANS[0].uid}.raw")
+    turn_the_clock(luna, years)
+    assert np.array_equal(volume(luna), before)
+    values = np.fromfile(source, np.int16)
+    (values + 1).tofile(source)
+    turn_the_clock(source, years)
+    assert not np.array_equal(volume(luna), before)
+    values.tofile(source)
+    assert np.array_equal(volume(luna), before)
+
+
+def turn_the_clock(path: Path, years: int) -> None:
+    """Let a file, or all files of a folder, have been written then."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            moved = file.stat().st_mtime_ns + years * 31_556_952 * 10**9
+            os.utime(file, ns=(moved, moved))
+
+
+def volume(luna: Path) -> np.ndarray:
+    """The first scan as training reads it, from the cache."""
+    return np.array(LUNA16(luna, spacing=(2.5, 2.0, 2.0)).volume(SCANS[0].uid).voxels)
 
 
 def test_a_rank_that_dies(data, tmp_path):

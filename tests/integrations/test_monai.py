@@ -258,7 +258,8 @@ def test_objects_of_the_batch_before_and_their_mode():
     for item, same, own, donor in zip(result, again, before, (4.0, 2.0), strict=True):
         x1, y1, z1, x2, y2, z2 = own["box"][0].int().tolist()
         inside = item["image"][:, x1:x2, y1:y2, z1:z2]
-        assert 0 < inside.min() <= inside.max() <= donor / 2 and item["image"].sum() == inside.sum()
+        assert 0 < inside.min() <= inside.max() <= donor / 2
+        assert item["image"].count_nonzero() == inside.numel()
         assert torch.equal(item["image"], same["image"]) and len(item["box"]) == 2
     with pytest.raises(ValueError, match="objects"):
         ObjectMixUpBoxd()(mixed, objects=before[:1])
@@ -346,6 +347,8 @@ def test_what_the_detector_refuses():
         SoftTargetRetinaNetDetector(flat, AnchorGeneratorWithAnchorShape([1, 2], [[4, 4], [6, 4]]))
     with pytest.raises(ValueError, match="begin with 0"):
         detector.predict_targets(torch.stack(images_of(batch)), (1, 2))
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\], got 80"):
+        detector.predict_targets(torch.stack(images_of(batch)), confidence=80)
 
 
 @with_torchvision
@@ -363,7 +366,7 @@ def test_targets_are_the_sharpened_mean_of_the_views(side):
     detector.set_box_selector_parameters(score_thresh=0.5, nms_thresh=0.1, detections_per_img=5)
     images = torch.rand(2, 1, side, 16, 16)
     given = images_of([{"image": MetaTensor(image)} for image in images])
-    found = detector.predict_targets(given, flips, temperature=0.5)
+    found = detector.predict_targets(given, flips, temperature=0.5, confidence=0.5)
     padded = F.pad(images, (0, 0, 0, 0, 0, 16 - side))
     levels = [[], []]
     with torch.no_grad():
@@ -389,6 +392,50 @@ def test_another_network_predicts():
     images = torch.rand(1, 1, 16, 16, 16)
     (student,), (mean,) = detector.predict_targets(images), detector.predict_targets(images, network=teacher)
     assert mean["anchor_targets"].mean() > student["anchor_targets"].mean() and len(mean["box"])
+
+
+@with_torchvision
+def test_objects_are_what_is_predicted_with_confidence():
+    """Whatever the box selector would let pass."""
+    detector = detector_of(SoftTargetRetinaNetDetector)
+    detector.set_box_selector_parameters(score_thresh=0.0, nms_thresh=1.0)
+    nn.init.normal_(detector.network.cls.weight, std=20.0)
+    images, counts = torch.rand(2, 1, 8, 8, 8), []
+    for confidence in (0.0, 0.5, 0.8, 1.0):
+        found = detector.predict_targets(images, confidence=confidence)
+        counts.append(sum(len(own["box"]) for own in found))
+        confident = sum((own["anchor_targets"] >= max(confidence, 1e-6)).sum().item() for own in found)
+        assert counts[-1] == confident or not confidence
+    assert counts[0] > counts[1] > counts[2] > counts[3]
+    assert sum(len(own["box"]) for own in detector.predict_targets(images)) == counts[2]
+
+
+class Broken(nn.Module):
+    def forward(self, images):
+        raise ArithmeticError
+
+
+@with_torchvision
+@pytest.mark.parametrize("own", [True, False])
+def test_predicting_leaves_the_network_as_it_was(own):
+    """It evaluates: statistics and dropout rest; afterwards each module trains that did, also where it has failed."""
+    detector = detector_of(SoftTargetRetinaNetDetector)
+    network = detector.network if own else copy.deepcopy(detector.network)
+    network.stem = nn.Sequential(network.stem, nn.BatchNorm3d(4), nn.Dropout(0.5), nn.BatchNorm3d(4))
+    network.train().stem[3].eval()
+    modes = [module.training for module in network.modules()]
+    state, images = copy.deepcopy(network.state_dict()), torch.rand(2, 1, 16, 16, 16)
+    (first, _), (second, _), (expected, _) = (
+        detector.predict_targets(images, network=of) for of in (network, network, copy.deepcopy(network).eval())
+    )
+    for key in first:
+        assert torch.equal(first[key], second[key]) and torch.equal(first[key], expected[key])
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    network.cls = Broken()
+    with pytest.raises(ArithmeticError):
+        detector.predict_targets(images, network=None if own else network)
+    assert [module.training for module in network.modules()] == modes
 
 
 @with_torchvision

@@ -36,7 +36,7 @@ SPEED = (  # of the short table: operation, workload, phase, and the PyTorch tha
 )
 SPEED_HEADER = ("operation", "workload", "phase", "threads", "ms", "plain PyTorch", "best of eager PyTorch",
                 "torch.compile", "best of other libraries", "% of a copy")  # fmt: skip
-LIBRARIES = ("apex", "fvcore", "kornia", "mmcv", "monai", "simpleitk", "timm", "torchvision")  # as providers begin
+LIBRARIES = ("apex", "kornia", "mmcv", "monai", "simpleitk", "timm", "torchvision")  # as providers begin
 END = "<!-- end of speed -->"
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text)
             if options.readme:
                 write_speed(options.readme, path, speed(run))
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, KeyError) as problem:
             print(f"{path}: {problem}", file=sys.stderr)
             problems += 1
     return int(problems > 0)
@@ -91,10 +91,10 @@ def caption(run: dict) -> str:
 def left_out(run: dict) -> str:
     """What has no row, and why; nothing where there is none."""
     names: dict[str, set[str]] = {}
-    for name, why in run["left_out"].items():
-        why = "not installed" if why.startswith("could not import") else why
+    for name, why in run.get("left_out", {}).items():
+        why = "not installed" if "No module named" in why else why
         names.setdefault(why, set()).add(name.partition(" (")[0])
-    return " ".join(f"{why[0].upper()}{why[1:]}: {', '.join(sorted(names[why]))}." for why in sorted(names))
+    return " ".join(f"{why[0].upper()}{why[1:]}: {'; '.join(sorted(names[why]))}." for why in sorted(names))
 
 
 def table(rows: list[dict]) -> str:
@@ -127,7 +127,7 @@ def speed(run: dict) -> str:
     for op, workload, phase, first in SPEED:
         for threads in ("", ", one thread"):
             at = {row["provider"]: row for row in rows if key(row) == (op, workload + threads, phase)}
-            at.pop("copy", None)  # a bound, no rival
+            at = {name: row for name, row in at.items() if name != "copy" and "formula" not in name}  # no rivals
             if OURS not in at:
                 continue
             ours = at.pop(OURS)

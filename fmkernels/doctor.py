@@ -124,7 +124,7 @@ def _versions() -> Iterator[str]:
         or "nothing of fmkernels[train]"
     )
     if absent := [module for module, version in extra.items() if not version]:
-        yield f"not installed: {', '.join(absent)}; pip install 'fmkernels[train]' brings what training and scans need"
+        yield f"not installed: {', '.join(absent)}; the extra fmkernels[train] brings what training and scans need"
     if switches := [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]:
         yield f"environment: {', '.join(switches)}"
 

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import random
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 import fmkernels.cpu
 from fmkernels import crop_and_resize3d, mixup3d, object_mixup3d, predict_targets, soft_target_focal_loss
 from fmkernels.cpu import arithmetic
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import _Pool, compiled, shared
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
@@ -269,31 +271,65 @@ def test_an_interrupted_call_leaves_no_thread_at_work(monkeypatch):
 
 
 def test_without_threads_the_caller_does_it_all(monkeypatch):
-    """A pool queues a part before it tries to start a thread: no later thread may take up what the caller has done."""
-    done = []
+    """And leaves nothing behind for threads that can be started later."""
+    done, pool = [], _Pool()
+    monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as limit:
-        monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
-        limit.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
-        shared(lambda start, end: done.append((start, end)), 9, 1)
-        limit.undo()
-        pool.submit(int).result(timeout=60)  # after all that stood in the queue
-    assert sorted(done) == [(0, 3), (3, 6), (6, 9)]
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    shared(lambda start, end: done.append((start, end)), 9, 1)
+    assert done == [(0, 3), (3, 6), (6, 9)]
+    assert not pool.threads and pool.calls.empty()
 
 
-def test_after_an_error_no_part_is_begun(monkeypatch):
-    begun, go_on = [], threading.Event()
+@pytest.mark.parametrize("late", [False, True])
+def test_after_an_error_no_part_is_begun(monkeypatch, late):
+    """Not by a thread that comes late either, as the only one was busy."""
+    begun, pool = [], _Pool()
 
     def loop(start, end):
         begun.append(start)
-        if start == 0:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(pool, "ask", lambda call, helpers: pool.calls.put(call))
+    with pytest.raises(KeyboardInterrupt):
+        shared(loop, 9, 1)
+    if late:
+        pool.calls.get().help()
+    assert begun == [0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that send signals")
+def test_interrupts_at_any_time_leave_no_part_at_work(monkeypatch):
+    at_work, interrupted, armed = [], 0, False
+
+    def interrupt(*_):
+        if armed:
             raise KeyboardInterrupt
 
+    def loop(start, end):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(1e-4)
+            return
+        at_work.append(start)
+        time.sleep(2e-4)
+        at_work.remove(start)
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
-        pool.submit(go_on.wait)  # the only thread is busy
-        with pytest.raises(KeyboardInterrupt):
-            shared(loop, 9, 1)
-        go_on.set()
-    assert begun == [0]
+    before, draw = signal.signal(signal.SIGALRM, interrupt), random.Random(0)
+    try:
+        for _ in range(1000):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 6e-4))
+                shared(loop, 3, 1)
+                armed = False
+            except KeyboardInterrupt:
+                armed = False
+                interrupted += 1
+            assert not at_work
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100

@@ -6,11 +6,14 @@ up the GIL instead, and plain Python threads, as many as torch is allowed, run t
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numba
@@ -48,48 +51,93 @@ def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
     if parts <= 1:
         loop(0, size, *args)
         return
-    cuts = [size * i // parts for i in range(parts + 1)]
-    own, *others = pairwise(cuts)
-    futures: list[Future] = []
+    call = _Call(loop, pairwise([size * i // parts for i in range(parts + 1)]), args)
+    problem = None
     try:
-        for ends in others:
-            futures.append(Future())
-            try:
-                _pool().submit(_run, futures[-1], loop, *ends, *args)
-            except RuntimeError:  # no thread can be started: a limit, or the interpreter is shutting down
-                if futures[-1].cancel():  # it may wait in the queue nevertheless
-                    futures.pop()
-                    loop(*ends, *args)
-        loop(*own, *args)
-    except BaseException:
-        futures = [future for future in futures if not future.cancel()]  # what has not begun will not
-        raise
-    finally:
-        _wait(futures)
-    for future in futures:
-        future.result()
-
-
-def _run(future: Future, loop: Callable, *args: Any) -> None:
-    """The loop, unless the future was cancelled."""
-    if future.set_running_or_notify_cancel():
+        _pool().ask(call, parts - 1)
+        call.run()
+    except BaseException as error:
+        problem = error
+    while True:
         try:
-            future.set_result(loop(*args))
-        except BaseException as problem:
-            future.set_exception(problem)
+            call.wait()
+            break
+        except BaseException as error:  # Ctrl-C, once more perhaps
+            problem = problem or error
+    problem = problem or next(filter(None, call.ended), None)
+    if problem is not None:
+        try:
+            raise problem
+        finally:
+            del problem, call  # or its traceback would hold all tensors
 
 
-def _wait(futures: list[Future]) -> None:
-    try:
-        wait(futures)
-    except BaseException:  # Ctrl-C once more
-        _wait(futures)
-        raise
+class _Call:
+    """A loop in parts, which threads take until there is none left.
+
+    Interrupts come between instructions of Python: what several threads share changes by single calls of C alone, and
+    nothing depends on a message that was taken but not noted.
+    """
+
+    def __init__(self, loop: Callable, parts: Iterable[tuple[int, int]], args: tuple):
+        self.loop, self.parts, self.args = loop, deque(parts), args
+        self.begun: list[None] = []  # for each thread that helps
+        self.ended: list[BaseException | None] = []  # the same, later
+        self.news: SimpleQueue[None] = SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            try:
+                ends = self.parts.popleft()
+            except IndexError:
+                return
+            self.loop(*ends, *self.args)
+
+    def help(self) -> None:
+        """Run, in another thread."""
+        self.begun.append(None)
+        problem = None
+        try:
+            self.run()
+        except BaseException as error:
+            self.parts.clear()
+            problem = error
+        self.ended.append(problem)
+        self.news.put(None)
+
+    def wait(self) -> None:
+        """Until no other thread is at work, and none can begin."""
+        self.parts.clear()
+        while len(self.ended) < len(self.begun):
+            with suppress(Empty):
+                self.news.get(timeout=0.05)
+
+
+class _Pool:
+    """Threads that help, as many as have been asked for at once, at most one for each CPU."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        self.threads: list[Thread] = []
+
+    def ask(self, call: _Call, helpers: int) -> None:
+        """Put a call before so many threads; before fewer where the system lets no more start."""
+        with suppress(RuntimeError):
+            while len(self.threads) < min(helpers, os.cpu_count() or 1):
+                thread = Thread(target=self._work, name="fmkernels", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+        for _ in range(min(helpers, len(self.threads))):
+            self.calls.put(call)
+
+    def _work(self) -> None:
+        while True:
+            self.calls.get().help()
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fmkernels")
+def _pool() -> _Pool:
+    return _Pool()
 
 
 if hasattr(os, "register_at_fork"):  # the threads stay behind in the parent

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"fmkernels: {error.name} is not installed; pip install 'fmkernels[train]' brings it", file=sys.stderr)
+        print(f"fmkernels: {error.name} is not installed; the extra fmkernels[train] brings it", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
@@ -160,6 +160,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.train import train
 
     given = _given(arguments)
+    if arguments.resume and arguments.out is None:
+        raise InputError("--resume: expected --out, the folder of the run to continue")
     out = arguments.out or Path("runs", given.get("method", "supervised"))
     stored = load_config(out) if arguments.resume and arguments.preset is None else None
     config = replace(stored or PRESETS[arguments.preset or "demo"], **given)

@@ -2,7 +2,7 @@
 
 Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
 where it was. The steps before unlabelled patches come in are the same for all methods and are trained once; where
-targets are 0 or 1, both losses are one.
+targets are 0 or 1, both losses are one but for rounding.
 """
 
 import csv

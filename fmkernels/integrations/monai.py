@@ -1,6 +1,6 @@
 """MONAI's 3D detection with soft targets: its RetinaNet detector, MixUp of images and of objects, its boxes.
 
-Needs MONAI and torchvision: ``pip install 'fmkernels[monai]'``.
+Needs MONAI and torchvision, which the extra ``fmkernels[monai]`` brings.
 
 A batch is a list of dictionaries, one for each image, as MONAI's detection pipelines make them. Besides the image, its
 boxes [n, 6] and their labels [n], a dictionary may hold, and what is written here reads and writes:

@@ -97,6 +97,10 @@ def test_folders_have_default_names():
     assert cli._parse(["train", "data"]).out is None  # after the method, see below
 
 
+def test_resume_needs_the_folder(data, capsys):
+    refuses(capsys, ["train", data, "--resume"], "--resume: expected --out")
+
+
 def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(data), *SETTINGS]) == 0

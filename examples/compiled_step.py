@@ -8,9 +8,8 @@ from fmkernels import mixup3d, sample_mixup, soft_target_focal_loss
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 1, 1)).to(device)
-optimizer = torch.optim.SGD(
-    model.parameters(), lr=torch.tensor(0.5, device=device)
-)  # a tensor: no new graph for a new rate
+rate = torch.tensor(0.5, device=device)  # a tensor: no new graph for a new rate
+optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 
 
 @torch.compile(fullgraph=True)  # raises at whatever would break the graph
@@ -28,7 +27,7 @@ def update():
 scans = torch.randint(-1000, 400, (2, 1, 8, 8, 8), dtype=torch.int16, device=device)
 targets = (scans > 300).float()
 losses = []
-for _ in range(5):
+for _ in range(80):
     loss = loss_of(scans, targets)
     loss.backward()  # compiled too
     update()

@@ -148,4 +148,4 @@ sys.exit(main(["doctor"]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "triton is not installed" in done.stdout
-    assert "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; pip install" in done.stdout
+    assert "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; the extra" in done.stdout

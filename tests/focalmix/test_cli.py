@@ -179,7 +179,6 @@ def test_help_and_the_program_itself():
     [
         ([], "COMMAND"),
         (["fly"], "fly"),
-        (["train", "data"], "--out"),
         (["train", "data", "--out=x", "--steps=many"], "steps"),
         (["train", "data", "--out=x", "--spacing=1,a,1"], "spacing"),
         (["train", "data", "--out=x", "--steps=0"], "steps"),

@@ -74,6 +74,15 @@ def test_what_is_quoted_is_there(page, file, options):
     assert f"\ndef {options.get('pyobject', '')}" in f"\ndef \n{text}"
 
 
+QUOTED = sorted({file for _, file, _ in quotes() if file.suffix == ".md"})
+
+
+@pytest.mark.parametrize("path", [*PAGES, *QUOTED], ids=lambda path: path.name)
+def test_no_line_is_a_comment_to_the_site(path):
+    """A line of prose that begins with a percent sign would be left out."""
+    assert not re.findall(r"^%.*", path.read_text(encoding="utf-8"), re.M)
+
+
 def test_no_page_names_a_path_of_one_machine():
     sources = [*PAGES.values(), *(path.read_text(encoding="utf-8") for path in DOCS.glob("*.py"))]
     assert not [found for text in sources for found in re.findall(r"(?:^|[\s\"'`(=])(?:/\w+){2,}|file://\S*", text)]

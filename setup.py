@@ -28,6 +28,7 @@ setup(
         "dev": [
             *DOCS,
             "hypothesis>=6.100",
+            "monai>=1.6",
             "mypy>=2.4",
             "pytest>=8.2",
             "pytest-benchmark>=5.1",

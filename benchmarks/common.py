@@ -42,9 +42,10 @@ class Row:
 class Provider:
     """One way to compute an op.
 
-    function: called with the inputs, returns a tensor or a list of tensors. It may import with pytest.importorskip, and
-        may work in place: its first call is the one that is checked.
-    inputs: makes its arguments, where they are not the workload's (hard labels, say).
+    function: called with the inputs, returns a tensor or a list of tensors. It may work in place: its first call is the
+        one that is checked.
+    inputs: makes its arguments, where they are not the workload's: hard labels, or what a user makes once. Both may
+        import with pytest.importorskip, which takes microseconds each time: in the function only if it is cached.
     compile: time torch.compile of the function.
     reference: what it is held to, where that is not the workload's.
     """
@@ -122,8 +123,7 @@ class Comparison:
                 "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
                 "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
                 "peak_extra_bytes": self._memory[provider].get(phase), "launches": self._launches[provider].get(phase),
-                "elements": self.elements, "host": self.host, "wall": self.wall, "compiled": compiled,
-                "threads": threads,
+                "elements": self.elements, "host": self.host, "compiled": compiled, "threads": threads,
             },
         )  # fmt: skip
 

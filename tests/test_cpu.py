@@ -281,9 +281,8 @@ def test_without_threads_the_caller_does_it_all(monkeypatch):
     assert not pool.threads and pool.calls.empty()
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_after_an_error_no_part_is_begun(monkeypatch, late):
-    """Not by a thread that comes late either, as the only one was busy."""
+def test_after_an_error_no_part_is_begun(monkeypatch):
+    """Not by the caller, nor by a thread that comes late, as it was busy."""
     begun, pool = [], _Pool()
 
     def loop(start, end):
@@ -295,8 +294,7 @@ def test_after_an_error_no_part_is_begun(monkeypatch, late):
     monkeypatch.setattr(pool, "ask", lambda call, helpers: pool.calls.put(call))
     with pytest.raises(KeyboardInterrupt):
         shared(loop, 9, 1)
-    if late:
-        pool.calls.get().help()
+    pool.calls.get().help()
     assert begun == [0]
 
 

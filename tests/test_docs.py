@@ -106,7 +106,7 @@ class Assets(HTMLParser):
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
     for needed in ("sphinx", "furo", "myst_parser"):
         if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"{needed} is not installed; pip install 'fmkernels[docs]' brings it")
+            pytest.skip(f"{needed} is not installed; the extra fmkernels[docs] brings it")
     site = tmp_path / "site"
     options = ("--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", str(tmp_path / "doctrees"))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -638,16 +638,16 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
 @pytest.mark.parametrize("eta", [0.05, 0.2, 1.0, 4.0])
 def test_lam_follows_its_distribution(eta):
     stats = pytest.importorskip("scipy.stats")
-    lam, _ = sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(1))
+    lam, _ = sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(4))
     assert lam.dtype == torch.float32 and lam.shape == (20_000,)
     assert lam.min() >= 0.5 and lam.max() <= 1
     below = lam.double().clamp(max=1 - 1e-6)  # float32 has few numbers left there, where many draws lie
     share = lambda x: 2 * stats.beta.cdf(x, eta, eta) - 1  # P(max(l, 1 - l) <= x), l symmetric about 1/2  # noqa: E731
     at = 1 - 1e-6
-    assert stats.kstest(below[below < at], lambda x: share(x) / share(at)).pvalue > 0.01
+    assert stats.kstest(below[below < at], lambda x: share(x) / share(at)).pvalue > 0.05
     assert abs((below < at).double().mean() - share(at)) < 0.01
-    expected, _ = reference.sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(2))
-    assert stats.ks_2samp(below, expected.clamp(max=at)).pvalue > 0.01
+    expected, _ = reference.sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(5))
+    assert stats.ks_2samp(below, expected.clamp(max=at)).pvalue > 0.05
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2, 7, 64])

@@ -279,7 +279,7 @@ def launch_mixup_into(
     cut, boxes = _cut(sizes, own_axes, batch, images)
     shared(
         _mix_boxes, boxes, LEAST * boxes // voxels, _volumes(volumes, flips), _volumes(donors, donor_flips),
-        _volumes(out), _volumes(lam), index.data_ptr(), batch, pool, cut, 8 if images else 1, kept,
+        _volumes(out), located(lam), index.data_ptr(), batch, pool, cut, 8 if images else 1, kept,
         window_of(window), ZEROS[compute_dtype(volumes.dtype)],
     )  # fmt: skip
 
@@ -310,7 +310,7 @@ def launch_gradient(
     zero = ZEROS[compute_dtype(dtype)]
     shared(
         _gradient_boxes, boxes, LEAST * boxes // voxels, _volumes(upstream), _volumes(windowed),
-        _volumes(gradient, flips), _volumes(lam), index.data_ptr(), upstream.shape[0], sources, cut,
+        _volumes(gradient, flips), located(lam), index.data_ptr(), upstream.shape[0], sources, cut,
         (low, high, 1 / (high - low)), own, donor, zero,
     )  # fmt: skip
     return gradient

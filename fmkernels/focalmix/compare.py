@@ -80,7 +80,7 @@ def compare(
         bootstraps: of scans and seeds.
 
     Raises:
-        InputError: as `train`, or there are no test subsets.
+        InputError: as `train`; there are no test subsets; or a part of ``without`` is missing from ``config`` already.
     """
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")

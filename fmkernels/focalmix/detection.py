@@ -39,7 +39,7 @@ def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
             volume,
             patch_size=config.search_size,
             overlap=config.overlap,
-            window=(config.window[0], config.window[1]),
+            window=config.window,
             nms_threshold=config.nms_threshold,
         )
 

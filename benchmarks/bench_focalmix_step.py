@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels.focalmix.config import PRESETS, Config
-from fmkernels.focalmix.detector import apply_window
-from fmkernels.focalmix.losses import draw, focalmix_loss
-from fmkernels.focalmix.state import autocast, build_model
+from fmkernels.focalmix.model.detector import apply_window
+from fmkernels.focalmix.training.checkpoint import autocast, build_model
+from fmkernels.focalmix.training.step import draw, focalmix_loss
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import fmkernels
-from fmkernels.focalmix.phantom import Scene, render
+from fmkernels.focalmix.data.phantom import Scene, render
 
 WINDOW = (-1200, 600)
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colours

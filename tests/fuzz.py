@@ -31,13 +31,13 @@ from hypothesis import strategies as st
 
 import fmkernels.cpu
 from fmkernels.focalmix.config import Config, load_config
+from fmkernels.focalmix.data.luna16 import LUNA16, load_volume
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import read_candidates, write_candidates
-from fmkernels.focalmix.luna16 import LUNA16, load_volume
-from fmkernels.focalmix.monitor import Metrics
-from fmkernels.focalmix.state import State, build_model, load_run
+from fmkernels.focalmix.evaluation.froc import read_candidates, write_candidates
+from fmkernels.focalmix.training.checkpoint import State, build_model, load_run
+from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
-from tests.focalmix.test_train import TINY
+from tests.focalmix.training.test_loop import TINY
 
 CHECKS = {
     "soft_target_focal_loss": ("check_case",),

@@ -89,7 +89,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _add_phantom(parser: argparse.ArgumentParser) -> None:
-    from fmkernels.focalmix.phantom import SIZES
+    from fmkernels.focalmix.data.phantom import SIZES
 
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--size", choices=SIZES, default="demo", help="of the scans (default: %(default)s)")
@@ -100,7 +100,7 @@ def _add_phantom(parser: argparse.ArgumentParser) -> None:
 
 
 def _phantom(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.phantom import write_phantoms
+    from fmkernels.focalmix.data.phantom import write_phantoms
 
     write_phantoms(
         arguments.out,
@@ -157,7 +157,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.config import PRESETS, load_config
-    from fmkernels.focalmix.train import train
+    from fmkernels.focalmix.training.loop import train
 
     given = _given(arguments)
     if arguments.resume and arguments.out is None:
@@ -225,11 +225,11 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 def _detect(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from fmkernels.focalmix.detection import search
-    from fmkernels.focalmix.froc import write_candidates
-    from fmkernels.focalmix.luna16 import check_header, load_volume
-    from fmkernels.focalmix.processes import choose_device
-    from fmkernels.focalmix.state import load_run
+    from fmkernels.focalmix.data.luna16 import check_header, load_volume
+    from fmkernels.focalmix.distributed import choose_device
+    from fmkernels.focalmix.evaluation.froc import write_candidates
+    from fmkernels.focalmix.model.inference import search
+    from fmkernels.focalmix.training.checkpoint import load_run
 
     out = arguments.out or arguments.run_folder / "detections.csv"
     if arguments.out is None and out.exists():
@@ -249,7 +249,7 @@ def _detect(arguments: argparse.Namespace) -> int:
 
 def _scans(given: Sequence[Path]) -> list[Path]:
     """The headers of scans: files as they are, of a folder those in it, or else those in its subsets."""
-    from fmkernels.focalmix.luna16 import scan_headers
+    from fmkernels.focalmix.data.luna16 import scan_headers
 
     paths: dict[str, Path] = {}
     for path in given:
@@ -277,8 +277,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.froc import read_candidates
-    from fmkernels.focalmix.luna16 import LUNA16
+    from fmkernels.focalmix.data.luna16 import LUNA16
+    from fmkernels.focalmix.evaluation.froc import read_candidates
 
     data = LUNA16(arguments.data)
     chosen = [uid for uid in data.series if arguments.subsets is None or data.subset(uid) in arguments.subsets]
@@ -291,7 +291,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = data.evaluate({uid: rows for uid, rows in candidates.items() if uid not in elsewhere}, chosen)
     print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
     if arguments.plot:
-        from fmkernels.focalmix.report import draw_froc
+        from fmkernels.focalmix.evaluation.figures import draw_froc
 
         draw_froc(arguments.plot, {arguments.candidates.stem: result})
     return 0

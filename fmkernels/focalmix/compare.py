@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import froc, report
-from .config import Config, load_config
-from .errors import InputError
-from .files import atomic_write
-from .luna16 import LUNA16
-from .monitor import METRICS
-from .state import BURN_IN, CHECKPOINT
-from .train import CANDIDATES, EVALUATION, draw_scans, train
+from fmkernels.focalmix.config import Config, load_config
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.evaluation import figures, froc
+from fmkernels.focalmix.files import atomic_write
+from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT
+from fmkernels.focalmix.training.loop import CANDIDATES, EVALUATION, draw_scans, train
+from fmkernels.focalmix.training.metrics import METRICS
 
 BASELINE, FOCALMIX = "supervised", "FocalMix"
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -118,10 +118,10 @@ def compare(
         with atomic_write(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     points = {name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name] for name in methods}
-    report.draw_comparison(out / "cpm.png", points)
+    figures.draw_comparison(out / "cpm.png", points)
     for count in labeled:
         curves = {name: means[count, name] for name in (BASELINE, FOCALMIX)}
-        report.draw_froc(out / f"labeled-{count}" / "froc.png", curves)
+        figures.draw_froc(out / f"labeled-{count}" / "froc.png", curves)
     return rows
 
 

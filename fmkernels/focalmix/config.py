@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .anchors import Anchors
-from .errors import InputError, first_line
-from .luna16 import SPACINGS
+from fmkernels.focalmix.data.luna16 import SPACINGS
+from fmkernels.focalmix.errors import InputError, first_line
+from fmkernels.focalmix.model.anchors import Anchors
 
 CONFIG = "config.json"
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError
+from fmkernels.focalmix.errors import InputError
 
 if sys.platform == "win32":
     import msvcrt

@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 import torch._dynamo  # what an optimizer imports at its first use, for a second or two
 
-from fmkernels.focalmix import compare, report, train  # noqa: F401 (for the server)
+import fmkernels.focalmix.compare  # noqa: F401 (for the server)
 from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.patches import PatchDataset
+from fmkernels.focalmix.data.workers import process_pool
 from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.evaluation import figures
 from fmkernels.focalmix.files import atomic_write
-from fmkernels.focalmix.luna16 import LUNA16
-from fmkernels.focalmix.patches import PatchDataset
-from fmkernels.focalmix.workers import process_pool
+from fmkernels.focalmix.training import loop
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile")
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -114,14 +116,14 @@ def rank(number: int, port: int, *argv: object) -> int:
 
 def mortal_rank(number: int, port: int, *argv: object) -> int:
     """One of two processes that train together, killed in the sixth step."""
-    stock, calls = train.supervised_loss, itertools.count(1)
+    stock, calls = loop.supervised_loss, itertools.count(1)
 
     def step(*arguments: object) -> object:
         if next(calls) == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         return stock(*arguments)
 
-    train.supervised_loss = step
+    loop.supervised_loss = step
     return rank(number, port, *argv)
 
 
@@ -174,7 +176,7 @@ def _child(
     output.close()
     torch.set_num_threads(1)
     for name in ("draw_training", "draw_froc", "draw_sheet", "draw_comparison"):
-        setattr(report, name, _draw)
+        setattr(figures, name, _draw)
     if fault.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest_file, fault.largest_file))
     events = [0]

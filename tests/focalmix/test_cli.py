@@ -19,7 +19,7 @@ import torch
 from fmkernels.focalmix import cli
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import PRESETS
-from fmkernels.focalmix.froc import read_candidates
+from fmkernels.focalmix.evaluation.froc import read_candidates
 from tests.focalmix.conftest import SCANS, write_luna
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_a_failed_start_leaves_no_run_behind(data, tmp_path, capsys):
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "fmkernels.focalmix.phantom", None)
+    monkeypatch.setitem(sys.modules, "fmkernels.focalmix.data.phantom", None)
     refuses(capsys, ["phantom", tmp_path], "fmkernels[train]")
 
 
@@ -336,7 +336,7 @@ def test_a_dead_worker_process_is_one_line(tmp_path, monkeypatch, capsys):
     def die(*_, **__):
         raise BrokenProcessPool("A process in the process pool was terminated abruptly")
 
-    monkeypatch.setattr("fmkernels.focalmix.phantom.write_phantoms", die)
+    monkeypatch.setattr("fmkernels.focalmix.data.phantom.write_phantoms", die)
     assert main(["phantom", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         "fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers\n"

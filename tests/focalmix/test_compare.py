@@ -14,11 +14,11 @@ from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.compare import ABLATIONS, BASELINE, FOCALMIX, as_csv, as_markdown, as_text, compare
 from fmkernels.focalmix.config import load_config
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import average, evaluate
-from fmkernels.focalmix.state import CHECKPOINT
-from fmkernels.focalmix.train import train
+from fmkernels.focalmix.evaluation.froc import average, evaluate
+from fmkernels.focalmix.training.checkpoint import CHECKPOINT
+from fmkernels.focalmix.training.loop import train
 from tests.focalmix.conftest import SCANS, write_luna
-from tests.focalmix.test_train import TINY, assert_same_weights, metrics
+from tests.focalmix.training.test_loop import TINY, assert_same_weights, metrics
 
 CONFIG = replace(
     TINY, train_subsets=(0, 1, 2), steps=2, unlabeled_batch_size=2, burn_in=0, ramp=0, objects=1, views=2, warmup=0

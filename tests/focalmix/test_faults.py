@@ -24,9 +24,9 @@ fcntl = pytest.importorskip("fcntl", reason="no fork, no SIGKILL, no limits of f
 
 import torch  # noqa: E402
 
+from fmkernels.focalmix.data.luna16 import LUNA16  # noqa: E402
+from fmkernels.focalmix.evaluation.froc import read_candidates  # noqa: E402
 from fmkernels.focalmix.files import atomic_write, own_folder  # noqa: E402
-from fmkernels.focalmix.froc import read_candidates  # noqa: E402
-from fmkernels.focalmix.luna16 import LUNA16  # noqa: E402
 from tests.focalmix import faults  # noqa: E402
 from tests.focalmix.conftest import SCANS, write_luna  # noqa: E402
 from tests.focalmix.faults import Fault, run  # noqa: E402

@@ -22,17 +22,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import froc, report
-from .config import CONFIG, Config, load_config
-from .detection import Detections, search
-from .errors import InputError, first_line
-from .files import atomic_write, own_folder
-from .losses import draw, focalmix_loss, supervised_loss
-from .luna16 import LUNA16
-from .monitor import METRICS, Interrupt, Metrics, Stopwatch
-from .patches import PatchDataset, collate, patch_loader
-from .processes import any_process, choose_device, place, process_group, sum_of_ranks
-from .state import BURN_IN, CHECKPOINT, State, autocast
+from fmkernels.focalmix.config import CONFIG, Config, load_config
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.patches import PatchDataset, collate, patch_loader
+from fmkernels.focalmix.distributed import any_process, choose_device, place, process_group, sum_of_ranks
+from fmkernels.focalmix.errors import InputError, first_line
+from fmkernels.focalmix.evaluation import figures, froc
+from fmkernels.focalmix.files import atomic_write, own_folder
+from fmkernels.focalmix.model.inference import Detections, search
+from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, State, autocast
+from fmkernels.focalmix.training.metrics import METRICS, Interrupt, Metrics, Stopwatch
+from fmkernels.focalmix.training.step import draw, focalmix_loss, supervised_loss
 
 CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
 PLACES = 5
@@ -232,7 +232,7 @@ def _report(
     """Pictures and figures of a finished run."""
     first = place()[0] == 0
     if first:
-        report.draw_training(out / "training.png", out / METRICS)
+        figures.draw_training(out / "training.png", out / METRICS)
         if summary := stopwatch.summary():
             _write_json(out / "timing.json", summary)
     if not scans.test:
@@ -241,8 +241,8 @@ def _report(
     evaluation = data.evaluate(_candidates(found), scans.test)
     if first:
         froc.write_candidates(out / CANDIDATES, _candidates(found))
-        report.draw_froc(out / "froc.png", {"test scans": evaluation})
-        report.draw_sheet(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
+        figures.draw_froc(out / "froc.png", {"test scans": evaluation})
+        figures.draw_sheet(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
         _write_json(out / EVALUATION, evaluation.to_dict())  # the last: what has it is finished
     return evaluation
 
@@ -266,18 +266,18 @@ def _candidates(found: Mapping[str, Detections]) -> dict[str, np.ndarray]:
 
 def _sheet(
     data: LUNA16, series: Sequence[str], found: Mapping[str, Detections], evaluation: froc.Froc, *, columns: int = 4
-) -> list[report.Panel]:
+) -> list[figures.Panel]:
     """Slices through nodules of all sizes (two rows) and through the most probable false positives (one row)."""
     threshold = np.interp(1.0, evaluation.fps_per_scan, evaluation.thresholds) if len(evaluation.thresholds) else 1.0
 
-    def panel(uid: str, z: float, title: str) -> report.Panel:
+    def panel(uid: str, z: float, title: str) -> figures.Panel:
         volume, detections = data.volume(uid), found[uid]
         z = math.floor(z)
         true, boxes = volume.boxes(data.nodules(uid)), detections.boxes
         shown = (boxes[:, 0] <= z + 0.5) & (z + 0.5 < boxes[:, 3]) & (detections.probabilities >= threshold)
         predicted = np.column_stack([boxes[:, [1, 2, 4, 5]], detections.probabilities])[shown]
         true = true[(true[:, 0] <= z + 0.5) & (z + 0.5 < true[:, 3])][:, [1, 2, 4, 5]]
-        return report.Panel(np.asarray(volume.voxels[z]), true, predicted, title)
+        return figures.Panel(np.asarray(volume.voxels[z]), true, predicted, title)
 
     nodules = sorted(
         (float(diameter), uid, float(box[0] + box[3]) / 2)

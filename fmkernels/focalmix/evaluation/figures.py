@@ -21,9 +21,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .errors import InputError
-from .files import atomic_write
-from .froc import BAND_RATES, OPERATING_POINTS, Froc
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.evaluation.froc import BAND_RATES, OPERATING_POINTS, Froc
+from fmkernels.focalmix.files import atomic_write
 
 LUNG_WINDOW = (-1200.0, 600.0)
 """HU shown as black and as white."""

@@ -27,9 +27,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
+from fmkernels.focalmix.data.workers import process_pool
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.files import atomic_write, own_folder
-from fmkernels.focalmix.workers import process_pool
 
 UID_ROOT = "1.3.6.1.4.1.14519.5.2.1.6279.6001"
 REVISION = 1  # part of every series uid: raise it with any change of the images, so that old and new scans never mix

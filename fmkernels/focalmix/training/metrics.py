@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from .files import atomic_write
-from .processes import place
+from fmkernels.focalmix.distributed import place
+from fmkernels.focalmix.files import atomic_write
 
 METRICS = "metrics.csv"
 COLUMNS = ("step", "loss", "loss_cls", "loss_box", "positives", "lr", "val_cpm", "seconds")

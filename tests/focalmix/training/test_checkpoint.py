@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmkernels.focalmix import train as loop
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import MAX_FILE_BYTES, load_config
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.state import State, load_run
-from tests.focalmix.test_train import TINY
+from fmkernels.focalmix.training import loop as loop
+from fmkernels.focalmix.training.checkpoint import State, load_run
+from tests.focalmix.training.test_loop import TINY
 
 SERIES = ["1.2.3", "1.2.4"]
 CPU = torch.device("cpu")
@@ -240,14 +240,14 @@ def test_bombs_take_no_memory(run, tmp_path):
     code = (
         "import resource, sys\n"
         "from fmkernels.focalmix.errors import InputError\n"
-        "from fmkernels.focalmix.state import load_run\n"
+        "from fmkernels.focalmix.training.checkpoint import load_run\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for run in sys.argv[1:]:\n"
         "    try:\n        load_run(run)\n    except InputError as error:\n        pass\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     argv = [sys.executable, "-c", code, *(str(tmp_path / "bombs" / name) for name in bombs)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     taken = dict(zip(bombs, map(int, done.stdout.split()), strict=True))
     assert max(taken.values()) < 64 * (1 << 10 if sys.platform == "linux" else 1 << 20), taken
 

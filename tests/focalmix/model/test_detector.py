@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmkernels.focalmix.detector import Detector, apply_window
+from fmkernels.focalmix.model.detector import Detector, apply_window
 
 TINY = dict(widths=(4, 8, 8), blocks=(0, 1, 1), channels=8)
 

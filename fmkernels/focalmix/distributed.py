@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import InputError, first_line
+from fmkernels.focalmix.errors import InputError, first_line
 
 
 def choose_device(name: str) -> torch.device:

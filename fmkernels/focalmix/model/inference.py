@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .anchors import Anchors, decode_boxes, nms
-from .config import Config
-from .detector import apply_window
-from .luna16 import AIR, Volume
-from .state import autocast
+from fmkernels.focalmix.config import Config
+from fmkernels.focalmix.data.luna16 import AIR, Volume
+from fmkernels.focalmix.model.anchors import Anchors, decode_boxes, nms
+from fmkernels.focalmix.model.detector import apply_window
+from fmkernels.focalmix.training.checkpoint import autocast
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def detect(
     its centre. Beyond the scan there is air. Runs on the device of the model, under the autocast of the caller.
 
     Args:
-        model: a :class:`~fmkernels.focalmix.detector.Detector`.
+        model: a :class:`~fmkernels.focalmix.model.detector.Detector`.
         anchors: the anchors it was trained with.
         volume: the resampled scan.
         patch_size: (D, H, W), multiples of the strides.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .group_norm import GroupNorm
+from fmkernels.focalmix.group_norm import GroupNorm
 
 PRIOR = 0.01  # the probability every anchor starts with, so that easy background does not fill the first steps
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmkernels.focalmix.anchors import Anchors, box_iou, decode_boxes, encode_boxes, match, nms
+from fmkernels.focalmix.model.anchors import Anchors, box_iou, decode_boxes, encode_boxes, match, nms
 
 ANCHORS = Anchors((2, 4, 8), (((2.5,) * 3,), ((5.0,) * 3,), ((10.0,) * 3,)))
 PATCH = (32, 16, 24)

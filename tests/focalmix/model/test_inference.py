@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fmkernels.focalmix.anchors import Anchors
-from fmkernels.focalmix.detection import _tiles, detect
-from fmkernels.focalmix.detector import Detector
-from fmkernels.focalmix.luna16 import AIR, Volume
+from fmkernels.focalmix.data.luna16 import AIR, Volume
+from fmkernels.focalmix.model.anchors import Anchors
+from fmkernels.focalmix.model.detector import Detector
+from fmkernels.focalmix.model.inference import _tiles, detect
 
 ANCHORS = Anchors((2, 4), (((4.0,) * 3,), ((8.0,) * 3,)))
 SETTINGS = dict(patch_size=(32, 32, 32), overlap=12, window=(-1200, 600), nms_threshold=0.1)

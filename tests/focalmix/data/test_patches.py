@@ -8,9 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fmkernels.focalmix import patches
-from fmkernels.focalmix.luna16 import AIR, LUNA16
-from fmkernels.focalmix.patches import PatchDataset, collate, patch_loader
+from fmkernels.focalmix.data import patches
+from fmkernels.focalmix.data.luna16 import AIR, LUNA16
+from fmkernels.focalmix.data.patches import PatchDataset, collate, patch_loader
 
 
 @pytest.fixture

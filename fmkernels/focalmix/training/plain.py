@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .detector import apply_window, flipped
+from fmkernels.focalmix.model.detector import apply_window, flipped
 
 
 def mixup3d(volumes: Tensor, lam: Tensor, index: Tensor, *, window: tuple[float, float]) -> Tensor:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from fmkernels import soft_target_focal_loss
-from fmkernels.focalmix.anchors import box_iou, match
 from fmkernels.focalmix.config import Config
-from fmkernels.focalmix.detector import apply_window
-from fmkernels.focalmix.losses import draw, focalmix_loss, pair_objects, predict, supervised_loss
-from fmkernels.focalmix.plain import hard_target_focal_loss
-from fmkernels.focalmix.plain import soft_target_focal_loss as plain_loss
-from fmkernels.focalmix.state import build_model
+from fmkernels.focalmix.model.anchors import box_iou, match
+from fmkernels.focalmix.model.detector import apply_window
+from fmkernels.focalmix.training.checkpoint import build_model
+from fmkernels.focalmix.training.plain import hard_target_focal_loss
+from fmkernels.focalmix.training.plain import soft_target_focal_loss as plain_loss
+from fmkernels.focalmix.training.step import draw, focalmix_loss, pair_objects, predict, supervised_loss
 
 TINY = Config(
     patch_size=(16, 16, 16),

@@ -7,10 +7,10 @@ import pytest
 from matplotlib import colors, image
 from matplotlib.figure import Figure
 
-from fmkernels.focalmix import report
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import OPERATING_POINTS, evaluate
-from fmkernels.focalmix.report import Panel, draw_froc, draw_sheet, draw_training
+from fmkernels.focalmix.evaluation import figures as report
+from fmkernels.focalmix.evaluation.figures import Panel, draw_froc, draw_sheet, draw_training
+from fmkernels.focalmix.evaluation.froc import OPERATING_POINTS, evaluate
 
 
 @pytest.fixture(autouse=True)

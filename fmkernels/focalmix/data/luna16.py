@@ -19,10 +19,10 @@ import scipy.sparse
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from .errors import InputError
-from .files import atomic_write
-from .froc import UNKNOWN_DIAMETER, Froc, evaluate, read_findings
-from .workers import process_pool
+from fmkernels.focalmix.data.workers import process_pool
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.evaluation.froc import UNKNOWN_DIAMETER, Froc, evaluate, read_findings
+from fmkernels.focalmix.files import atomic_write
 
 AIR = -1024
 """HU of air: the least value of a resampled scan, and what a patch holds outside of its scan."""

@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 import torch
 
-from fmkernels.focalmix import train as loop
 from fmkernels.focalmix.config import CONFIG, PRESETS, Config
-from fmkernels.focalmix.detection import Detections
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.distributed import choose_device
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import read_candidates
-from fmkernels.focalmix.luna16 import LUNA16
-from fmkernels.focalmix.monitor import METRICS
-from fmkernels.focalmix.processes import choose_device
-from fmkernels.focalmix.state import CHECKPOINT, autocast, build_model, learning_rate_factor, load_run
-from fmkernels.focalmix.train import train
+from fmkernels.focalmix.evaluation.froc import read_candidates
+from fmkernels.focalmix.model.inference import Detections
+from fmkernels.focalmix.training import loop as loop
+from fmkernels.focalmix.training.checkpoint import CHECKPOINT, autocast, build_model, learning_rate_factor, load_run
+from fmkernels.focalmix.training.loop import train
+from fmkernels.focalmix.training.metrics import METRICS
 from tests.focalmix.conftest import SCANS, write_luna
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = Config(
     spacing=(2.5, 2.0, 2.0),
     patch_size=(16, 16, 16),
@@ -295,7 +295,7 @@ def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, 
     train(config, luna_folder, tmp_path / "one")
     (tmp_path / "rank.py").write_text(
         "import sys; from pathlib import Path\n"
-        "from fmkernels.focalmix.config import load_config; from fmkernels.focalmix.train import train\n"
+        "from fmkernels.focalmix.config import load_config; from fmkernels.focalmix.training.loop import train\n"
         "if __name__ == '__main__':\n"
         "    one, luna, two = map(Path, sys.argv[1:])\n"
         "    train(load_config(one), luna, two)\n"

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmkernels import functional
-
-from . import plain
-from .anchors import Matches, box_iou, decode_boxes, encode_boxes, match
-from .config import Config
-from .detector import apply_window, flipped
-from .processes import sum_of_ranks
+from fmkernels.focalmix.config import Config
+from fmkernels.focalmix.distributed import sum_of_ranks
+from fmkernels.focalmix.model.anchors import Matches, box_iou, decode_boxes, encode_boxes, match
+from fmkernels.focalmix.model.detector import apply_window, flipped
+from fmkernels.focalmix.training import plain
 
 
 class Losses(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .luna16 import AIR, LUNA16
+from fmkernels.focalmix.data.luna16 import AIR, LUNA16
 
 _TISSUE = -950  # HU: lung and all that is denser lies above, the air around the body below
 _TRIES = 4

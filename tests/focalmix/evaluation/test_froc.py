@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.froc import (
+from fmkernels.focalmix.evaluation.froc import (
     BAND_RATES,
     OPERATING_POINTS,
     evaluate,

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .errors import InputError
-from .files import atomic_write
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.files import atomic_write
 
 OPERATING_POINTS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives per scan at which LUNA16 reads the sensitivity; the CPM is the mean of the seven."""

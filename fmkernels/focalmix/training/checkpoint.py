@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .config import Config, config_of
-from .detector import Detector
-from .errors import InputError, first_line
-from .files import atomic_write
-from .losses import Losses
+from fmkernels.focalmix.config import Config, config_of
+from fmkernels.focalmix.errors import InputError, first_line
+from fmkernels.focalmix.files import atomic_write
+from fmkernels.focalmix.model.detector import Detector
+from fmkernels.focalmix.training.step import Losses
 
 CHECKPOINT, BURN_IN = "checkpoint.pt", "burn_in.pt"
 

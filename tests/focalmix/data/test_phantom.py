@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from fmkernels.focalmix.data.phantom import SIZES, Scene, write_phantoms
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.phantom import SIZES, Scene, write_phantoms
 
 SCANS = 8
 FIELDS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]

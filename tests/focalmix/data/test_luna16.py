@@ -12,9 +12,9 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmkernels.focalmix import luna16
+from fmkernels.focalmix.data import luna16
+from fmkernels.focalmix.data.luna16 import AIR, LUNA16, load_volume, read_scan, resample
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.luna16 import AIR, LUNA16, load_volume, read_scan, resample
 
 
 def image_of(voxels, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:

@@ -21,7 +21,13 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.11,<2.14", "numba>=0.61", "numpy>=1.26"],
     extras_require={
-        "train": ["SimpleITK>=2.3", "matplotlib>=3.8", "scipy>=1.12", "tensorboard>=2.16", "tqdm>=4.66"],
+        "train": [
+            "SimpleITK>=2.3",
+            "matplotlib>=3.8",
+            "scipy>=1.12",
+            "tensorboard>=2.16",
+            "tqdm>=4.66",
+        ],
         "monai": ["monai>=1.6", "torchvision>=0.26"],
         "rivals": ["kornia>=0.8", "monai>=1.6", "timm>=1.0", "torchvision>=0.26"],
         "docs": DOCS,

@@ -43,7 +43,13 @@ class Workload:
     def __str__(self) -> str:
         types = str(self.dtype) if self.result == self.dtype else f"{self.dtype} to {self.result}"
         kind = "whole voxels" if self.whole else "fractions"
-        window = ", window" if not self.dtype.is_floating_point else "" if self.gradient else ", without gradient"
+        window = (
+            ", window"
+            if not self.dtype.is_floating_point
+            else ""
+            if self.gradient
+            else ", without gradient"
+        )
         low, high = self.extents
         return f"{types.replace('torch.', '')} {self.boxes} boxes of {low}-{high} to {self.size}^3, {kind}{window}"
 
@@ -65,8 +71,12 @@ class Workload:
         generator = torch.Generator().manual_seed(0)
         low, high = self.extents
         grain = 1.0 if self.whole else 0.25
-        step = grain * self.size / (self.size & -self.size)  # of extents: multiples of the odd part of the size
-        extents = ((low + torch.rand(self.boxes, 3, generator=generator) * (high - low)) / step).round() * step
+        step = (
+            grain * self.size / (self.size & -self.size)
+        )  # of extents: multiples of the odd part of the size
+        extents = (
+            (low + torch.rand(self.boxes, 3, generator=generator) * (high - low)) / step
+        ).round() * step
         start = 1 + torch.rand(self.boxes, 3, generator=generator) * (self.edge - 2 - extents)
         start = (start / grain).round() * grain
         batch = torch.randint(8, (self.boxes, 1), generator=generator)
@@ -86,7 +96,10 @@ class Workload:
         taken = torch.zeros(8, *[self.edge] * 3, dtype=torch.bool)
         for b, *bounds in self.table.tolist():
             sides = zip(bounds[:3], bounds[3:], strict=True)
-            z, y, x = (voxels_taken(*side, self.size, *(side if self.whole else (0, self.edge))) for side in sides)
+            z, y, x = (
+                voxels_taken(*side, self.size, *(side if self.whole else (0, self.edge)))
+                for side in sides
+            )
             taken[int(b), z[:, None, None], y[:, None], x] = True
         return int(taken.sum())
 
@@ -103,7 +116,9 @@ class Workload:
 def voxels_taken(start: float, end: float, samples: int, low: float, high: float) -> Tensor:
     """The voxels along an axis that the samples of [start, end) lie on or between, clamped to those of [low, high)."""
     middles = 2 * torch.arange(samples, dtype=torch.float64) + 1
-    positions = (middles * (end - start) + samples * (2 * start - 1)) / (2 * samples)  # whole where they should be
+    positions = (middles * (end - start) + samples * (2 * start - 1)) / (
+        2 * samples
+    )  # whole where they should be
     positions = positions.clamp(low, high - 1)
     return torch.cat([positions.floor(), positions.ceil()]).unique().long()
 
@@ -123,9 +138,21 @@ OTHERS = {
         Workload(64, 24),
     ],
     "cuda": [
-        *(Workload(boxes, 32, edge=128, whole=whole, gradient=False) for boxes in (256, 1) for whole in (True, False)),
         *(
-            Workload(64, size, edge=128, whole=whole, dtype=dtype, result=result, gradient=dtype.is_floating_point)
+            Workload(boxes, 32, edge=128, whole=whole, gradient=False)
+            for boxes in (256, 1)
+            for whole in (True, False)
+        ),
+        *(
+            Workload(
+                64,
+                size,
+                edge=128,
+                whole=whole,
+                dtype=dtype,
+                result=result,
+                gradient=dtype.is_floating_point,
+            )
             for size in (32, 64)
             for whole, dtype, result in (
                 (True, torch.float32, torch.float32),
@@ -141,7 +168,12 @@ OTHERS = {
 def ours(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, boxes):
         return crop_and_resize3d(
-            volumes, boxes, workload.output_size, clamp=workload.clamp, window=workload.window, dtype=workload.result
+            volumes,
+            boxes,
+            workload.output_size,
+            clamp=workload.clamp,
+            window=workload.window,
+            dtype=workload.result,
         )
 
     return run
@@ -160,7 +192,9 @@ def interpolate_loop(workload: Workload) -> Callable[..., Tensor]:
 
     def run(volumes, boxes):
         crops = [
-            F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], workload.output_size, mode="trilinear")
+            F.interpolate(
+                volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], workload.output_size, mode="trilinear"
+            )
             for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
         ]
         return torch.cat(crops)
@@ -208,7 +242,9 @@ def grid_sample_loop(workload: Workload) -> Callable[..., Tensor]:
         grid = _grid(positions - first[:, :, None], (last - first)[:, :, None])
         parts = torch.cat([boxes[:, :1], first, last], 1).int().tolist()
         crops = [
-            _grid_sample(_windowed(workload, volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2]), grid[k : k + 1])
+            _grid_sample(
+                _windowed(workload, volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2]), grid[k : k + 1]
+            )
             for k, (b, z1, y1, x1, z2, y2, x2) in enumerate(parts)
         ]
         return torch.cat(crops).to(workload.result)
@@ -226,8 +262,16 @@ def formula(workload: Workload) -> Callable[..., Tensor]:
         batch = boxes[:, 0].long()[:, None, None, None]
         out = 0.0
         for z, y, x in itertools.product(sides, repeat=3):
-            voxels = volumes[batch, :, z[0][:, 0, :, None, None], y[0][:, 1, None, :, None], x[0][:, 2, None, None, :]]
-            share = z[1][:, 0, :, None, None] * y[1][:, 1, None, :, None] * x[1][:, 2, None, None, :]
+            voxels = volumes[
+                batch,
+                :,
+                z[0][:, 0, :, None, None],
+                y[0][:, 1, None, :, None],
+                x[0][:, 2, None, None, :],
+            ]
+            share = (
+                z[1][:, 0, :, None, None] * y[1][:, 1, None, :, None] * x[1][:, 2, None, None, :]
+            )
             out = out + _windowed(workload, voxels) * share[..., None]
         return out.movedim(-1, 1).to(workload.result)
 
@@ -238,7 +282,9 @@ def kornia(workload: Workload) -> Provider:
     """crop_and_resize3d, for which each box has a copy of its volume; with its corners on the outermost samples."""
 
     def inputs():
-        crop = pytest.importorskip("kornia.geometry.transform", exc_type=Exception).crop_and_resize3d
+        crop = pytest.importorskip(
+            "kornia.geometry.transform", exc_type=Exception
+        ).crop_and_resize3d
         clockwise = [(z, y, x) for z in (0, 1) for y, x in ((0, 0), (0, 1), (1, 1), (1, 0))]
         return *workload.inputs(), crop, torch.tensor(clockwise, dtype=torch.bool, device=DEVICE)
 
@@ -256,7 +302,9 @@ def torchvision(workload: Workload) -> Provider:
     """roi_align of two slices for each along z of a crop, which it lies between."""
 
     def inputs():
-        return *workload.inputs(), pytest.importorskip("torchvision.ops", exc_type=Exception).roi_align
+        return *workload.inputs(), pytest.importorskip(
+            "torchvision.ops", exc_type=Exception
+        ).roi_align
 
     def run(volumes, boxes, roi_align):
         z = _positions(workload, boxes)[:, 0]
@@ -276,12 +324,17 @@ def monai(workload: Workload) -> Provider:
 
     def inputs():
         transforms = pytest.importorskip("monai.transforms", exc_type=Exception)
-        cuts = [transforms.SpatialCrop(roi_start=b[1:4], roi_end=b[4:]) for b in workload.table.int().tolist()]
+        cuts = [
+            transforms.SpatialCrop(roi_start=b[1:4], roi_end=b[4:])
+            for b in workload.table.int().tolist()
+        ]
         return *workload.inputs(), cuts, transforms.Resize(workload.output_size, mode="trilinear")
 
     def run(volumes, boxes, cuts, resize):
         batch = boxes[:, 0].int().tolist()
-        return torch.stack([resize(cut(volumes[b])).as_tensor() for b, cut in zip(batch, cuts, strict=True)])
+        return torch.stack(
+            [resize(cut(volumes[b])).as_tensor() for b, cut in zip(batch, cuts, strict=True)]
+        )
 
     return Provider("MONAI", run, inputs)
 
@@ -307,7 +360,9 @@ def simple_itk(workload: Workload) -> Provider:
                 image = image[tuple(slice(int(start), int(end)) for start, end in sides)]
             steps = [(end - start) / workload.size for start, end in sides]
             resample.SetOutputSpacing(steps)
-            resample.SetOutputOrigin([s + 0.5 * step - 0.5 for (s, _), step in zip(sides, steps, strict=True)])
+            resample.SetOutputOrigin(
+                [s + 0.5 * step - 0.5 for (s, _), step in zip(sides, steps, strict=True)]
+            )
             crops.append(torch.from_numpy(array(resample.Execute(image))))
         return torch.stack(crops)[:, None]
 
@@ -333,7 +388,9 @@ def providers(workload: Workload, compiled: bool) -> list[Provider]:
     if compiled:
         result.append(Provider("torch.compile", formula(workload), compile=True))
         if not workload.whole:
-            result.append(Provider("torch.compile of grid_sample", grid_sample(workload), compile=True))
+            result.append(
+                Provider("torch.compile of grid_sample", grid_sample(workload), compile=True)
+            )
     return [*result, *(make(workload) for make in libraries)]
 
 
@@ -343,7 +400,12 @@ def comparison(workload: Workload, compiled: bool = True) -> Comparison:
         workload=str(workload),
         inputs=workload.inputs,
         reference=lambda volumes, boxes, *_: reference.crop_and_resize3d(
-            volumes, boxes, workload.output_size, clamp=workload.clamp, window=workload.window, dtype=workload.result
+            volumes,
+            boxes,
+            workload.output_size,
+            clamp=workload.clamp,
+            window=workload.window,
+            dtype=workload.result,
         ),
         floor=workload.floor(),
         providers=providers(workload, compiled),

@@ -42,7 +42,11 @@ class Workload:
         images = torch.randint(-1200, 600, shape, dtype=torch.int16, device=DEVICE)
         corner, side = torch.rand(labels, 1, 3) * config.patch_size[0] / 2, config.diameters[0]
         boxes = [torch.cat([low, low + side], 1).round().to(DEVICE) for low in corner]
-        labeled = {"image": images[:labels], "boxes": boxes, "ignore": [boxes[0].new_empty(0, 6)] * labels}
+        labeled = {
+            "image": images[:labels],
+            "boxes": boxes,
+            "ignore": [boxes[0].new_empty(0, 6)] * labels,
+        }
         drawn = draw(config, config.burn_in + config.ramp).to(DEVICE)
         return model, teacher, labeled, images[labels:], drawn, *model.parameters()
 
@@ -72,7 +76,9 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
         with autocast(config, DEVICE):
             with torch.no_grad():
                 teacher(views)
-            return sum(level.float().mean() for outputs in model(images[model]) for level in outputs)
+            return sum(
+                level.float().mean() for outputs in model(images[model]) for level in outputs
+            )
 
     return run
 

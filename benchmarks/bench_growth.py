@@ -19,7 +19,9 @@ from benchmarks import (
 from benchmarks.common import DEVICE, OURS, Comparison, rows
 
 GPU = DEVICE.type == "cuda"
-RIVALS = {"best eager", "gather and lerp", "interpolate loop", "interpolate"} | ({"torch.compile"} if GPU else set())
+RIVALS = {"best eager", "gather and lerp", "interpolate loop", "interpolate"} | (
+    {"torch.compile"} if GPU else set()
+)
 
 
 def growing(suite: ModuleType, workload, elements: int) -> Comparison:
@@ -55,7 +57,9 @@ def crops() -> Iterator[Comparison]:
     yield growing(suite, suite.Workload(1, 1, (1, 2), edge=4, whole=True, gradient=False), 1)
     for size in (4, 16, 64, 128) if GPU else (2, 4, 8, 16, 32):
         extents = min(size, 32), min(2 * size, 64)
-        workload = suite.Workload(16, size, extents, edge=2 * extents[1], whole=True, gradient=False)
+        workload = suite.Workload(
+            16, size, extents, edge=2 * extents[1], whole=True, gradient=False
+        )
         yield growing(suite, workload, 16 * size**3)
 
 
@@ -67,7 +71,9 @@ def objects() -> Iterator[Comparison]:
         yield growing(suite, workload, workload.voxels)
 
 
-EVERY = [comparison for series in (losses, targets, mixups, crops, objects) for comparison in series()]
+EVERY = [
+    comparison for series in (losses, targets, mixups, crops, objects) for comparison in series()
+]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

@@ -47,7 +47,9 @@ def comparison(whole: Comparison) -> Comparison:
     cheapest = Provider(
         "cheapest registered op",
         copy,
-        inputs=lambda: (whole.inputs()[0].detach().flatten()[:1].requires_grad_("backward" in whole.floor),),
+        inputs=lambda: (
+            whole.inputs()[0].detach().flatten()[:1].requires_grad_("backward" in whole.floor),
+        ),
         reference=lambda x: x.double(),
     )
     return replace(

@@ -17,7 +17,9 @@ from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread,
 from fmkernels import mixup3d
 
 WINDOW = (-1200.0, 600.0)
-FLIPS = [[axis for bit, axis in ((1, 1), (2, 2), (4, 3)) if mask & bit] for mask in range(8)]  # of [1, D, H, W]
+FLIPS = [
+    [axis for bit, axis in ((1, 1), (2, 2), (4, 3)) if mask & bit] for mask in range(8)
+]  # of [1, D, H, W]
 BF16, I16 = torch.bfloat16, torch.int16
 
 
@@ -46,7 +48,11 @@ class Workload:
         else:
             volumes = torch.randint(-1400, 800, shape, dtype=self.dtype, device=DEVICE)
         lam = torch.rand(self.batch, device=DEVICE) / 2 + 0.5
-        flips = torch.randint(8, (self.batch,), dtype=torch.uint8, device=DEVICE) if self.flips else None
+        flips = (
+            torch.randint(8, (self.batch,), dtype=torch.uint8, device=DEVICE)
+            if self.flips
+            else None
+        )
         return volumes, lam, torch.arange(self.batch, device=DEVICE).flip(0), flips
 
     def inputs_for_torchvision(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -60,7 +66,11 @@ class Workload:
         """Every voxel read and written once, forward and backward."""
         voxels = self.batch * self.edge**3
         forward = voxels * (self.dtype.itemsize + self.result.itemsize)
-        return {"forward": forward, "backward": forward, "both": 2 * forward} if self.gradient else {"forward": forward}
+        return (
+            {"forward": forward, "backward": forward, "both": 2 * forward}
+            if self.gradient
+            else {"forward": forward}
+        )
 
 
 TARGETS = {  # the workloads of the aims, where the best form is compiled too
@@ -69,7 +79,9 @@ TARGETS = {  # the workloads of the aims, where the best form is compiled too
 }[DEVICE.type]
 OTHERS = [
     workload
-    for batch, edge in {"cpu": [(8, 96)], "cuda": [(16, 192), (16, 96), (2, 96), (8, 160)]}[DEVICE.type]
+    for batch, edge in {"cpu": [(8, 96)], "cuda": [(16, 192), (16, 96), (2, 96), (8, 160)]}[
+        DEVICE.type
+    ]
     for workload in (
         Workload(batch, edge, gradient=True),
         Workload(batch, edge, in_place=True),
@@ -88,7 +100,9 @@ def ours(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, lam, index, flips):
         out = volumes if workload.in_place else None
         window = workload.window()
-        return mixup3d(volumes, lam, index, flips=flips, window=window, dtype=workload.result, out=out)
+        return mixup3d(
+            volumes, lam, index, flips=flips, window=window, dtype=workload.result, out=out
+        )
 
     return run
 
@@ -139,7 +153,9 @@ def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
 
     def run(volumes, lam, index, flips):
         own = (
-            volumes if flips is None else [x.flip(FLIPS[mask]) for x, mask in zip(volumes, flips.tolist(), strict=True)]
+            volumes
+            if flips is None
+            else [x.flip(FLIPS[mask]) for x, mask in zip(volumes, flips.tolist(), strict=True)]
         )
         if workload.window():
             own = [_windowed(x) for x in own]
@@ -151,7 +167,9 @@ def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
         return out
 
     def run_with_graph(volumes, *told):
-        return _BySample.apply(run, volumes, *told) if volumes.requires_grad else run(volumes, *told)
+        return (
+            _BySample.apply(run, volumes, *told) if volumes.requires_grad else run(volumes, *told)
+        )
 
     return run_with_graph
 
@@ -185,8 +203,12 @@ _as_float.register_fake(lambda x: x.float())
 def _flipped_at_once(volumes: Tensor, flips: Tensor, rows: Tensor) -> Tensor:
     """These volumes, each flipped by its mask, by one choice of voxels."""
     place = torch.arange(volumes.shape[-1], device=DEVICE)
-    z, y, x = (torch.where((flips[rows] & bit).bool()[:, None], place.flip(0), place) for bit in (1, 2, 4))
-    chosen = volumes[rows[:, None, None, None], 0, z[:, :, None, None], y[:, None, :, None], x[:, None, None]]
+    z, y, x = (
+        torch.where((flips[rows] & bit).bool()[:, None], place.flip(0), place) for bit in (1, 2, 4)
+    )
+    chosen = volumes[
+        rows[:, None, None, None], 0, z[:, :, None, None], y[:, None, :, None], x[:, None, None]
+    ]
     return chosen[:, None]
 
 
@@ -197,7 +219,10 @@ def to_compile(workload: Workload) -> Callable[..., Tensor]:
         x = _as_float(volumes) if DEVICE.type == "cpu" and volumes.dtype == I16 else volumes
         own, partner = x, x[index]
         if flips is not None:
-            own, partner = (_flipped_at_once(x, flips, rows) for rows in (torch.arange(len(x), device=DEVICE), index))
+            own, partner = (
+                _flipped_at_once(x, flips, rows)
+                for rows in (torch.arange(len(x), device=DEVICE), index)
+            )
         own, partner = own.float(), partner.float()
         if workload.window():
             low, high = WINDOW
@@ -223,7 +248,9 @@ def copy(workload: Workload) -> Provider:
     """What a copy of as many bytes takes, in the same rounds and the same caches."""
 
     def inputs():
-        source = torch.randn(workload.floor()["forward"] // 8, device=DEVICE).requires_grad_(workload.gradient)
+        source = torch.randn(workload.floor()["forward"] // 8, device=DEVICE).requires_grad_(
+            workload.gradient
+        )
         return source, torch.empty_like(source)
 
     return Provider("copy", _Copy.apply, inputs, reference=lambda source, _: source.double())
@@ -277,7 +304,11 @@ def kornia(workload: Workload) -> Provider:
     def inputs():
         mixup = pytest.importorskip("kornia.augmentation", exc_type=Exception).RandomMixUpV2()
         volumes, lam, index, flips = workload.inputs()
-        params = {"mixup_pairs": index, "mixup_lambdas": lam, "batch_prob": torch.ones(workload.batch)}
+        params = {
+            "mixup_pairs": index,
+            "mixup_lambdas": lam,
+            "batch_prob": torch.ones(workload.batch),
+        }
         return volumes, lam, index, flips, mixup, params
 
     def run(volumes, lam, index, flips, mixup, params):
@@ -291,7 +322,12 @@ def kornia(workload: Workload) -> Provider:
 
 def providers(workload: Workload) -> list[Provider]:
     """Other libraries mix float32 without flips, each either in place or not."""
-    functions = {OURS: ours, "eager": plain, "gather and lerp": gather_and_lerp, "best eager": lerp_by_sample}
+    functions = {
+        OURS: ours,
+        "eager": plain,
+        "gather and lerp": gather_and_lerp,
+        "best eager": lerp_by_sample,
+    }
     result = [Provider(name, make(workload)) for name, make in functions.items()]
     result.append(Provider("torch.compile", plain(workload), compile=True))
     if workload in TARGETS:
@@ -305,7 +341,9 @@ def providers(workload: Workload) -> list[Provider]:
 def oracle(workload: Workload) -> Callable[..., Tensor]:
     def run(volumes, lam, index, flips, *_):
         window = workload.window()
-        return reference.mixup3d(volumes, lam, index, flips=flips, window=window, dtype=workload.result)
+        return reference.mixup3d(
+            volumes, lam, index, flips=flips, window=window, dtype=workload.result
+        )
 
     return run
 

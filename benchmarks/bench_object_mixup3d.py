@@ -54,13 +54,19 @@ class Workload:
             strict=True,
         ):  # fmt: skip
             start = [place // side**axis % side * self.high for axis in range(3)]
-            targets.append((place // side**3, *start, *(s + n for s, n in zip(start, size, strict=True))))
+            targets.append(
+                (place // side**3, *start, *(s + n for s, n in zip(start, size, strict=True)))
+            )
         order = torch.randperm(self.boxes, generator=generator).tolist()
         return [(target, targets[i]) for target, i in zip(targets, order, strict=True)]
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         shape = (self.batch, 1, *[self.edge] * 3)
-        boxes, donor_boxes = torch.tensor(self.pairs, dtype=torch.float32, device=DEVICE).transpose(0, 1).contiguous()
+        boxes, donor_boxes = (
+            torch.tensor(self.pairs, dtype=torch.float32, device=DEVICE)
+            .transpose(0, 1)
+            .contiguous()
+        )
         lam = torch.rand(self.boxes, device=DEVICE) / 2 + 0.5
         volumes, donors = (torch.randn(shape, device=DEVICE).to(self.dtype) for _ in range(2))
         return volumes, boxes, donor_boxes, lam, donors if self.donors else None
@@ -129,12 +135,20 @@ def box_by_box(workload: Workload) -> Callable[..., Tensor]:
     """Resize all donors, then blend each into its target; float32 shares."""
 
     def run(volumes, boxes, donor_boxes, lam, donors, resize):
-        wide, pool = torch.promote_types(volumes.dtype, lam.dtype), volumes if donors is None else donors
-        resized = (resize(_region(pool, source).to(wide), _size(target)) for target, source in workload.pairs)
+        wide, pool = (
+            torch.promote_types(volumes.dtype, lam.dtype),
+            volumes if donors is None else donors,
+        )
+        resized = (
+            resize(_region(pool, source).to(wide), _size(target))
+            for target, source in workload.pairs
+        )
         if donors is None and workload.in_place:  # all are read before anything is written
             resized = list(resized)
         out = volumes if workload.in_place else volumes.clone()
-        for (target, _), donor, share in zip(workload.pairs, resized, (1 - lam).unbind(), strict=True):
+        for (target, _), donor, share in zip(
+            workload.pairs, resized, (1 - lam).unbind(), strict=True
+        ):
             region = _region(out, target)
             region.copy_(region.to(wide).lerp_(donor, share))  # which is no copy where it is wide
         return out
@@ -156,7 +170,11 @@ def grid_sample() -> Resize:
 
 
 def monai() -> Resize:
-    transform = cache(partial(pytest.importorskip("monai.transforms", exc_type=Exception).Resize, mode="trilinear"))
+    transform = cache(
+        partial(
+            pytest.importorskip("monai.transforms", exc_type=Exception).Resize, mode="trilinear"
+        )
+    )
     return lambda crop, size: transform(size)(crop[0]).as_tensor()[None]
 
 
@@ -179,7 +197,9 @@ def simple_itk() -> Resize:
 
 def kornia() -> Resize:
     """From corner to corner of a crop."""
-    crop_and_resize = pytest.importorskip("kornia.geometry.transform", exc_type=Exception).crop_and_resize3d
+    crop_and_resize = pytest.importorskip(
+        "kornia.geometry.transform", exc_type=Exception
+    ).crop_and_resize3d
     clockwise = [(x, y, z) for z in (0, 1) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))]
     corners = torch.tensor(clockwise, dtype=torch.float32, device=DEVICE)[None]
 
@@ -196,7 +216,9 @@ def from_corner_to_corner(workload: Workload) -> Callable[..., Tensor]:
 
     def run(volumes, boxes, donor_boxes, lam, donors, _):
         pool = None if donors is None else donors.double()
-        return box_by_box(workload)(volumes.double(), boxes, donor_boxes, lam.double(), pool, resize)
+        return box_by_box(workload)(
+            volumes.double(), boxes, donor_boxes, lam.double(), pool, resize
+        )
 
     return run
 

@@ -32,7 +32,9 @@ class Workload:
         return f"{self.dtype} {self.anchors:,}".replace("torch.", "")
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        logits = torch.randn(len(MASKS), self.batch, self.kinds, *[self.size] * 3, device=DEVICE) * 3 - 2
+        logits = (
+            torch.randn(len(MASKS), self.batch, self.kinds, *[self.size] * 3, device=DEVICE) * 3 - 2
+        )
         return logits.to(self.dtype), torch.tensor(MASKS, dtype=torch.uint8, device=DEVICE)
 
 
@@ -86,13 +88,19 @@ def comparison(workload: Workload) -> Comparison:
         op="predict_targets",
         workload=str(workload),
         inputs=workload.inputs,
-        reference=lambda logits, flips: reference.predict_targets(logits, flips, temperature=TEMPERATURE),
+        reference=lambda logits, flips: reference.predict_targets(
+            logits, flips, temperature=TEMPERATURE
+        ),
         floor={"forward": workload.anchors * (len(MASKS) * workload.dtype.itemsize + 4)},
         providers=providers(workload),
     )
 
 
-EVERY = [*map(comparison, TARGETS), *on_one_thread(comparison(Workload(40, 2))), *map(comparison, OTHERS)]
+EVERY = [
+    *map(comparison, TARGETS),
+    *on_one_thread(comparison(Workload(40, 2))),
+    *map(comparison, OTHERS),
+]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

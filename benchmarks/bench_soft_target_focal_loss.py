@@ -39,12 +39,16 @@ class Workload:
     def __str__(self) -> str:
         types = f"{self.logits}/{self.targets}".replace("torch.", "")
         levels = f" in {self.levels} levels" if self.levels > 1 else ""
-        return f"{types} {self.elements:,}{levels}" + (f" x {self.scale:g}" if self.scale != 1 else "")
+        return f"{types} {self.elements:,}{levels}" + (
+            f" x {self.scale:g}" if self.scale != 1 else ""
+        )
 
     def inputs(self) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
         """A detector's head: most anchors are confident negatives, some have targets in between."""
         logits = torch.randn(self.elements, device=DEVICE) * 3 - 2
-        targets = torch.rand(self.elements, device=DEVICE) * (torch.rand(self.elements, device=DEVICE) < 0.3)
+        targets = torch.rand(self.elements, device=DEVICE) * (
+            torch.rand(self.elements, device=DEVICE) < 0.3
+        )
         if self.targets == torch.uint8:
             targets = targets.round()
         logits, targets = logits.to(self.logits), targets.to(self.targets)
@@ -53,7 +57,9 @@ class Workload:
         shares = [LEVEL_RATIO**i for i in range(self.levels)]
         sizes = [self.elements * share // sum(shares) for share in shares[:0:-1]]
         sizes.append(self.elements - sum(sizes))
-        return [x.clone().requires_grad_() for x in logits.split(sizes)], [y.clone() for y in targets.split(sizes)]
+        return [x.clone().requires_grad_() for x in logits.split(sizes)], [
+            y.clone() for y in targets.split(sizes)
+        ]
 
     def hard_inputs(self) -> tuple[Tensor, Tensor]:
         logits, targets = self.inputs()
@@ -95,7 +101,12 @@ OTHERS = {
         for elements in (100_000_000, 100_000, 10_000_000, 1_000_000, 10_000)
         for scale in ((1.0, 1024.0) if elements == 100_000_000 else (1.0,))
         for types in ((torch.float32, torch.float32), (BF16, BF16), (BF16, torch.uint8))
-        if (workload := Workload(elements, *types, scale=scale, levels=1 if elements > 1_000_000 else 3)) not in TARGETS
+        if (
+            workload := Workload(
+                elements, *types, scale=scale, levels=1 if elements > 1_000_000 else 3
+            )
+        )
+        not in TARGETS
     ],
 }[DEVICE.type]
 
@@ -125,7 +136,11 @@ def plain(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def closed_form(
-    x: Tensor, y: Tensor, gradient: bool, slope: Tensor | None = None, buffers: Sequence[Tensor | None] = (None,) * 4
+    x: Tensor,
+    y: Tensor,
+    gradient: bool,
+    slope: Tensor | None = None,
+    buffers: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, where asked for, the gradient, in these buffers where they are given."""
     p, cross_entropy, weight, d = buffers
@@ -146,7 +161,9 @@ def in_blocks(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, 
     block = min(BLOCK * torch.get_num_threads(), logits.numel())
     buffers = torch.empty(5, block)
     loss, slopes = torch.zeros(()), torch.empty_like(logits)
-    for x, y, slope in zip(logits.split(block), targets.split(block), slopes.split(block), strict=True):
+    for x, y, slope in zip(
+        logits.split(block), targets.split(block), slopes.split(block), strict=True
+    ):
         *four, wide = buffers[:, : len(x)]
         wide = slope if slope.dtype == torch.float32 else wide
         loss += closed_form(x.float(), y.float(), gradient, wide, four)[0]
@@ -155,7 +172,9 @@ def in_blocks(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, 
     return loss, slopes
 
 
-def _loss_and_slope(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _loss_and_slope(
+    logits: Tensor, targets: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     if DEVICE.type == "cpu" and not torch.compiler.is_compiling():
         return in_blocks(logits, targets, gradient)
     loss, slope = closed_form(logits.float(), targets.float(), gradient)
@@ -186,7 +205,9 @@ def best(logits: Tensor, targets: Tensor) -> Tensor:
 
 def torchvision(logits: Tensor, targets: Tensor) -> Tensor:
     ops = importorskip("torchvision.ops", exc_type=Exception)
-    return ops.sigmoid_focal_loss(logits.float(), targets.float(), alpha=0.95, gamma=2, reduction="sum")
+    return ops.sigmoid_focal_loss(
+        logits.float(), targets.float(), alpha=0.95, gamma=2, reduction="sum"
+    )
 
 
 def monai(logits: Tensor, targets: Tensor) -> Tensor:
@@ -213,7 +234,9 @@ def fvcore(logits: Tensor, targets: Tensor) -> Tensor:
 def apex(logits: Tensor, kinds: Tensor) -> Tensor:
     losses = importorskip("apex.contrib.focal_loss", exc_type=Exception)
     background = torch.where(kinds == CLASSES, -1, kinds)
-    return losses.focal_loss(logits.float(), background, torch.ones(1, device=DEVICE), CLASSES, 0.95, 2.0)
+    return losses.focal_loss(
+        logits.float(), background, torch.ones(1, device=DEVICE), CLASSES, 0.95, 2.0
+    )
 
 
 def mmcv(logits: Tensor, kinds: Tensor) -> Tensor:
@@ -222,7 +245,9 @@ def mmcv(logits: Tensor, kinds: Tensor) -> Tensor:
 
 
 def class_reference(logits: Tensor, kinds: Tensor) -> Tensor:
-    return reference.soft_target_focal_loss(logits, F.one_hot(kinds, CLASSES + 1)[:, :CLASSES], reduction="sum")
+    return reference.soft_target_focal_loss(
+        logits, F.one_hot(kinds, CLASSES + 1)[:, :CLASSES], reduction="sum"
+    )
 
 
 SOFT = {OURS: ours, "eager": over_levels(plain), "best eager": over_levels(best)}
@@ -242,7 +267,9 @@ def providers(workload: Workload) -> list[Provider]:
         soft.append(Provider("torch.compile of the best", SOFT["best eager"], compile=True))
     if workload.levels > 1:
         return soft
-    hard = [Provider(name, function, inputs=workload.hard_inputs) for name, function in HARD.items()]
+    hard = [
+        Provider(name, function, inputs=workload.hard_inputs) for name, function in HARD.items()
+    ]
     if DEVICE.type == "cpu":
         return soft + hard
     return (
@@ -260,7 +287,9 @@ def comparison(workload: Workload) -> Comparison:
         op="soft_target_focal_loss",
         workload=str(workload),
         inputs=workload.inputs,
-        reference=lambda logits, targets: reference.soft_target_focal_loss(logits, targets, reduction="sum"),
+        reference=lambda logits, targets: reference.soft_target_focal_loss(
+            logits, targets, reduction="sum"
+        ),
         floor=workload.floor(),
         providers=providers(workload),
         scale=workload.scale,

@@ -25,7 +25,9 @@ from tests.support.tolerance import assert_close
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "fmkernels"
 
-_COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[DEVICE.type]  # read and written: more than any cache holds
+_COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[
+    DEVICE.type
+]  # read and written: more than any cache holds
 _FLUSH_BYTES = 512 << 20
 _MOST_ROUNDS = 1000  # more would only fill the JSON
 
@@ -106,7 +108,9 @@ class Comparison:
                     self._measure(min_rounds, max_time)
             except Exception as problem:
                 self._problems = {provider.name: problem for provider in self.providers}
-            for problem in self._problems.values():  # whose frames would hold all tensors until the last comparison
+            for problem in (
+                self._problems.values()
+            ):  # whose frames would hold all tensors until the last comparison
                 traceback.clear_frames(problem.__traceback__)
         if provider in self._problems:
             raise self._problems[provider]
@@ -153,7 +157,9 @@ class Comparison:
         torch.manual_seed(0)
         run = Run(provider, (provider.inputs or self.inputs)(), self.floor, self.host, self.wall)
         results = run.forward()
-        run.upstream = [torch.full_like(r, self.scale) if r.dim() == 0 else torch.randn_like(r) for r in results]
+        run.upstream = [
+            torch.full_like(r, self.scale) if r.dim() == 0 else torch.randn_like(r) for r in results
+        ]
         return run, results
 
     def checked(self, provider: Provider) -> "Run":
@@ -168,7 +174,11 @@ class Comparison:
             upstream = [u.to(e.dtype) for u, e in zip(run.upstream, expected, strict=True)]
             gradients = torch.autograd.grad(expected, _leaves(inputs), upstream)
             for result, wanted in zip(run.forward_backward()[2], gradients, strict=True):
-                assert_close(result.double() / self.scale, wanted.double() / self.scale, self.precision or result.dtype)
+                assert_close(
+                    result.double() / self.scale,
+                    wanted.double() / self.scale,
+                    self.precision or result.dtype,
+                )
         run.round()
         return run
 
@@ -199,7 +209,9 @@ def wall_time(comparison: Comparison) -> list[Comparison]:
 def rows(comparisons: Iterable[Comparison]) -> list:
     """What to parametrize ("comparison", "provider", "phase") with: each provider in each phase."""
     return [
-        pytest.param(comparison, provider.name, phase, id=f"{comparison.workload}-{provider.name}-{phase}")
+        pytest.param(
+            comparison, provider.name, phase, id=f"{comparison.workload}-{provider.name}-{phase}"
+        )
         for comparison in comparisons
         for provider in comparison.providers
         for phase in comparison.floor
@@ -210,9 +222,18 @@ class Run:
     """One provider with its inputs."""
 
     def __init__(
-        self, provider: Provider, inputs: tuple, phases: Iterable[str], host: bool = False, wall: bool = False
+        self,
+        provider: Provider,
+        inputs: tuple,
+        phases: Iterable[str],
+        host: bool = False,
+        wall: bool = False,
     ):
-        compiled = torch.compile(provider.function, fullgraph=True, dynamic=False) if provider.compile else None
+        compiled = (
+            torch.compile(provider.function, fullgraph=True, dynamic=False)
+            if provider.compile
+            else None
+        )
         self.function = compiled or provider.function
         self.inputs, self.leaves = inputs, _leaves(inputs)
         self.backward, self.host, self.wall = "backward" in phases, host or wall, wall
@@ -260,7 +281,9 @@ class Run:
         """What a GPU is asked about: the phases that can be called by themselves."""
         if DEVICE.type == "cpu":
             return {}
-        return {"forward": self.forward} | ({"both": self.forward_backward} if self.backward else {})
+        return {"forward": self.forward} | (
+            {"both": self.forward_backward} if self.backward else {}
+        )
 
     def peak_memory(self) -> dict[str, int]:
         """Bytes that a GPU's allocator handed out beyond what the inputs hold."""
@@ -277,10 +300,16 @@ class Run:
         """Kernels that a GPU ran, copies and fills by its copy engine aside."""
         count = {}
         for phase, call in self._calls().items():
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
                 call()
                 torch.cuda.synchronize()
-            ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            ran = [
+                event.name
+                for event in profile.events()
+                if event.device_type == torch.autograd.DeviceType.CUDA
+            ]
             count[phase] = sum(not name.startswith(("Memcpy", "Memset")) for name in ran)
         return count
 
@@ -329,5 +358,7 @@ def _flat(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _leaves(inputs: tuple) -> list[Tensor]:
-    tensors = [t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])]
+    tensors = [
+        t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])
+    ]
     return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]

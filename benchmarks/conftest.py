@@ -11,7 +11,18 @@ import torch
 
 from benchmarks.common import DEVICE, Comparison
 
-PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "SimpleITK", "kornia", "monai", "timm", "torchvision")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numba",
+    "numpy",
+    "scipy",
+    "SimpleITK",
+    "kornia",
+    "monai",
+    "timm",
+    "torchvision",
+)
 
 
 class _Replay:
@@ -28,7 +39,9 @@ _left_out: dict[str, str] = {}  # what has no row, and why
 
 
 def pytest_addoption(parser):
-    parser.addoption("--limit", type=float, default=math.inf, help="seconds after which no comparison is begun")
+    parser.addoption(
+        "--limit", type=float, default=math.inf, help="seconds after which no comparison is begun"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -73,9 +86,19 @@ def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], Non
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What times depend on, without what names the machine."""
-    of_cpu = ("arch", "brand_raw", "count", "flags", "l1_data_cache_size", "l2_cache_size", "l3_cache_size")
+    of_cpu = (
+        "arch",
+        "brand_raw",
+        "count",
+        "flags",
+        "l1_data_cache_size",
+        "l2_cache_size",
+        "l3_cache_size",
+    )
     about = {name: machine_info[name] for name in ("machine", "processor", "system")}
-    about["cpu"] = {name: machine_info["cpu"][name] for name in of_cpu if name in machine_info["cpu"]}
+    about["cpu"] = {
+        name: machine_info["cpu"][name] for name in of_cpu if name in machine_info["cpu"]
+    }
     about["versions"] = {"python": platform.python_version()}
     about["versions"] |= {name: version for name in PACKAGES if (version := _version(name))}
     machine_info.clear()
@@ -101,7 +124,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["left_out"] = _left_out
     for entry in output_json["benchmarks"]:
         del entry["options"], entry["params"], entry["param"]
-        entry["stats"] = {name: entry["stats"][name] for name in ("rounds", "min", "max", "mean", "stddev")}
+        entry["stats"] = {
+            name: entry["stats"][name] for name in ("rounds", "min", "max", "mean", "stddev")
+        }
 
 
 def _version(name: str) -> str | None:

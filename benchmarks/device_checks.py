@@ -161,18 +161,24 @@ def large_loss(elements: int) -> None:
 
 
 def large_targets(elements: int) -> None:
-    logits = torch.empty(1, 1, 1, elements // ROWS, ROWS // 32, 32, dtype=BF16, device=DEVICE).normal_()
+    logits = torch.empty(
+        1, 1, 1, elements // ROWS, ROWS // 32, 32, dtype=BF16, device=DEVICE
+    ).normal_()
     flips = torch.tensor([1], dtype=torch.uint8, device=DEVICE)
     targets = predict_targets(logits, flips)
     planes = PART // ROWS
     for part in (slice(planes), slice(-planes, None)):
         mirror = slice(-planes, None) if part.start is None else slice(planes)
-        assert_close(predict_targets(logits[:, :, :, mirror].contiguous(), flips), targets[:, :, part])
+        assert_close(
+            predict_targets(logits[:, :, :, mirror].contiguous(), flips), targets[:, :, part]
+        )
 
 
 def _volume(elements: int, dtype: torch.dtype) -> Tensor:
     """[1, 1, planes, 32, 64]: so many voxels."""
-    return torch.empty(1, 1, elements // ROWS, 32, ROWS // 32, dtype=dtype, device=DEVICE).random_(120)
+    return torch.empty(1, 1, elements // ROWS, 32, ROWS // 32, dtype=dtype, device=DEVICE).random_(
+        120
+    )
 
 
 def large_mixup(elements: int) -> None:
@@ -207,13 +213,21 @@ def large_objects(elements: int) -> None:
         assert torch.equal(result[:, :, -part:], expected)
 
 
-LARGE = {large_loss: 14, large_targets: 8, large_mixup: 5, large_crops: 3, large_objects: 5}  # bytes for each element
+LARGE = {
+    large_loss: 14,
+    large_targets: 8,
+    large_mixup: 5,
+    large_crops: 3,
+    large_objects: 5,
+}  # bytes for each element
 
 
 def large(elements: int = MORE_THAN_INT32) -> None:
     for check, size in LARGE.items():
         if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < elements * size:
-            print(f"{check.__name__}: left out, it takes {elements * size / 2**30:.0f} GiB of GPU memory")
+            print(
+                f"{check.__name__}: left out, it takes {elements * size / 2**30:.0f} GiB of GPU memory"
+            )
             continue
         check(elements)
         print(f"{check.__name__}: {elements:,} elements, as their last part by itself")
@@ -223,7 +237,9 @@ def large(elements: int = MORE_THAN_INT32) -> None:
 
 def main() -> int:
     checks = {"calls": calls, "graphs": graphs, "large": large}
-    parser = argparse.ArgumentParser(prog="benchmarks.device_checks", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.device_checks", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("check", choices=checks)
     check = checks[parser.parse_args().check]
     if DEVICE.type != "cuda":

@@ -30,7 +30,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
-OUTCOMES = {0: "passed", 124: "timed out", -9: "timed out"}  # what timeout returns; killed, it kills itself too
+OUTCOMES = {
+    0: "passed",
+    124: "timed out",
+    -9: "timed out",
+}  # what timeout returns; killed, it kills itself too
 SHORTEST = 5  # seconds, with less of which a stage is not begun
 GRACE = 10  # seconds from the request to end to the end
 SUITES = {  # seconds for each benchmark
@@ -57,7 +61,9 @@ class Stage:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where to write")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where to write"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU that PyTorch can use was found", file=sys.stderr)
@@ -79,20 +85,41 @@ def stages(out: Path) -> list[Stage]:
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     checks = [*python, "benchmarks.device_checks"]
-    tests = [*pytest, *parallel, "tests", "--ignore=tests/focalmix", "-m", "kernel", f"--junitxml={out / 'tests.xml'}"]
+    tests = [
+        *pytest,
+        *parallel,
+        "tests",
+        "--ignore=tests/focalmix",
+        "-m",
+        "kernel",
+        f"--junitxml={out / 'tests.xml'}",
+    ]
     result = [Stage("tests", tests, 90)]
     sanitizer = _sanitizer()
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *checks, "calls"]
-        result.append(Stage(tool, command, 35, "" if sanitizer else "there is no compute-sanitizer"))
+        result.append(
+            Stage(tool, command, 35, "" if sanitizer else "there is no compute-sanitizer")
+        )
     result += [Stage("graphs", [*checks, "graphs"], 20), Stage("large", [*checks, "large"], 25)]
     for suite, seconds in SUITES.items():
         report = out / f"{suite}.json"
         report.unlink(missing_ok=True)  # of an earlier run
         options = ["--benchmark-quiet", "--benchmark-max-time=0.05", f"--benchmark-json={report}"]
-        command = [*pytest, f"benchmarks/bench_{suite}.py", f"--limit={0.6 * seconds:.0f}", *options]
+        command = [
+            *pytest,
+            f"benchmarks/bench_{suite}.py",
+            f"--limit={0.6 * seconds:.0f}",
+            *options,
+        ]
         result.append(Stage(suite, command, seconds))
-    tuning = [*python, "benchmarks.tune", "--dry-run", "--limit=35", f"--json={out / 'tuning.json'}"]
+    tuning = [
+        *python,
+        "benchmarks.tune",
+        "--dry-run",
+        "--limit=35",
+        f"--json={out / 'tuning.json'}",
+    ]
     result.append(Stage("tuning", tuning, 45))
     reports = [str(out / f"{suite}.json") for suite in SUITES]
     return [*result, Stage("plots", [*python, "benchmarks.plot", *reports], 15)]
@@ -120,7 +147,9 @@ def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
     if stage.name in ("memcheck", "racecheck"):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor has bounds of its own
     command = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{seconds:.1f}", *stage.command]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"
+    )
     lines: list[str] = []
     reader = threading.Thread(target=_show, args=(process.stdout, lines), daemon=True)
     reader.start()
@@ -144,20 +173,31 @@ def table(done: dict[str, dict]) -> str:
     """What became of every stage."""
     lines = [f"{'stage':<24}{'outcome':<11}{'seconds':>8}  last line"]
     for name, stage in done.items():
-        lines.append(f"{name:<24}{stage['outcome']:<11}{stage['seconds']:>8.0f}  {stage['last_line']}")
+        lines.append(
+            f"{name:<24}{stage['outcome']:<11}{stage['seconds']:>8.0f}  {stage['last_line']}"
+        )
     return "\n".join(lines)
 
 
 def _sanitizer() -> str:
     """Where compute-sanitizer is, or nothing."""
-    beside = [Path(os.environ.get(name, "/usr/local/cuda")) / "bin" for name in ("CUDA_HOME", "CUDA_PATH")]
+    beside = [
+        Path(os.environ.get(name, "/usr/local/cuda")) / "bin" for name in ("CUDA_HOME", "CUDA_PATH")
+    ]
     return (
-        shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, beside)])) or ""
+        shutil.which(
+            "compute-sanitizer",
+            path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, beside)]),
+        )
+        or ""
     )
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "runtime": torch.version.cuda or torch.version.hip}
+    versions = {
+        "python": platform.python_version(),
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
     for package in ("torch", "triton", "numpy", "pytest-benchmark"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -172,7 +212,9 @@ def _clocks() -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

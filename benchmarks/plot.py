@@ -32,18 +32,33 @@ SPEED = (  # of the short table: operation, workload, phase, and the PyTorch tha
     ("mixup3d", "int16 to float32 8 x 96^3, window", "forward", "eager"),
     ("crop_and_resize3d", CROPS.format("whole voxels"), "forward", "interpolate loop"),
     ("crop_and_resize3d", CROPS.format("fractions"), "forward", "grid_sample loop"),
-    ("object_mixup3d", "float32 8 x 96^3, 16 boxes of 8 to 48, donors, in place", "forward", "interpolate"),
+    (
+        "object_mixup3d",
+        "float32 8 x 96^3, 16 boxes of 8 to 48, donors, in place",
+        "forward",
+        "interpolate",
+    ),
 )
 SPEED_HEADER = ("operation", "workload", "phase", "threads", "ms", "plain PyTorch", "best of eager PyTorch",
                 "torch.compile", "best of other libraries", "% of a copy")  # fmt: skip
-LIBRARIES = ("apex", "kornia", "mmcv", "monai", "simpleitk", "timm", "torchvision")  # as providers begin
+LIBRARIES = (
+    "apex",
+    "kornia",
+    "mmcv",
+    "monai",
+    "simpleitk",
+    "timm",
+    "torchvision",
+)  # as providers begin
 END = "<!-- end of speed -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.plot", description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
-    parser.add_argument("--readme", type=Path, help="a file with markers, to write the short table into")
+    parser.add_argument(
+        "--readme", type=Path, help="a file with markers, to write the short table into"
+    )
     options = parser.parse_args(arguments)
     problems = 0
     for path in options.json:
@@ -75,12 +90,17 @@ def report(run: dict) -> str:
 def caption(run: dict) -> str:
     """Machine, versions, commit and the speed of a copy by each number of threads."""
     machine, commit = run["machine_info"], run["commit_info"]
-    name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"].get("brand_raw", machine["processor"])
+    name = (
+        machine["gpu"]["name"]
+        if "gpu" in machine
+        else machine["cpu"].get("brand_raw", machine["processor"])
+    )
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     state = "with changes" if commit["dirty"] else "clean"
     speeds = {row["threads"]: row["copy_bytes_per_s"] / 1e9 for row in rows_of(run)}
     copies = "; ".join(
-        f"{speed:.1f} GB/s with {threads} CPU thread{'s' * (threads > 1)}" for threads, speed in sorted(speeds.items())
+        f"{speed:.1f} GB/s with {threads} CPU thread{'s' * (threads > 1)}"
+        for threads, speed in sorted(speeds.items())
     )
     return (
         f"{name}, {machine['threads']} CPU threads; {versions}; commit {commit['id'][:10]} ({state}), "
@@ -94,7 +114,9 @@ def left_out(run: dict) -> str:
     for name, why in run.get("left_out", {}).items():
         why = "not installed" if "No module named" in why else why
         names.setdefault(why, set()).add(name.partition(" (")[0])
-    return " ".join(f"{why[0].upper()}{why[1:]}: {'; '.join(sorted(names[why]))}." for why in sorted(names))
+    return " ".join(
+        f"{why[0].upper()}{why[1:]}: {'; '.join(sorted(names[why]))}." for why in sorted(names)
+    )
 
 
 def table(rows: list[dict]) -> str:
@@ -114,7 +136,9 @@ def table(rows: list[dict]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)
+    )
 
 
 def number(value: float | None, factor: float) -> str:
@@ -126,8 +150,12 @@ def speed(run: dict) -> str:
     rows, lines = rows_of(run), []
     for op, workload, phase, first in SPEED:
         for threads in ("", ", one thread"):
-            at = {row["provider"]: row for row in rows if key(row) == (op, workload + threads, phase)}
-            at = {name: row for name, row in at.items() if name != "copy" and "formula" not in name}  # no rivals
+            at = {
+                row["provider"]: row for row in rows if key(row) == (op, workload + threads, phase)
+            }
+            at = {
+                name: row for name, row in at.items() if name != "copy" and "formula" not in name
+            }  # no rivals
             if OURS not in at:
                 continue
             ours = at.pop(OURS)
@@ -140,7 +168,9 @@ def speed(run: dict) -> str:
                 f"`{op}`", workload, _phase(ours), str(ours["threads"]), number(ours["median_s"], 1e3), *others,
                 number(ours["share_of_copy"], 100),
             ))  # fmt: skip
-    return "\n\n".join(filter(None, [markdown(SPEED_HEADER, lines), host_time(rows), caption(run), left_out(run)]))
+    return "\n\n".join(
+        filter(None, [markdown(SPEED_HEADER, lines), host_time(rows), caption(run), left_out(run)])
+    )
 
 
 def faster(ours: dict, others: Sequence[dict]) -> str:
@@ -159,7 +189,11 @@ def host_time(rows: list[dict]) -> str:
         for (op, is_ours), row in times.items()
         if is_ours and (op, False) in times
     ]
-    return f"One element takes the host, in calls of the cheapest registered op: {', '.join(shares)}." if shares else ""
+    return (
+        f"One element takes the host, in calls of the cheapest registered op: {', '.join(shares)}."
+        if shares
+        else ""
+    )
 
 
 def write_speed(readme: Path, path: Path, text: str) -> None:
@@ -190,7 +224,10 @@ def figure(rows: list[dict], title: str) -> Figure:
     panels: dict[str, list[dict]] = {}
     for row in sorted(whole(rows), key=lambda row: row["op"]):
         panels.setdefault(row["op"], []).append(row)
-    heights = [2.8 if mine[0]["elements"] else 1 + 0.3 * len(set(map(key, mine))) for mine in panels.values()]
+    heights = [
+        2.8 if mine[0]["elements"] else 1 + 0.3 * len(set(map(key, mine)))
+        for mine in panels.values()
+    ]
     result = Figure(figsize=(12, sum(heights) + 0.6), layout="constrained")
     grid = result.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for (op, mine), axes in zip(panels.items(), grid[:, 0], strict=True):
@@ -220,7 +257,13 @@ def _dots(axes: Axes, rows: list[dict], value: Callable[[dict], float]) -> None:
     places = {line: place for place, line in enumerate(lines)}
     for place, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
         values = {places[key(row)]: value(row) for row in rows if row["provider"] == provider}
-        axes.plot(values.values(), values.keys(), "osD"[place // 10 % 3], label=provider, color=_color(place))
+        axes.plot(
+            values.values(),
+            values.keys(),
+            "osD"[place // 10 % 3],
+            label=provider,
+            color=_color(place),
+        )
     axes.set_yticks(range(len(lines)), lines.values(), fontsize="small")
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -233,9 +276,13 @@ def _dots(axes: Axes, rows: list[dict], value: Callable[[dict], float]) -> None:
 def _growth(axes: Axes, rows: list[dict]) -> None:
     """A line for each provider, both axes logarithmic."""
     for place, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
-        line = sorted((row for row in rows if row["provider"] == provider), key=lambda row: row["elements"])
+        line = sorted(
+            (row for row in rows if row["provider"] == provider), key=lambda row: row["elements"]
+        )
         sizes = [row["elements"] for row in line]
-        low, median, high = ([1e3 * row[name] for row in line] for name in ("p20_s", "median_s", "p80_s"))
+        low, median, high = (
+            [1e3 * row[name] for row in line] for name in ("p20_s", "median_s", "p80_s")
+        )
         axes.plot(sizes, median, ".-", label=provider, color=_color(place))
         axes.fill_between(sizes, low, high, alpha=0.2, linewidth=0, color=_color(place))
     axes.set_xscale("log")

@@ -66,7 +66,9 @@ class Sweep:
 
         def distance(launch: Launch) -> float:
             names = ("block", "num_warps", "max_tiles")
-            return sum(abs(math.log2(getattr(launch, name) / getattr(default, name))) for name in names)
+            return sum(
+                abs(math.log2(getattr(launch, name) / getattr(default, name))) for name in names
+            )
 
         return sorted((launch for launch in every if launch != default), key=distance)
 
@@ -118,7 +120,10 @@ def _crop() -> list[tuple[Comparison, str]]:
 
 def _crop_gradient() -> list[tuple[Comparison, str]]:
     suite = bench_crop_and_resize3d
-    workloads = suite.Workload(16, 32, edge=128), suite.Workload(256, 32, edge=128, dtype=BF16, result=BF16)
+    workloads = (
+        suite.Workload(16, 32, edge=128),
+        suite.Workload(256, 32, edge=128, dtype=BF16, result=BF16),
+    )
     return [(suite.comparison(workload), "backward") for workload in workloads]
 
 
@@ -144,11 +149,15 @@ SWEEPS = (
         max_tiles=(1, 4, 8, 32),
     ),
     Sweep("crop_and_resize3d", {256: (2, 4), 512: (2, 4), 1024: (2, 4), 2048: (4,)}, _crop),
-    Sweep("crop_and_resize3d_gradient", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient),
+    Sweep(
+        "crop_and_resize3d_gradient", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient
+    ),
     Sweep("mixup3d", _VECTORS, _mixup),
     Sweep("mixup3d_in_place", _VECTORS, lambda: _mixup_in_place(False)),
     Sweep(
-        "mixup3d_in_place_flipped", {256: (2, 4), 512: (2, 4), 1024: (4, 8), 2048: (8,)}, lambda: _mixup_in_place(True)
+        "mixup3d_in_place_flipped",
+        {256: (2, 4), 512: (2, 4), 1024: (4, 8), 2048: (8,)},
+        lambda: _mixup_in_place(True),
     ),
 )
 
@@ -204,7 +213,9 @@ class _Case:
             assert_close(result, expected)
 
 
-def measure(sweep: Sweep, first: Sequence[Launch], limit: float) -> tuple[list[Timing], dict[Launch, str]]:
+def measure(
+    sweep: Sweep, first: Sequence[Launch], limit: float
+) -> tuple[list[Timing], dict[Launch, str]]:
     """The timings of ``first`` and of all settings that compile and agree with it, and why others have none.
 
     Compiling and checking takes half of ``limit`` seconds at most; settings that were not reached have no timing.
@@ -239,7 +250,9 @@ def measure(sweep: Sweep, first: Sequence[Launch], limit: float) -> tuple[list[T
                 samples.append(seconds(*span))
         if time.perf_counter() - start > limit and len(times[0][0]) >= 10:
             break
-    return [Timing(launch, np.array(taken)) for launch, taken in zip(order, times, strict=True)], problems
+    return [
+        Timing(launch, np.array(taken)) for launch, taken in zip(order, times, strict=True)
+    ], problems
 
 
 def with_row(table: Table, op: str, architecture: str, launch: Launch | None) -> Table:
@@ -266,12 +279,18 @@ def _arguments(launch: Launch) -> str:
     """Those that differ from what Launch has by itself."""
     named = [(f.name, getattr(launch, f.name)) for f in fields(Launch)]
     own = {f.name: f.default for f in fields(Launch)}
-    return ", ".join(f"{name}={value}" for name, value in named if own[name] is MISSING or own[name] != value)
+    return ", ".join(
+        f"{name}={value}" for name, value in named if own[name] is MISSING or own[name] != value
+    )
 
 
 def rewritten(source: str, table: Table) -> str:
     """The text of tuning.py with another table."""
-    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "TABLE"]
+    nodes = [
+        n
+        for n in ast.parse(source).body
+        if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "TABLE"
+    ]
     lines = source.split("\n")
     lines[nodes[0].lineno - 1 : nodes[0].end_lineno] = render(table).split("\n")
     return "\n".join(lines)
@@ -283,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("op", nargs="*", help=f"rows to choose, of {', '.join(ops)} (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     parser.add_argument("--json", type=Path, help="write what was measured")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for all ops, about (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds for all ops, about (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.op) - set(ops):
         parser.error(f"no such op: {', '.join(sorted(unknown))}")
@@ -293,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweeps = [sweep for sweep in SWEEPS if not options.op or sweep.op in options.op]
     table, record = tune(sweeps, TABLE, tuning.architecture(DEVICE), options.limit)
     if options.json:
-        options.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), **record}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"gpu": torch.cuda.get_device_name(), **record}, indent=1) + "\n"
+        )
     if options.dry_run:
         print(render(table))
     else:
@@ -302,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tune(sweeps: Sequence[Sweep], table: Table, architecture: str, limit: float) -> tuple[Table, dict]:
+def tune(
+    sweeps: Sequence[Sweep], table: Table, architecture: str, limit: float
+) -> tuple[Table, dict]:
     """The table with this architecture's rows chosen anew, and what was measured."""
     record = {"architecture": architecture, "ops": {}}
     end = time.perf_counter() + limit
@@ -318,7 +343,9 @@ def tune(sweeps: Sequence[Sweep], table: Table, architecture: str, limit: float)
             "workloads": [f"{comparison}, {phase}" for comparison, phase in sweep.cases()],
             "chosen": None if chosen is None else asdict(chosen),
             "settings": [_measured(timing, reference) for timing in timings],
-            "left_out": [{**asdict(launch), "reason": reason} for launch, reason in problems.items()],
+            "left_out": [
+                {**asdict(launch), "reason": reason} for launch, reason in problems.items()
+            ],
         }
         best = min(others or [reference], key=lambda timing: np.median(timing.ratios(reference)))
         print(

@@ -26,7 +26,9 @@ myst_heading_anchors = 3
 exclude_patterns = ["generated"]
 
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|collections|numpy|monai)\..*|Tensor|BoxMode|StandardMode")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|numpy|monai)\..*|Tensor|BoxMode|StandardMode")
+]
 autodoc_mock_imports = ["monai"]
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88

@@ -48,7 +48,10 @@ def scan(index: int) -> Scan:
     scene.z = scene.z[first : first + DEPTH]
     center = np.array([(at - axis[0]) for at, axis in ((z, scene.z), (y, scene.y), (x, scene.x))])
     spacing = np.array([scene.slice, scene.pixel, scene.pixel])
-    start, end = np.floor((center - 0.6 * diameter) / spacing), np.ceil((center + 0.6 * diameter) / spacing)
+    start, end = (
+        np.floor((center - 0.6 * diameter) / spacing),
+        np.ceil((center + 0.6 * diameter) / spacing),
+    )
     start[0], end[0] = max(start[0], 0), min(end[0], DEPTH)
     box = torch.tensor([[0, *start, *end]], dtype=torch.float32)
     return Scan(torch.from_numpy(render(scene))[None, None], box)
@@ -62,7 +65,9 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         drawn.savefig(path, metadata={"Software": None})
 
 
-def show(axes: Axes, image: Tensor, title: str, limits: tuple[float, float] = WINDOW, cmap: str = "gray") -> None:
+def show(
+    axes: Axes, image: Tensor, title: str, limits: tuple[float, float] = WINDOW, cmap: str = "gray"
+) -> None:
     axes.imshow(image.float(), cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     axes.set_title(title)
     axes.set_axis_off()
@@ -70,7 +75,9 @@ def show(axes: Axes, image: Tensor, title: str, limits: tuple[float, float] = WI
 
 def outline(axes: Axes, box: Tensor, color: str) -> None:
     y1, x1, y2, x2 = (box[0, [2, 3, 5, 6]] - 0.5).tolist()
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8))
+    axes.add_patch(
+        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8)
+    )
 
 
 def around(box: Tensor, margin: int = 24) -> tuple[slice, slice]:
@@ -85,10 +92,18 @@ def soft_target_focal_loss(path: Path) -> None:
     with figure(path, 8, 3.4) as drawn:
         left, right = drawn.subplots(1, 2)
         for y, color in zip((0.0, 0.3, 0.7, 1.0), (BLUE, GREEN, ORANGE, PURPLE), strict=True):
-            loss = fmkernels.soft_target_focal_loss(logits, torch.full_like(p, y), alpha0=1, alpha1=1, reduction="none")
+            loss = fmkernels.soft_target_focal_loss(
+                logits, torch.full_like(p, y), alpha0=1, alpha1=1, reduction="none"
+            )
             left.plot(p, loss, color=color, label=f"y = {y:g}")
             left.plot(p[loss.argmin()], loss.min(), "o", color=color, clip_on=False)
-        left.set(title="Each minimum lies at p = y", xlabel="p", ylabel="loss", xlim=(0, 1), ylim=(0, 1.2))
+        left.set(
+            title="Each minimum lies at p = y",
+            xlabel="p",
+            ylabel="loss",
+            xlim=(0, 1),
+            ylim=(0, 1.2),
+        )
         left.legend(loc="upper center")
         y = torch.full_like(p, 0.7)
         ours = fmkernels.soft_target_focal_loss(logits, y, alpha0=1, alpha1=1, reduction="none")
@@ -96,7 +111,9 @@ def soft_target_focal_loss(path: Path) -> None:
         usual = (1 - p_t) ** 2 * -(y * p.log() + (1 - y) * (1 - p).log())
         for loss, color, name in ((ours, ORANGE, "SFL"), (usual, "0.4", "usual formula")):
             right.plot(p, loss / loss[p == 0.5], color=color, label=name)
-            right.plot(p[loss.argmin()], loss.min() / loss[p == 0.5], "o", color=color, clip_on=False)
+            right.plot(
+                p[loss.argmin()], loss.min() / loss[p == 0.5], "o", color=color, clip_on=False
+            )
         right.axvline(0.7, color="0.6", linewidth=0.8, linestyle="--")
         right.set(title="y = 0.7, loss at p = 0.5 taken as 1", xlabel="p", xlim=(0, 1), ylim=(0, 3))
         right.legend(loc="lower left")
@@ -133,8 +150,18 @@ def sample_mixup(path: Path) -> None:
     with figure(path, 6, 3) as drawn:
         axes = drawn.subplots()
         for eta, color in ((0.2, BLUE), (0.5, GREEN), (1.0, ORANGE)):
-            lam, _ = fmkernels.sample_mixup(200_000, eta=eta, generator=torch.Generator().manual_seed(0))
-            axes.hist(lam, bins=50, range=(0.5, 1), density=True, histtype="step", color=color, label=f"eta = {eta:g}")
+            lam, _ = fmkernels.sample_mixup(
+                200_000, eta=eta, generator=torch.Generator().manual_seed(0)
+            )
+            axes.hist(
+                lam,
+                bins=50,
+                range=(0.5, 1),
+                density=True,
+                histtype="step",
+                color=color,
+                label=f"eta = {eta:g}",
+            )
         axes.set(xlabel="lam", ylabel="density", xlim=(0.5, 1), yscale="log")
         axes.legend(loc="upper left")
 
@@ -155,7 +182,9 @@ def mixup3d(path: Path) -> None:
 def crop_and_resize3d(path: Path) -> None:
     volumes, box = scan(OWN)
     size = (16, 64, 64)
-    half = torch.cat([box[:, :1], box[:, 1:4] + 0.25 * (box[:, 4:] - box[:, 1:4]), box[:, 4:]], dim=1)
+    half = torch.cat(
+        [box[:, :1], box[:, 1:4] + 0.25 * (box[:, 4:] - box[:, 1:4]), box[:, 4:]], dim=1
+    )
     with figure(path, 8, 2.25) as drawn:
         first, second, third, fourth = drawn.subplots(1, 4)
         show(first, volumes[0, 0, DEPTH // 2], "volumes")

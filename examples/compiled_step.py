@@ -16,7 +16,9 @@ optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 def loss_of(scans, targets):
     lam, index = sample_mixup(scans.shape[0], device=scans.device)
     mixed = mixup3d(scans, lam, index, window=(-1200, 600))
-    return soft_target_focal_loss(model(mixed), targets, mix=(lam, index), normalizer=(targets > 0.5).sum())
+    return soft_target_focal_loss(
+        model(mixed), targets, mix=(lam, index), normalizer=(targets > 0.5).sum()
+    )
 
 
 @torch.compile

@@ -18,14 +18,18 @@ optimizer = torch.optim.Adam(model.parameters(), capturable=True)
 
 def step():
     mixed = mixup3d(scans, lam, index, window=(-1200, 600))
-    loss = soft_target_focal_loss(model(mixed), targets, mix=(lam, index), normalizer=(targets > 0.5).sum())
+    loss = soft_target_focal_loss(
+        model(mixed), targets, mix=(lam, index), normalizer=(targets > 0.5).sum()
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss
 
 
-side = torch.cuda.Stream()  # compile the kernels and allocate what the optimizer keeps, before the capture
+side = (
+    torch.cuda.Stream()
+)  # compile the kernels and allocate what the optimizer keeps, before the capture
 side.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(side):
     for _ in range(3):

@@ -9,7 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmkernels import soft_target_focal_loss
 
-cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+    os.environ["LOCAL_WORLD_SIZE"]
+)
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 dist.init_process_group("nccl" if cuda else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -22,7 +24,9 @@ model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 
 ddp = DistributedDataParallel(model, device_ids=[device] if cuda else None)
 
 positives = (own_targets > 0.5).sum()
-dist.all_reduce(positives)  # of all processes; DDP takes the mean of gradients, hence the division by world
+dist.all_reduce(
+    positives
+)  # of all processes; DDP takes the mean of gradients, hence the division by world
 loss = soft_target_focal_loss(ddp(own), own_targets, normalizer=positives / world)
 loss.backward()
 mine = [p.grad.clone() for p in model.parameters()]

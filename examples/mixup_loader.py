@@ -11,18 +11,27 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 labels = torch.arange(16) % 2
 scans = torch.randint(-900, -700, (16, 1, 16, 16, 16), dtype=torch.int16)  # HU: lung
 scans[labels == 1, :, 4:8, 4:8, 4:8] = 40  # in every second scan, a nodule
-loader = DataLoader(TensorDataset(scans, labels), batch_size=4, shuffle=True, pin_memory=device == "cuda")
+loader = DataLoader(
+    TensorDataset(scans, labels), batch_size=4, shuffle=True, pin_memory=device == "cuda"
+)
 model = nn.Sequential(nn.AvgPool3d(4), nn.Flatten(), nn.Linear(64, 1)).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
 
 losses = []
 for _ in range(16):
     for batch, classes in loader:
-        batch, targets = batch.to(device, non_blocking=True), classes.float()[:, None].to(device, non_blocking=True)
-        lam, index = sample_mixup(len(batch), eta=0.2, device=device)  # stays on the device, no waiting
+        batch, targets = (
+            batch.to(device, non_blocking=True),
+            classes.float()[:, None].to(device, non_blocking=True),
+        )
+        lam, index = sample_mixup(
+            len(batch), eta=0.2, device=device
+        )  # stays on the device, no waiting
         mixed = mixup3d(batch, lam, index, window=(-1200, 600))  # int16 HU -> float32 in [0, 1]
         # The targets are mixed by the loss, with the same lam and index.
-        loss = soft_target_focal_loss(model(mixed), targets, alpha0=1, alpha1=1, gamma=0, mix=(lam, index))
+        loss = soft_target_focal_loss(
+            model(mixed), targets, alpha0=1, alpha1=1, gamma=0, mix=(lam, index)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

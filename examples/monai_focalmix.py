@@ -12,9 +12,18 @@ from monai.transforms import Compose, EnsureTyped, RandSpatialCropd, ScaleIntens
 from monai.utils import set_determinism
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fmkernels.integrations.monai import MixUpBoxd, ObjectMixUpBoxd, SoftTargetRetinaNetDetector  # +
+from fmkernels.integrations.monai import (
+    MixUpBoxd,
+    ObjectMixUpBoxd,
+    SoftTargetRetinaNetDetector,
+)  # +
 
-epochs, burn_in, ramp, decay = 16, 6, 6, 0.9  # of a demonstration: hundreds of epochs and 0.999 are usual
+epochs, burn_in, ramp, decay = (
+    16,
+    6,
+    6,
+    0.9,
+)  # of a demonstration: hundreds of epochs and 0.999 are usual
 set_determinism(0)
 
 
@@ -28,21 +37,31 @@ def scan(size=24, side=5):
 
 
 def loader_of(scans, *augmentation):
-    window = ScaleIntensityRanged(keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True)
+    window = ScaleIntensityRanged(
+        keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True
+    )
     transforms = Compose([EnsureTyped(keys=list(scans[0])), window, *augmentation])
-    return DataLoader(Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation)
+    return DataLoader(
+        Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation
+    )
 
 
 crop = RandCropBoxByPosNegLabeld(["image"], "box", "label", [16] * 3, num_samples=2, pos=1, neg=0)
-flips = [RandFlipBoxd(["image"], ["box"], ["image"], prob=0.5, spatial_axis=axis) for axis in range(3)]
+flips = [
+    RandFlipBoxd(["image"], ["box"], ["image"], prob=0.5, spatial_axis=axis) for axis in range(3)
+]
 loader = loader_of([scan() for _ in range(8)], crop, *flips)
 crop = RandSpatialCropd(keys="image", roi_size=16, random_size=False)
 unlabeled_loader = loader_of([{"image": scan()["image"]} for _ in range(16)], crop)  # +
 
-backbone = resnet.ResNet(resnet.ResNetBlock, [1, 1, 1, 1], [8, 16, 32, 64], n_input_channels=1, conv1_t_stride=2)
+backbone = resnet.ResNet(
+    resnet.ResNetBlock, [1, 1, 1, 1], [8, 16, 32, 64], n_input_channels=1, conv1_t_stride=2
+)
 features = BackboneWithFPN(backbone, {"layer1": "0"}, [8], out_channels=32, spatial_dims=3)
 anchors = AnchorGeneratorWithAnchorShape([1, 2], [[4, 4, 4], [6, 6, 6]])
-network = RetinaNet(spatial_dims=3, num_classes=1, num_anchors=2, feature_extractor=features, size_divisible=8)
+network = RetinaNet(
+    spatial_dims=3, num_classes=1, num_anchors=2, feature_extractor=features, size_divisible=8
+)
 detector = SoftTargetRetinaNetDetector(network, anchors)  # + was RetinaNetDetector
 detector.set_atss_matcher(num_candidates=4)  # and no detector.set_hard_negative_sampler(...)
 detector.set_target_keys(box_key="box", label_key="label")
@@ -53,12 +72,17 @@ mix_images, mix_objects = MixUpBoxd(), ObjectMixUpBoxd()  # +
 losses = []
 for epoch in range(epochs):
     weight = min(max(epoch - burn_in, 0) / ramp, 1.0)  # + of an unlabelled image
-    for crops, unlabeled in zip(loader, unlabeled_loader, strict=False):  # + was: for crops in loader
+    for crops, unlabeled in zip(
+        loader, unlabeled_loader, strict=False
+    ):  # + was: for crops in loader
         batch = [item for items in crops for item in items]
         if weight > 0:  # +
             images = [item["image"] for item in unlabeled]  # +
             found = detector.predict_targets(images, network=teacher, confidence=0.8)  # +
-            batch += [{**item, **own, "image_weight": weight} for item, own in zip(unlabeled, found, strict=True)]  # +
+            batch += [
+                {**item, **own, "image_weight": weight}
+                for item, own in zip(unlabeled, found, strict=True)
+            ]  # +
             batch = mix_objects(mix_images(batch), objects=batch)  # +
         outputs = detector([item["image"] for item in batch], batch)
         loss = outputs[detector.cls_key] + outputs[detector.box_reg_key]

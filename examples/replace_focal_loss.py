@@ -20,7 +20,9 @@ logits = torch.randn(2, 3, 8, 8, 8, device=device, requires_grad=True)  # anchor
 targets = (torch.rand(2, 3, 8, 8, 8, device=device) < 0.1).float()
 
 before = sigmoid_focal_loss(logits, targets, alpha=0.25)
-after = soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="sum")  # alpha1 is alpha
+after = soft_target_focal_loss(
+    logits, targets, alpha0=0.75, alpha1=0.25, reduction="sum"
+)  # alpha1 is alpha
 torch.testing.assert_close(after, before)
 (gradient_before,) = torch.autograd.grad(before, logits)
 (gradient_after,) = torch.autograd.grad(after, logits)

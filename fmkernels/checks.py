@@ -19,7 +19,9 @@ VOXELS = (*FLOATS, torch.int16, torch.uint8)
 def check_dtype(name: str, argument: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if x.dtype not in allowed:
         expected = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{name}: {argument} must be {expected}, got {str(x.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name}: {argument} must be {expected}, got {str(x.dtype).removeprefix('torch.')}"
+        )
 
 
 def check_tensor(name: str, argument: str, x: object) -> None:
@@ -46,14 +48,20 @@ def check_window(name: str, window: object) -> tuple[float, float] | None:
     if not window[0] < window[1]:
         raise ValueError(f"{name}: window must have lo < hi, got ({window[0]}, {window[1]})")
     if window[1] - window[0] < NARROWEST:
-        raise ValueError(f"{name}: window must be at least {NARROWEST} wide, got ({window[0]}, {window[1]})")
+        raise ValueError(
+            f"{name}: window must be at least {NARROWEST} wide, got ({window[0]}, {window[1]})"
+        )
     return float(window[0]), float(window[1])
 
 
 def result_dtype(name: str, dtype: object, volumes: Tensor, window: object) -> torch.dtype:
     """As asked; else that of the volumes, float32 for windowed integers."""
     if dtype is None:
-        return torch.float32 if window is not None and not volumes.is_floating_point() else volumes.dtype
+        return (
+            torch.float32
+            if window is not None and not volumes.is_floating_point()
+            else volumes.dtype
+        )
     if dtype not in VOXELS:
         expected = " or ".join(str(d).removeprefix("torch.") for d in VOXELS)
         got = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
@@ -63,7 +71,9 @@ def result_dtype(name: str, dtype: object, volumes: Tensor, window: object) -> t
 
 def check_device(name: str, argument: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
-        raise ValueError(f"{name}: {argument} must be on {device} as the first tensor is, got {x.device}")
+        raise ValueError(
+            f"{name}: {argument} must be on {device} as the first tensor is, got {x.device}"
+        )
 
 
 def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
@@ -71,7 +81,9 @@ def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode")
+        raise ValueError(
+            f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode"
+        )
 
 
 def check_no_grad(name: str, argument: str, x: Tensor) -> None:

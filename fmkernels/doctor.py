@@ -22,11 +22,19 @@ from fmkernels.kernels import tuning
 TOLERANCE = 1e-5
 """Of float32 results: the error counts as a share of 1 + |expected|."""
 
-SWITCHES = ("TRITON_INTERPRET", "TRITON_DEBUG", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "OMP_NUM_THREADS")
+SWITCHES = (
+    "TRITON_INTERPRET",
+    "TRITON_DEBUG",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "OMP_NUM_THREADS",
+)
 """Environment variables that change what runs or how."""
 
 _WINDOW = (-1200.0, 600.0)
-_Comparison = tuple[str, Tensor | None, Tensor | None]  # what it is of, what came, what was expected
+_Comparison = tuple[
+    str, Tensor | None, Tensor | None
+]  # what it is of, what came, what was expected
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ def doctor() -> int:
         print(_row(result), flush=True)
     failed = [result for result in results if result.problem]
     seconds = sum(result.seconds for result in results)
-    count = f"{len(failed)} of {len(results)} self-tests failed" if failed else f"all {len(results)} self-tests passed"
+    count = (
+        f"{len(failed)} of {len(results)} self-tests failed"
+        if failed
+        else f"all {len(results)} self-tests passed"
+    )
     print(f"\n{count} in {seconds:.1f} s\n```")
     return 1 if failed else 0
 
@@ -69,10 +81,19 @@ def examine() -> Iterator[Result]:
             if op == "sample_mixup":
                 yield _examine(op, test, device, "calls of torch on any device", "")
             else:
-                yield _examine(op, test, device, path, _launch(op, device) if device.type == "cuda" else "", missing)
+                yield _examine(
+                    op,
+                    test,
+                    device,
+                    path,
+                    _launch(op, device) if device.type == "cuda" else "",
+                    missing,
+                )
 
 
-def _examine(op: str, test: Callable, device: torch.device, path: str, launch: str, missing: str = "") -> Result:
+def _examine(
+    op: str, test: Callable, device: torch.device, path: str, launch: str, missing: str = ""
+) -> Result:
     if missing:
         return Result(op, device, path, launch, problem=missing)
     errors: dict[str, float] = {}
@@ -94,8 +115,12 @@ def _error(actual: Tensor | None, expected: Tensor | None) -> float:
     if actual is None or expected is None:
         raise ValueError("expected a gradient, got none")
     if actual.shape != expected.shape:
-        raise ValueError(f"expected a result of shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
-    difference = (actual.detach().cpu().double() - expected.detach()).abs() / (1 + expected.detach().abs())
+        raise ValueError(
+            f"expected a result of shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
+        )
+    difference = (actual.detach().cpu().double() - expected.detach()).abs() / (
+        1 + expected.detach().abs()
+    )
     return difference.nan_to_num(nan=torch.inf).max().item()
 
 
@@ -118,7 +143,10 @@ def _versions() -> Iterator[str]:
     yield f"torch {torch.__version__} ({compiled if torch.version.cuda or torch.version.hip else 'for the CPU alone'})"
     for module in ("triton", "numba", "numpy"):
         yield f"{module} {_version(module) or 'is not installed'}"
-    extra = {module: _version(module) for module in ("SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm")}
+    extra = {
+        module: _version(module)
+        for module in ("SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm")
+    }
     yield (
         ", ".join(f"{module} {version}" for module, version in extra.items() if version)
         or "nothing of fmkernels[train]"
@@ -165,7 +193,11 @@ def _missing_kernels() -> str:
 def _path(device: torch.device, missing: str) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return f"none, {missing}" if missing else f"Triton kernels on {name} {tuning.architecture(device)}"
+        return (
+            f"none, {missing}"
+            if missing
+            else f"Triton kernels on {name} {tuning.architecture(device)}"
+        )
     if torch.cuda.is_available():
         return "CPU path: for tensors on the CPU"
     if torch.version.cuda or torch.version.hip:
@@ -191,9 +223,13 @@ def _soft_target_focal_loss(device: torch.device) -> Iterator[_Comparison]:
     for y in targets:
         y[:, 0, 0] = torch.tensor([0.0, 1.0, -1.0, 0.0, 1.0, -1.0])[: y.shape[-1]]  # -1 is ignored
     ours = [x.to(device, copy=True).requires_grad_() for x in logits]
-    loss = functional.soft_target_focal_loss(ours, [y.to(device) for y in targets], alpha0=0.25, alpha1=0.75)
+    loss = functional.soft_target_focal_loss(
+        ours, [y.to(device) for y in targets], alpha0=0.25, alpha1=0.75
+    )
     plain = [x.double().requires_grad_() for x in logits]
-    x, y = (torch.cat([level.flatten() for level in levels]).double() for levels in (plain, targets))
+    x, y = (
+        torch.cat([level.flatten() for level in levels]).double() for levels in (plain, targets)
+    )
     cross_entropy = binary_cross_entropy_with_logits(x, y, reduction="none")
     losses = (0.25 + 0.5 * y) * (y - x.sigmoid()).abs() ** 2 * cross_entropy
     expected = losses.masked_fill(y < 0, 0).sum() / (y >= 0).sum()
@@ -210,7 +246,11 @@ def _predict_targets(device: torch.device) -> Iterator[_Comparison]:
     flips = torch.tensor([0, 1, 6, 7], dtype=torch.uint8)
     targets = functional.predict_targets(views.to(device), flips.to(device), temperature=0.7)
     mean = (
-        torch.stack([_flipped(view.double(), mask) for view, mask in zip(views, flips, strict=True)]).sigmoid().mean(0)
+        torch.stack(
+            [_flipped(view.double(), mask) for view, mask in zip(views, flips, strict=True)]
+        )
+        .sigmoid()
+        .mean(0)
     )
     sharp, rest = mean ** (1 / 0.7), (1 - mean) ** (1 / 0.7)
     yield "forward", targets, sharp / (sharp + rest)
@@ -219,41 +259,55 @@ def _predict_targets(device: torch.device) -> Iterator[_Comparison]:
 def _sample_mixup(device: torch.device) -> Iterator[_Comparison]:
     count = 4096
     (lam, index), again = (
-        functional.sample_mixup(count, eta=1.0, generator=torch.Generator(device).manual_seed(0)) for _ in range(2)
+        functional.sample_mixup(count, eta=1.0, generator=torch.Generator(device).manual_seed(0))
+        for _ in range(2)
     )
     yield "permutation", index.sort().values, torch.arange(count).double()
     yield "same seed", lam, again[0].cpu().double()
     yield "range", lam.clamp(0.5, 1), lam.cpu().double()
-    if abs(lam.mean().item() - 0.75) > 0.01:  # the mean of a uniform distribution over [0.5, 1], 4 standard errors
+    if (
+        abs(lam.mean().item() - 0.75) > 0.01
+    ):  # the mean of a uniform distribution over [0.5, 1], 4 standard errors
         raise ValueError(f"expected lambdas whose mean is 0.75, got {lam.mean().item():.3f}")
 
 
 def _mixup3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(-1500, 900, (3, 2, 4, 5, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    scans = torch.randint(
+        -1500, 900, (3, 2, 4, 5, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int16
+    )
     lam, index = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([1, 2, 1])
     flips = torch.tensor([0, 5, 2], dtype=torch.uint8)
 
     def plain(volumes: Tensor) -> Tensor:
-        x = torch.stack([_flipped(_windowed(v), mask) for v, mask in zip(volumes, flips, strict=True)])
+        x = torch.stack(
+            [_flipped(_windowed(v), mask) for v, mask in zip(volumes, flips, strict=True)]
+        )
         share = lam.double().reshape(-1, 1, 1, 1, 1)
         return share * x + (1 - share) * x[index]
 
     def mix(volumes: Tensor) -> Tensor:
-        return functional.mixup3d(volumes, lam.to(device), index.to(device), flips=flips.to(device), window=_WINDOW)
+        return functional.mixup3d(
+            volumes, lam.to(device), index.to(device), flips=flips.to(device), window=_WINDOW
+        )
 
     yield "forward", mix(scans.to(device)), plain(scans.double())
     yield from _gradient(mix, plain, scans, device)
 
 
 def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(-1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    scans = torch.randint(
+        -1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16
+    )
     boxes = torch.tensor([[0.0, 1, 2, 3, 8, 6, 9], [1, 0, 0, 0, 2, 8, 5], [1, 4, 4, 4, 9, 8, 10]])
     size = (4, 5, 6)
 
     def plain(volumes: Tensor) -> Tensor:
         x = _windowed(volumes)
         return torch.cat(
-            [interpolate(x[[b]][_region(box)], size, mode="trilinear") for b, *box in boxes.int().tolist()]
+            [
+                interpolate(x[[b]][_region(box)], size, mode="trilinear")
+                for b, *box in boxes.int().tolist()
+            ]
         )
 
     def crop(volumes: Tensor) -> Tensor:
@@ -264,11 +318,15 @@ def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:
 
 
 def _object_mixup3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(-1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    scans = torch.randint(
+        -1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16
+    )
     boxes = torch.tensor(
         [[0.0, 1, 2, 3, 6, 6, 9], [0, 4, 4, 4, 9, 8, 10], [1, 0, 0, 0, 2, 8, 5]]
     )  # two of them overlap
-    donor_boxes = torch.tensor([[1.0, 0, 0, 0, 4, 4, 4], [0, 1, 2, 3, 4, 7, 9], [0, 3, 3, 3, 9, 8, 10]])
+    donor_boxes = torch.tensor(
+        [[1.0, 0, 0, 0, 4, 4, 4], [0, 1, 2, 3, 4, 7, 9], [0, 3, 3, 3, 9, 8, 10]]
+    )
     lam = torch.tensor([0.5, 0.7, 0.9])
     x = _windowed(scans.double())
     expected = x.clone()
@@ -279,7 +337,11 @@ def _object_mixup3d(device: torch.device) -> Iterator[_Comparison]:
         donor = interpolate(x[[j]][_region(source)], target.shape[2:], mode="trilinear")
         expected[b : b + 1][_region(box)] = share * target + (1 - share) * donor
     arguments = (boxes.to(device), donor_boxes.to(device), lam.to(device))
-    yield "forward", functional.object_mixup3d(scans.to(device), *arguments, window=_WINDOW), expected
+    yield (
+        "forward",
+        functional.object_mixup3d(scans.to(device), *arguments, window=_WINDOW),
+        expected,
+    )
     volumes = x.float().to(device)
     yield "in place", functional.object_mixup3d(volumes, *arguments, out=volumes), expected
 
@@ -294,12 +356,16 @@ _TESTS: dict[str, Callable[[torch.device], Iterator[_Comparison]]] = {
 }
 
 
-def _gradient(op: Callable, plain: Callable, scans: Tensor, device: torch.device) -> Iterator[_Comparison]:
+def _gradient(
+    op: Callable, plain: Callable, scans: Tensor, device: torch.device
+) -> Iterator[_Comparison]:
     """The gradients of two functions of volumes, for the same one that arrives from above."""
     ours = scans.to(device, torch.float32).requires_grad_()
     theirs = scans.double().requires_grad_()
     result, expected = op(ours), plain(theirs)
-    upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)) * (_WINDOW[1] - _WINDOW[0])
+    upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)) * (
+        _WINDOW[1] - _WINDOW[0]
+    )
     result.backward(upstream.to(device))
     expected.backward(upstream.double())
     yield "gradient", ours.grad, theirs.grad

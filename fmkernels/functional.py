@@ -47,7 +47,9 @@ _CLAMPS = ("box", "volume")
 _LONGEST_AXIS = 2**24  # voxels or samples: as far as float32 counts
 _UNITS = (*FLOATS, torch.uint8, torch.bool)
 _FLIP_BITS = (0, 1, 2, 4)  # of the axes C, D, H, W
-_ROW_ELEMENTS = 128  # a weight per sample is read as such where samples are at least this large, else expanded
+_ROW_ELEMENTS = (
+    128  # a weight per sample is read as such where samples are at least this large, else expanded
+)
 _SHARPEST = 1e-30  # lower temperatures act as this one, which already decides for 0, 1/2 or 1
 
 
@@ -133,7 +135,9 @@ def soft_target_focal_loss(
         check_device(name, "logits", x, first.device)
         check_device(name, "targets", y, first.device)
         if y.shape != x.shape:
-            raise ValueError(f"{name}: targets must have the shape of logits, {shape_of(x)}, got {shape_of(y)}")
+            raise ValueError(
+                f"{name}: targets must have the shape of logits, {shape_of(x)}, got {shape_of(y)}"
+            )
         check_no_grad(name, "targets", y)
     alpha0 = check_number(name, "alpha0", alpha0)
     alpha1 = check_number(name, "alpha1", alpha1)
@@ -166,7 +170,9 @@ def soft_target_focal_loss(
     dense_targets = [arrange(y, order) for y, order in zip(ys, orders, strict=True)]
     formula = rows, float(alpha0), float(alpha1), float(gamma)
     if reduction != "none":
-        return _sfl.reduced(dense, dense_targets, dense_weights, divisor, lam, index, formula, reduction == "mean")
+        return _sfl.reduced(
+            dense, dense_targets, dense_weights, divisor, lam, index, formula, reduction == "mean"
+        )
     losses = _sfl.elementwise(dense, dense_targets, dense_weights, lam, index, formula)
     losses = [restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
     return _like(logits, losses)
@@ -174,14 +180,22 @@ def soft_target_focal_loss(
 
 def _like(levels: Tensor | Sequence[Tensor], results: list[Tensor]) -> Tensor | Sequence[Tensor]:
     """The results in the structure of the argument."""
-    return results[0] if isinstance(levels, Tensor) else tuple(results) if isinstance(levels, tuple) else results
+    return (
+        results[0]
+        if isinstance(levels, Tensor)
+        else tuple(results)
+        if isinstance(levels, tuple)
+        else results
+    )
 
 
 def _levels(name: str, argument: str, value: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, Tensor) for v in value):
-        raise TypeError(f"{name}: {argument} must be a tensor or a list or tuple of tensors, got {kind_of(value)}")
+        raise TypeError(
+            f"{name}: {argument} must be a tensor or a list or tuple of tensors, got {kind_of(value)}"
+        )
     if not value:
         raise ValueError(f"{name}: {argument} must hold at least one tensor, got an empty sequence")
     return value
@@ -192,7 +206,11 @@ def _check_mix(
 ) -> tuple[Tensor | None, Tensor | None]:
     if mix is None:
         return None, None
-    if not isinstance(mix, (list, tuple)) or len(mix) != 2 or not all(isinstance(v, Tensor) for v in mix):
+    if (
+        not isinstance(mix, (list, tuple))
+        or len(mix) != 2
+        or not all(isinstance(v, Tensor) for v in mix)
+    ):
         raise TypeError(f"{name}: mix must be a pair of tensors (lam, index), got {kind_of(mix)}")
     lam, index = mix
     check_dtype(name, "mix lam", lam, FLOATS)
@@ -209,23 +227,35 @@ def _check_mix(
     return lam.contiguous(), index.contiguous()
 
 
-def _check_weight(name: str, weight: Tensor | Sequence[Tensor] | None, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _check_weight(
+    name: str, weight: Tensor | Sequence[Tensor] | None, xs: Sequence[Tensor]
+) -> Sequence[Tensor]:
     if weight is None:
         return []
     weights = [weight] * len(xs) if isinstance(weight, Tensor) else _levels(name, "weight", weight)
     if len(weights) != len(xs):
-        raise ValueError(f"{name}: weight must be one tensor or one per level, {len(xs)}, got {len(weights)}")
+        raise ValueError(
+            f"{name}: weight must be one tensor or one per level, {len(xs)}, got {len(weights)}"
+        )
     for w, x in zip(weights, xs, strict=True):
-        check_dtype(name, "weight", w, (weights[0].dtype,) if weights[0].dtype in _UNITS else _UNITS)
+        check_dtype(
+            name, "weight", w, (weights[0].dtype,) if weights[0].dtype in _UNITS else _UNITS
+        )
         check_device(name, "weight", w, x.device)
         check_no_grad(name, "weight", w)
-        fits = w.dim() <= x.dim() and all(a in (1, b) for a, b in zip(reversed(w.shape), reversed(x.shape)))  # noqa: B905
+        fits = w.dim() <= x.dim() and all(
+            a in (1, b) for a, b in zip(reversed(w.shape), reversed(x.shape), strict=False)
+        )
         if not fits:
-            raise ValueError(f"{name}: weight must broadcast to the logits' shape {shape_of(x)}, got {shape_of(w)}")
+            raise ValueError(
+                f"{name}: weight must broadcast to the logits' shape {shape_of(x)}, got {shape_of(w)}"
+            )
     return weights
 
 
-def _check_normalizer(name: str, normalizer: float | Tensor | None, reduction: str, x: Tensor) -> Tensor | None:
+def _check_normalizer(
+    name: str, normalizer: float | Tensor | None, reduction: str, x: Tensor
+) -> Tensor | None:
     if normalizer is None:
         return None
     if reduction != "mean":
@@ -240,7 +270,9 @@ def _check_normalizer(name: str, normalizer: float | Tensor | None, reduction: s
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
     normalizer = check_number(name, "normalizer", normalizer)
-    return x.new_ones((), dtype=compute_dtype(x.dtype)) * normalizer  # torch.full would compile anew for every number
+    return (
+        x.new_ones((), dtype=compute_dtype(x.dtype)) * normalizer
+    )  # torch.full would compile anew for every number
 
 
 def _is_per_sample(w: Tensor, x: Tensor) -> bool:
@@ -304,23 +336,31 @@ def predict_targets(
             expected = "[K, B, A, D, H, W] with K >= 1 the same at every level"
             raise ValueError(f"{name}: view_logits must be {expected}, got {shape_of(x)}")
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: no gradient to view_logits is offered, call it under torch.no_grad()")
+            raise ValueError(
+                f"{name}: no gradient to view_logits is offered, call it under torch.no_grad()"
+            )
     if not isinstance(flips, Tensor):
         raise TypeError(f"{name}: flips must be a tensor, got {kind_of(flips)}")
     check_dtype(name, "flips", flips, (torch.uint8,))
     check_device(name, "flips", flips, first.device)
     if flips.shape != first.shape[:1]:
-        raise ValueError(f"{name}: flips must have shape ({first.shape[0]},), one per view, got {shape_of(flips)}")
+        raise ValueError(
+            f"{name}: flips must have shape ({first.shape[0]},), one per view, got {shape_of(flips)}"
+        )
     check_number(name, "temperature", temperature)
     if not 0 < temperature <= 1:
         raise ValueError(f"{name}: temperature must be in (0, 1], got {temperature}")
     anchors_last = [x.shape[2] > 1 and x.stride(2) < x.stride(5) for x in levels]
     views = [
-        x.unsqueeze(2).movedim(3, 6) if last else x.unsqueeze(6) for x, last in zip(levels, anchors_last, strict=True)
+        x.unsqueeze(2).movedim(3, 6) if last else x.unsqueeze(6)
+        for x, last in zip(levels, anchors_last, strict=True)
     ]  # [K, B, 1, D, H, W, A] or [K, B, A, D, H, W, 1]
-    results = _targets.predict_targets(views, flips.contiguous(), max(float(temperature), _SHARPEST))
+    results = _targets.predict_targets(
+        views, flips.contiguous(), max(float(temperature), _SHARPEST)
+    )
     targets = [
-        y.movedim(5, 2).squeeze(1) if last else y.squeeze(5) for y, last in zip(results, anchors_last, strict=True)
+        y.movedim(5, 2).squeeze(1) if last else y.squeeze(5)
+        for y, last in zip(results, anchors_last, strict=True)
     ]
     return _like(view_logits, targets)
 
@@ -375,13 +415,20 @@ def sample_mixup(
         raise ValueError(f"{name}: eta must be > 0, got {eta}")
     if generator is not None:
         if not isinstance(generator, torch.Generator):
-            raise TypeError(f"{name}: generator must be a torch.Generator, got {kind_of(generator)}")
+            raise TypeError(
+                f"{name}: generator must be a torch.Generator, got {kind_of(generator)}"
+            )
         device = generator.device if device is None else torch.device(device)
-        if device.type != generator.device.type or device.index not in (None, generator.device.index):
+        if device.type != generator.device.type or device.index not in (
+            None,
+            generator.device.index,
+        ):
             raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
         device = generator.device
     # Devroye's draw: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2) of two uniform u and v
-    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(generator=generator)
+    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(
+        generator=generator
+    )
     odds = torch.expm1(-u.log() / eta) * torch.cos(2 * math.pi * v) ** 2
     lam = 0.5 + 0.5 * (1 + 1 / odds).rsqrt()
     index = torch.randperm(batch_size, generator=generator, device=device)
@@ -469,12 +516,23 @@ def mixup3d(
         volumes.requires_grad or (donors is not None and donors.requires_grad)
     )
     if differentiable and not dtype.is_floating_point:
-        raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached")
+        raise ValueError(
+            f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached"
+        )
 
     order = memory_order(volumes)
     axes = _FLIP_BITS if order is None else [_FLIP_BITS[d - 1] for d in order[1:]]
     own, other = arrange(volumes, order), None if donors is None else arrange(donors, order)
-    arguments = own, other, lam.contiguous(), index.contiguous(), own_flips, donor_flips, axes, window
+    arguments = (
+        own,
+        other,
+        lam.contiguous(),
+        index.contiguous(),
+        own_flips,
+        donor_flips,
+        axes,
+        window,
+    )
     if out is None:
         return restore(_mixup.mixed(*arguments, dtype), order)
     _check_out(name, out, volumes, dtype, differentiable)
@@ -499,15 +557,21 @@ def _check_per_sample(
         raise ValueError(f"{name}: {argument} must have shape ({batch},), got {shape_of(x)}")
 
 
-def _check_flips(name: str, flips: Any, volumes: Tensor, donors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _check_flips(
+    name: str, flips: Any, volumes: Tensor, donors: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     if flips is None:
         return None, None
     if donors is None:
         _check_per_sample(name, "flips", flips, volumes, (torch.uint8,), volumes.shape[0])
         return flips.contiguous(), None
     if not isinstance(flips, (list, tuple)) or len(flips) != 2:
-        raise TypeError(f"{name}: flips must be a pair where donors are given, got {kind_of(flips)}")
-    sides = zip(flips, ("flips of the volumes", "flips of the donors"), (volumes, donors), strict=True)
+        raise TypeError(
+            f"{name}: flips must be a pair where donors are given, got {kind_of(flips)}"
+        )
+    sides = zip(
+        flips, ("flips of the volumes", "flips of the donors"), (volumes, donors), strict=True
+    )
     for mask, argument, x in sides:
         if mask is not None:
             _check_per_sample(name, argument, mask, volumes, (torch.uint8,), x.shape[0])
@@ -515,26 +579,42 @@ def _check_flips(name: str, flips: Any, volumes: Tensor, donors: Tensor | None) 
     return None if own is None else own.contiguous(), None if donor is None else donor.contiguous()
 
 
-def _check_out(name: str, out: Tensor, volumes: Tensor, dtype: torch.dtype, differentiable: bool) -> None:
+def _check_out(
+    name: str, out: Tensor, volumes: Tensor, dtype: torch.dtype, differentiable: bool
+) -> None:
     check_tensor(name, "out", out)
     check_dtype(name, "out", out, (dtype,))
     check_device(name, "out", out, volumes.device)
     if out.shape != volumes.shape:
-        raise ValueError(f"{name}: out must have the shape of volumes, {shape_of(volumes)}, got {shape_of(out)}")
-    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"{name}: out must have an element of its own for each voxel, got strides {out.stride()}")
+        raise ValueError(
+            f"{name}: out must have the shape of volumes, {shape_of(volumes)}, got {shape_of(out)}"
+        )
+    if out.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: out must have an element of its own for each voxel, got strides {out.stride()}"
+        )
     if differentiable or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError(f"{name}: no gradient through out is offered, pass all tensors detached")
 
 
 def _check_overlap(name: str, argument: str, x: Tensor, out: Tensor) -> None:
     """Of contiguous tensors: the same voxels or apart. What is traced or has no data has no addresses."""
-    if torch.compiler.is_compiling() or x is out or x.is_meta or {type(x), type(out)} - {Tensor, Parameter}:
+    if (
+        torch.compiler.is_compiling()
+        or x is out
+        or x.is_meta
+        or {type(x), type(out)} - {Tensor, Parameter}
+    ):
         return
     begin, start = x.data_ptr(), out.data_ptr()
     if begin == start and x.shape == out.shape and x.element_size() == out.element_size():
         return
-    if begin < start + out.numel() * out.element_size() and start < begin + x.numel() * x.element_size():
+    if (
+        begin < start + out.numel() * out.element_size()
+        and start < begin + x.numel() * x.element_size()
+    ):
         raise ValueError(f"{name}: out may be {argument} itself but must not overlap it otherwise")
 
 
@@ -610,11 +690,15 @@ def crop_and_resize3d(
     name = "crop_and_resize3d"
     check_volumes(name, "volumes", volumes)
     if max(volumes.shape[2:]) > _LONGEST_AXIS:
-        raise ValueError(f"{name}: volumes must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(volumes)}")
+        raise ValueError(
+            f"{name}: volumes must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(volumes)}"
+        )
     _check_boxes(name, "boxes", boxes, volumes.device)
     size = _check_output_size(name, output_size)
     if clamp not in _CLAMPS:
-        raise ValueError(f"{name}: clamp must be one of {', '.join(map(repr, _CLAMPS))}, got {clamp!r}")
+        raise ValueError(
+            f"{name}: clamp must be one of {', '.join(map(repr, _CLAMPS))}, got {clamp!r}"
+        )
     window = check_window(name, window)
     dtype = result_dtype(name, dtype, volumes, window)
     if torch.is_grad_enabled() and volumes.requires_grad and not dtype.is_floating_point:
@@ -635,12 +719,16 @@ def _check_boxes(name: str, argument: str, boxes: Tensor, device: torch.device) 
 
 def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
     if not isinstance(output_size, (list, tuple)) or len(output_size) != 3:
-        raise TypeError(f"{name}: output_size must be three ints (d, h, w), got {kind_of(output_size)}")
+        raise TypeError(
+            f"{name}: output_size must be three ints (d, h, w), got {kind_of(output_size)}"
+        )
     for axis, size in zip("dhw", output_size, strict=True):
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"{name}: output_size {axis} must be an int, got {kind_of(size)}")
         if not 1 <= size <= _LONGEST_AXIS:
-            raise ValueError(f"{name}: output_size {axis} must be in [1, {_LONGEST_AXIS}], got {size}")
+            raise ValueError(
+                f"{name}: output_size {axis} must be in [1, {_LONGEST_AXIS}], got {size}"
+            )
     return list(output_size)
 
 
@@ -748,9 +836,18 @@ def object_mixup3d(
             f"floats, got {donors.dtype} for {volumes.dtype}"
         )
     dtype = result_dtype(name, dtype, volumes, window)
-    arguments = donors, boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous(), window, donor_window
+    arguments = (
+        donors,
+        boxes.contiguous(),
+        donor_boxes.contiguous(),
+        lam.contiguous(),
+        window,
+        donor_window,
+    )
     if out is None:
-        dense = volumes.is_contiguous() or volumes.is_contiguous(memory_format=torch.channels_last_3d)
+        dense = volumes.is_contiguous() or volumes.is_contiguous(
+            memory_format=torch.channels_last_3d
+        )
         return _objects.mixed(volumes if dense else volumes.contiguous(), *arguments, dtype)
     _check_out(name, out, volumes, dtype, False)
     if volumes.is_contiguous() and out.is_contiguous():
@@ -762,4 +859,6 @@ def object_mixup3d(
 def _check_object_source(name: str, argument: str, x: Tensor) -> None:
     check_no_grad(name, argument, x)
     if max(x.shape[2:]) > _LONGEST_AXIS:
-        raise ValueError(f"{name}: {argument} must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(x)}")
+        raise ValueError(
+            f"{name}: {argument} must have axes of at most {_LONGEST_AXIS} voxels, got {shape_of(x)}"
+        )

@@ -26,7 +26,13 @@ class SoftTargetFocalLoss(nn.Module):
         0
     """
 
-    def __init__(self, alpha0: float = 0.05, alpha1: float = 0.95, gamma: float = 2.0, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        alpha0: float = 0.05,
+        alpha1: float = 0.95,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
         self.alpha0, self.alpha1, self.gamma, self.reduction = alpha0, alpha1, gamma, reduction
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def crop_and_resize3d(volumes, boxes, output_size, *, clamp="box", window=None, dtype=None) -> Tensor:
+def crop_and_resize3d(
+    volumes, boxes, output_size, *, clamp="box", window=None, dtype=None
+) -> Tensor:
     """out[k, :, i, j, l] = sum over the 8 voxels around a sample of (1 - |dz|) (1 - |dy|) (1 - |dx|) f(voxel).
 
     Along an axis, sample i of n lies at start + (i + 0.5) (end - start) / n - 0.5, voxels at 0, 1, 2 ...; it is clamped
@@ -17,7 +19,11 @@ def crop_and_resize3d(volumes, boxes, output_size, *, clamp="box", window=None, 
     """
     crops = [_crop(volumes, box, output_size, clamp, window) for box in boxes]
     shape = (0, volumes.shape[1], *output_size)
-    out = torch.stack(crops) if crops else torch.zeros(shape, dtype=torch.float64, device=volumes.device)
+    out = (
+        torch.stack(crops)
+        if crops
+        else torch.zeros(shape, dtype=torch.float64, device=volumes.device)
+    )
     if dtype is None:
         dtype = torch.float32 if window and not volumes.is_floating_point() else volumes.dtype
     if not dtype.is_floating_point:
@@ -29,21 +35,27 @@ def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, window) -> Tens
     batch, *bounds = box.tolist()
     extents_are_finite = bool((box[4:] - box[1:4]).isfinite().all())  # as float32 has them
     if not (0 <= batch < len(volumes) and extents_are_finite and volumes[0, 0].numel()):
-        return torch.zeros(volumes.shape[1], *output_size, dtype=torch.float64, device=volumes.device)
+        return torch.zeros(
+            volumes.shape[1], *output_size, dtype=torch.float64, device=volumes.device
+        )
     volume = volumes[int(batch)].double()
     if window:
         low, high = window
         volume = ((volume - low) / (high - low)).clamp(0, 1)
     axes = [
         _positions(start, end, n, size, clamp, volume.device)
-        for start, end, n, size in zip(bounds[:3], bounds[3:], output_size, volume.shape[1:], strict=True)
+        for start, end, n, size in zip(
+            bounds[:3], bounds[3:], output_size, volume.shape[1:], strict=True
+        )
     ]
     out = 0.0
     for z, y, x in itertools.product(*([position.floor(), position.ceil()] for position in axes)):
         weight = 1.0
         for axis, position, voxel in zip((2, 1, 0), axes, (z, y, x), strict=True):
             # where a sample lies on a voxel, floor and ceil are one: half of the weight each
-            share = torch.where(position.floor() == position.ceil(), 0.5, 1 - (position - voxel).abs())
+            share = torch.where(
+                position.floor() == position.ceil(), 0.5, 1 - (position - voxel).abs()
+            )
             weight = weight * share.reshape(-1, *[1] * axis)
         voxels = volume[:, z.long()][:, :, y.long()][:, :, :, x.long()]
         out = out + weight * voxels
@@ -57,4 +69,6 @@ def _positions(start: float, end: float, n: int, size: int, clamp: str, device) 
         nearest = min(max(math.floor((start + end) / 2), 0), size - 1)
         first, last = (inside[0], inside[-1]) if inside else (nearest, nearest)
     positions = [start + (i + 0.5) * (end - start) / n - 0.5 for i in range(n)]
-    return torch.tensor([min(max(p, first), last) for p in positions], dtype=torch.float64, device=device)
+    return torch.tensor(
+        [min(max(p, first), last) for p in positions], dtype=torch.float64, device=device
+    )

@@ -8,7 +8,9 @@ from torch import Tensor
 from reference.crop_and_resize3d import crop_and_resize3d
 
 
-def object_mixup3d(volumes, boxes, donor_boxes, lam, *, donors=None, window=None, dtype=None) -> Tensor:
+def object_mixup3d(
+    volumes, boxes, donor_boxes, lam, *, donors=None, window=None, dtype=None
+) -> Tensor:
     """Voxels with centres in a target box become lam own + (1 - lam) donor, the donor cropped and resized to them.
 
     Both boxes are clipped to their volumes; a pair with a box that is empty, not finite or in no volume is left out.

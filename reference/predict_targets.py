@@ -7,7 +7,9 @@ from torch import Tensor
 def predict_targets(view_logits, flips, *, temperature=0.7) -> Tensor:
     """y^(1/T) / (y^(1/T) + (1 - y)^(1/T)) of the mean probability y; the larger of y and 1 - y is divided out."""
     if not isinstance(view_logits, Tensor):
-        return type(view_logits)(predict_targets(level, flips, temperature=temperature) for level in view_logits)
+        return type(view_logits)(
+            predict_targets(level, flips, temperature=temperature) for level in view_logits
+        )
     views = []
     for view, mask in zip(view_logits.double(), flips.tolist(), strict=True):
         axes = [axis for bit, axis in ((1, 2), (2, 3), (4, 4)) if mask & bit]

@@ -5,11 +5,22 @@ from torch import Tensor
 
 
 def soft_target_focal_loss(
-    logits, targets, *, alpha0=0.05, alpha1=0.95, gamma=2.0, weight=None, normalizer=None, mix=None, reduction="mean"
+    logits,
+    targets,
+    *,
+    alpha0=0.05,
+    alpha1=0.95,
+    gamma=2.0,
+    weight=None,
+    normalizer=None,
+    mix=None,
+    reduction="mean",
 ) -> Tensor:
     """[alpha0 + y (alpha1 - alpha0)] |y - p|^gamma (-y log p - (1 - y) log(1 - p)), p = sigmoid(x), in float64."""
     if not isinstance(logits, Tensor):
-        return _over_levels(logits, targets, alpha0, alpha1, gamma, weight, normalizer, mix, reduction)
+        return _over_levels(
+            logits, targets, alpha0, alpha1, gamma, weight, normalizer, mix, reduction
+        )
     x, y = logits.double(), targets.double()
     ignored = y < 0
     if mix is not None:
@@ -31,14 +42,18 @@ def soft_target_focal_loss(
         return loss
     if reduction == "sum":
         return loss.sum()
-    count = (~ignored).sum().double() if normalizer is None else torch.as_tensor(normalizer).double()
+    count = (
+        (~ignored).sum().double() if normalizer is None else torch.as_tensor(normalizer).double()
+    )
     return loss.sum() / count.clamp(min=1)
 
 
 def _over_levels(logits, targets, alpha0, alpha1, gamma, weight, normalizer, mix, reduction):
     weights = [weight] * len(logits) if weight is None or isinstance(weight, Tensor) else weight
     each = [
-        soft_target_focal_loss(x, y, alpha0=alpha0, alpha1=alpha1, gamma=gamma, weight=w, mix=mix, reduction="none")
+        soft_target_focal_loss(
+            x, y, alpha0=alpha0, alpha1=alpha1, gamma=gamma, weight=w, mix=mix, reduction="none"
+        )
         for x, y, w in zip(logits, targets, weights, strict=True)
     ]
     if reduction == "none":

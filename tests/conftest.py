@@ -36,7 +36,11 @@ def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
 
     for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
         cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
-        names = [n for n, f in vars(cpu).items() if n.startswith("launch_") and f.__module__ == cpu.__name__]
+        names = [
+            n
+            for n, f in vars(cpu).items()
+            if n.startswith("launch_") and f.__module__ == cpu.__name__
+        ]
         if names:  # an op; what ops share has none
             kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
             yield from ((cpu, name, getattr(kernels, name)) for name in names)

@@ -78,7 +78,9 @@ def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
             for part in pkgutil.iter_modules(fmkernels.cpu.__path__):
                 cpu = importlib.import_module(f"fmkernels.cpu.{part.name}")
                 if part.name != "compiled" and hasattr(cpu, "shared"):
-                    stack.enter_context(mock.patch.object(cpu, "shared", functools.partial(cut_small, cpu.shared)))
+                    stack.enter_context(
+                        mock.patch.object(cpu, "shared", functools.partial(cut_small, cpu.shared))
+                    )
         for function in CHECKS[name]:
             getattr(module, function)(case, "cpu")
 
@@ -104,8 +106,13 @@ def write_originals(folder: Path) -> dict[str, Path]:
     State(TINY, torch.device("cpu")).save(run / "checkpoint.pt", TINY, ["1.2.3"])
     (run / "config.json").write_text(json.dumps(asdict(TINY)))
     rows = "".join(f"{step},0.5,0.25,0.25,3,0.001,,{step}.5\n" for step in range(2, 9, 2))
-    (run / "metrics.csv").write_text("step,loss,loss_cls,loss_box,positives,lr,val_cpm,seconds\n" + rows)
-    write_candidates(run / "candidates.csv", {SCANS[0].uid: [[-160.5, -140.25, -280, 0.75], [-150, -130, -270, 0.5]]})
+    (run / "metrics.csv").write_text(
+        "step,loss,loss_cls,loss_box,positives,lr,val_cpm,seconds\n" + rows
+    )
+    write_candidates(
+        run / "candidates.csv",
+        {SCANS[0].uid: [[-160.5, -140.25, -280, 0.75], [-150, -130, -270, 0.5]]},
+    )
     return {
         "header": data / "subset0" / f"{SCANS[0].uid}.mhd",
         "annotations": data / "annotations.csv",
@@ -205,7 +212,9 @@ def guarded() -> Iterator[None]:
             limits = resource.getrlimit(resource.RLIMIT_AS)
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             stack.callback(resource.setrlimit, resource.RLIMIT_AS, limits)
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, limits[1]))
+            resource.setrlimit(
+                resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, limits[1])
+            )
         yield
 
 
@@ -214,13 +223,24 @@ def too_long(number: int, frame: object) -> None:
 
 
 DAMAGE = st.tuples(
-    st.sampled_from(["number", "flip", "cut", "lose", "double", "insert"]), st.integers(0, 10**6), st.integers(0, 511)
+    st.sampled_from(["number", "flip", "cut", "lose", "double", "insert"]),
+    st.integers(0, 10**6),
+    st.integers(0, 511),
 )
-NUMBERS = st.integers() | st.integers(-(10**30), 10**30) | st.floats() | st.sampled_from([0, 1, 2**31, 2**63, 10**400])
+NUMBERS = (
+    st.integers()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.sampled_from([0, 1, 2**31, 2**63, 10**400])
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.text(max_size=5), lambda part: st.lists(part, max_size=5), max_leaves=8
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda part: st.lists(part, max_size=5),
+    max_leaves=8,
 )
-SETTINGS = st.dictionaries(st.sampled_from([option.name for option in fields(Config)]), VALUES, min_size=1, max_size=2)
+SETTINGS = st.dictionaries(
+    st.sampled_from([option.name for option in fields(Config)]), VALUES, min_size=1, max_size=2
+)
 
 
 def file_cases(target: str) -> st.SearchStrategy:
@@ -274,7 +294,9 @@ def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int,
     and its first failure."""
     found = dict.fromkeys(targets, (0, ""))
     end, number = time.monotonic() + seconds, first
-    while number == first or (time.monotonic() < end and not all(failure for _, failure in found.values())):
+    while number == first or (
+        time.monotonic() < end and not all(failure for _, failure in found.values())
+    ):
         for target in targets:
             before, failure = found[target]
             if not failure and (number == first or time.monotonic() < end):
@@ -287,7 +309,9 @@ def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int,
 def main(argv: list[str] | None = None) -> int:
     """0 where all went well, else 1."""
     targets = [*CHECKS, *originals()[1]]
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, help="of the first round (default: the time)")
     parser.add_argument("--only", nargs="+", choices=targets, default=targets)

@@ -101,7 +101,9 @@ def test_a_provider_that_fails_in_a_round_fails_every_row():
 
 def test_a_provider_may_have_a_reference_of_its_own():
     other = Provider("three times", lambda x: x * 3, reference=lambda x: x.double() * 3)
-    both = comparison(Provider(OURS, double), other, phases=("forward", "backward", "both"), host=True, elements=5)
+    both = comparison(
+        Provider(OURS, double), other, phases=("forward", "backward", "both"), host=True, elements=5
+    )
     info = both.row("three times", "backward", min_rounds=2, max_time=0.0).info
     assert info["elements"] == 5 and info["host"] and info["median_s"] > 0
 
@@ -134,7 +136,11 @@ def test_the_wall_clock_waits_for_a_gpu(monkeypatch):
     run, _ = timed.ready(timed.providers[0])
     spans = run.round()
     begins, ends = waits[::2], waits[1::2]
-    assert len(begins) == len(ends) == 2 and timed.op == "double, wall time" and not any(timed.floor.values())
+    assert (
+        len(begins) == len(ends) == 2
+        and timed.op == "double, wall time"
+        and not any(timed.floor.values())
+    )
     for phase, begin, end in zip(("forward", "both"), begins, ends, strict=True):
         assert begin <= spans[phase][0] < end <= spans[phase][1]
 
@@ -200,10 +206,18 @@ UNCOUNTED = {"bytes_per_s": None, "share_of_copy": None}
 
 def run_of(rows: list[dict]) -> dict:
     return {
-        "machine_info": {"cpu": {}, "processor": "A processor", "threads": 1, "versions": {"torch": "2"}},
+        "machine_info": {
+            "cpu": {},
+            "processor": "A processor",
+            "threads": 1,
+            "versions": {"torch": "2"},
+        },
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-11-23T12:00:00",
-        "left_out": {"timm": "could not import 'timm': No module named 'timm'", "growing, of 2": "no time was left"},
+        "left_out": {
+            "timm": "could not import 'timm': No module named 'timm'",
+            "growing, of 2": "no time was left",
+        },
         "benchmarks": [{"extra_info": row} for row in rows],
     }
 
@@ -218,19 +232,31 @@ ROWS = [
 def test_each_kind_of_op_has_its_panel():
     panels = {axes.get_title().split(":")[0]: axes for axes in plot.figure(ROWS, "title").axes}
     counted, uncounted, growing = panels["counted"], panels["uncounted"], panels["growing, forward"]
-    assert [(line.get_label(), *line.get_xdata()) for line in counted.lines] == [(OURS, 25), ("rival", 25)]
+    assert [(line.get_label(), *line.get_xdata()) for line in counted.lines] == [
+        (OURS, 25),
+        ("rival", 25),
+    ]
     assert "copy" in counted.get_xlabel()
     assert [(*line.get_xdata(), *line.get_ydata()) for line in uncounted.lines] == [(3, 0), (9, 1)]
     assert uncounted.get_xlabel() == "milliseconds"
     lines = {line.get_label(): line for line in growing.lines}
-    assert list(lines[OURS].get_xdata()) == [1, 10, 1000] and list(lines["rival"].get_ydata()) == [2, 20, 2000]
+    assert list(lines[OURS].get_xdata()) == [1, 10, 1000] and list(lines["rival"].get_ydata()) == [
+        2,
+        20,
+        2000,
+    ]
     assert growing.get_xscale() == growing.get_yscale() == "log"
 
 
 def test_every_workload_is_drawn_in_the_phase_that_holds_all_of_it():
-    trained = [row("op", "trained", OURS, 1.0, phase=phase) for phase in ("forward", "backward", "both")]
+    trained = [
+        row("op", "trained", OURS, 1.0, phase=phase) for phase in ("forward", "backward", "both")
+    ]
     (axes,) = plot.figure([*trained, row("op", "other", OURS, 4.0)], "title").axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["trained, forward and backward", "other, forward"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "trained, forward and backward",
+        "other, forward",
+    ]
     assert list(axes.lines[0].get_ydata()) == [0, 1]
 
 
@@ -242,11 +268,18 @@ def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
     missing = tmp_path / "missing.json"
     assert plot.main([str(path) for path in (missing, empty, broken, good)]) == 1
     out, err = capsys.readouterr()
-    assert [line.split(":")[0] for line in err.splitlines()] == [str(missing), str(empty), str(broken)]
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        str(missing),
+        str(empty),
+        str(broken),
+    ]
     assert "| counted | one | forward | rival | 8.000 |" in out and "| 4.00 |  | 7 |" in out
     assert "A copy moves 20.0 GB/s with 2 CPU threads." in out
     assert "No time was left: growing, of 2. Not installed: timm." in out
-    assert good.with_suffix(".png").stat().st_size > 10_000 and good.with_suffix(".md").read_text() in out
+    assert (
+        good.with_suffix(".png").stat().st_size > 10_000
+        and good.with_suffix(".md").read_text() in out
+    )
     assert plot.main([str(good)]) == 0
 
 
@@ -263,30 +296,41 @@ def test_the_short_table_holds_ours_to_the_best_of_each_kind(tmp_path):
     text = plot.speed(run_of([*RIVALS, *ROWS]))
     cells = "2 | 2.0 | 4.5, eager | 2.5, best eager | 2.0, torch.compile | 3.5, monai | 25.0 |"
     assert f"| `mixup3d` | float32 8 x 96^3 | forward | {cells}\n" in text
-    assert text.count("`mixup3d`") == 2 and "`mixup3d` 2.0." in text and "Not installed: timm." in text
+    assert (
+        text.count("`mixup3d`") == 2 and "`mixup3d` 2.0." in text and "Not installed: timm." in text
+    )
     path, readme = tmp_path / "run.json", tmp_path / "README.md"
     path.write_text(json.dumps(run_of(RIVALS)))
     readme.write_text("before\n<!-- speed: run.json -->\nold\n<!-- end of speed -->\nafter\n")
     for _ in range(2):
         assert plot.main([str(path), "--readme", str(readme)]) == 0
         assert "old" not in readme.read_text() and "4.5, eager" in readme.read_text()
-        assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+        assert readme.read_text().startswith("before\n") and readme.read_text().endswith(
+            "\nafter\n"
+        )
     readme.write_text("without markers")
-    assert plot.main([str(path), "--readme", str(readme)]) == 1 and readme.read_text() == "without markers"
+    assert (
+        plot.main([str(path), "--readme", str(readme)]) == 1
+        and readme.read_text() == "without markers"
+    )
 
 
 def test_the_short_table_asks_for_rows_that_there_are():
     every = {(c.op, c.workload): c for suite in SUITES for c in suite.EVERY}
     for op, workload, phase, plain in plot.SPEED:
         for each in (every[op, workload], every[op, f"{workload}, one thread"]):
-            assert phase in each.floor and plain in [provider.name for provider in each.providers], each
+            assert phase in each.floor and plain in [
+                provider.name for provider in each.providers
+            ], each
 
 
 def test_the_readme_has_the_table_of_every_committed_run():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"<!-- speed: (\S+) -->\n(.*?)<!-- end of speed -->", readme, re.S))
     found = sorted(ROOT.glob("benchmarks/results/*/benchmarks.json"))
-    runs = {path.relative_to(ROOT).as_posix(): path for path in found if path.parent.name != "local"}
+    runs = {
+        path.relative_to(ROOT).as_posix(): path for path in found if path.parent.name != "local"
+    }
     assert runs.keys() == {name for name, block in blocks.items() if block}
     for name, path in runs.items():
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -299,11 +343,32 @@ def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_p
     suite, report = tmp_path / "bench_small.py", tmp_path / "run.json"
     suite.write_text(SUITE)
     (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, suite]
-    options = ["-o", "python_files=bench_*.py", "--benchmark-max-time=0", f"--benchmark-json={report}"]
-    outer = {name for name in os.environ if name.startswith("PYTEST_")}  # under xdist, the plugin measures nothing
-    environment = {name: os.environ[name] for name in os.environ.keys() - outer} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*pytest_, *options], cwd=ROOT, env=environment, text=True, capture_output=True)
+    pytest_ = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        suite,
+    ]
+    options = [
+        "-o",
+        "python_files=bench_*.py",
+        "--benchmark-max-time=0",
+        f"--benchmark-json={report}",
+    ]
+    outer = {
+        name for name in os.environ if name.startswith("PYTEST_")
+    }  # under xdist, the plugin measures nothing
+    environment = {name: os.environ[name] for name in os.environ.keys() - outer} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [*pytest_, *options], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
     assert "1 failed, 1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
     run = json.loads(report.read_text())
     absent = "could not import 'absent_rival': No module named 'absent_rival'"
@@ -326,7 +391,9 @@ def test_the_calls_for_a_sanitizer_agree_with_the_reference(capsys):
 @pytest.mark.skipif(on_gpu(), reason="the kernels of a GPU are not to run")
 def test_the_calls_for_a_sanitizer_launch_every_kernel(monkeypatch):
     launched = set()
-    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **__: launched.add(kernel.fn))
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda kernel, *_, **__: launched.add(kernel.fn)
+    )
     for cpu, name, launch in launches():
         monkeypatch.setattr(cpu, name, launch)
     for each in device_checks.comparisons():
@@ -361,7 +428,13 @@ def test_large_checks_hold_and_notice(monkeypatch, capsys):
     monkeypatch.setattr(device_checks, "PIECE", 2**14)
     device_checks.large(2**16 + 2**14)
     assert capsys.readouterr().out.count("81,920 elements") == len(device_checks.LARGE) == 5
-    names = ["soft_target_focal_loss", "predict_targets", "mixup3d", "crop_and_resize3d", "object_mixup3d"]
+    names = [
+        "soft_target_focal_loss",
+        "predict_targets",
+        "mixup3d",
+        "crop_and_resize3d",
+        "object_mixup3d",
+    ]
     for check, name in zip(device_checks.LARGE, names, strict=True):
         function = getattr(device_checks, name)
 

@@ -17,7 +17,10 @@ def bounds() -> dict[str, str]:
     needed = re.findall(r"(?:install_requires=|\"train\": )\[(.+?)\]", source, re.S)
     triton = re.findall(r"triton>=[\d.]+", source)
     assert len(needed) == 2 and len(triton) == 1
-    return {name.lower(): bound for name, bound in re.findall(r"([\w-]+)>=([\d.]+)", "".join([*needed, *triton]))}
+    return {
+        name.lower(): bound
+        for name, bound in re.findall(r"([\w-]+)>=([\d.]+)", "".join([*needed, *triton]))
+    }
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
@@ -30,5 +33,7 @@ def test_the_oldest_versions_are_the_lower_bounds():
 def test_the_newest_versions_are_within_the_ranges():
     newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
     for name, bound in bounds().items():
-        assert [int(part) for part in newest[name].split(".")] >= [int(part) for part in bound.split(".")], name
+        assert [int(part) for part in newest[name].split(".")] >= [
+            int(part) for part in bound.split(".")
+        ], name
         assert newest[name] != oldest[name], name

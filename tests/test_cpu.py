@@ -18,7 +18,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import fmkernels.cpu
-from fmkernels import crop_and_resize3d, mixup3d, object_mixup3d, predict_targets, soft_target_focal_loss
+from fmkernels import (
+    crop_and_resize3d,
+    mixup3d,
+    object_mixup3d,
+    predict_targets,
+    soft_target_focal_loss,
+)
 from fmkernels.cpu import arithmetic
 from fmkernels.cpu.compiled import _Pool, compiled, shared
 
@@ -31,7 +37,9 @@ WINDOW = (-1000.0, 400.0)
 
 def loss(reduction):
     logits = (VOLUMES / 500).requires_grad_()
-    losses = soft_target_focal_loss(logits, VOLUMES.abs() / 2000, mix=(LAM, INDEX), reduction=reduction)
+    losses = soft_target_focal_loss(
+        logits, VOLUMES.abs() / 2000, mix=(LAM, INDEX), reduction=reduction
+    )
     return losses.detach(), *torch.autograd.grad(losses.sum(), logits)
 
 
@@ -44,16 +52,22 @@ def crop():
 def mix():
     volumes, flips = VOLUMES.float().requires_grad_(), torch.tensor([0, 3, 5, 6], dtype=torch.uint8)
     mixed = mixup3d(volumes, LAM, INDEX, flips=flips)
-    return mixup3d(VOLUMES, LAM, INDEX, window=WINDOW), *torch.autograd.grad(mixed.square().sum(), volumes)
+    return mixup3d(VOLUMES, LAM, INDEX, window=WINDOW), *torch.autograd.grad(
+        mixed.square().sum(), volumes
+    )
 
 
 CALLS = {
     "soft_target_focal_loss mean": lambda: loss("mean"),
     "soft_target_focal_loss none": lambda: loss("none"),
-    "predict_targets": lambda: (predict_targets((VOLUMES / 500)[:, None], torch.tensor([0, 1, 6, 7]).byte()),),
+    "predict_targets": lambda: (
+        predict_targets((VOLUMES / 500)[:, None], torch.tensor([0, 1, 6, 7]).byte()),
+    ),
     "mixup3d": mix,
     "crop_and_resize3d": crop,
-    "object_mixup3d": lambda: (object_mixup3d(VOLUMES, BOXES, BOXES.flip(0), torch.full((16,), 0.6), window=WINDOW),),
+    "object_mixup3d": lambda: (
+        object_mixup3d(VOLUMES, BOXES, BOXES.flip(0), torch.full((16,), 0.6), window=WINDOW),
+    ),
 }
 
 
@@ -125,7 +139,9 @@ class Calls(torch.utils.data.Dataset):
 
 def forks(test):
     """For a test that forks a process which has threads, as PyTorch's loaders do."""
-    test = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")(test)
+    test = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")(
+        test
+    )
     return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(test)
 
 
@@ -133,7 +149,9 @@ def forks(test):
 def test_forked_workers_of_a_parent_that_has_threads(threads):
     threads(2)
     alone = [call() for call in CALLS.values()]
-    loader = DataLoader(Calls(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(
+        Calls(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
     for results, expected in zip(loader, alone, strict=True):
         assert equal(results, expected)
 
@@ -163,7 +181,13 @@ def test_a_later_process_compiles_only_what_has_changed(tmp_path):
     paths = os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": paths}
     printed = [
-        subprocess.run([sys.executable, "-c", line], env=environment, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", line],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for line in (code, code, changed)
     ]
     assert printed == ["6 1\n", "6 0\n", "6 1\n"]
@@ -178,7 +202,10 @@ def test_compiles_where_nothing_can_be_kept():
 
 def test_a_missing_numba_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(ImportError, match=r"^fmkernels: operations on the CPU need numba \(pip install numba\): .+$"):
+    with pytest.raises(
+        ImportError,
+        match=r"^fmkernels: operations on the CPU need numba \(pip install numba\): .+$",
+    ):
         runpy.run_path(fmkernels.cpu.__file__)
 
 
@@ -191,8 +218,12 @@ def loop_of(function):
     return loop
 
 
-EVERY = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)  # of all signs, sizes and NaN
-SPECIAL = np.array([0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 2**-126, 88.73, -103.97], np.float32)
+EVERY = (
+    np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+)  # of all signs, sizes and NaN
+SPECIAL = np.array(
+    [0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 2**-126, 88.73, -103.97], np.float32
+)
 CLOSE = np.linspace(-3, 3, 200_003).astype(np.float32)
 
 
@@ -243,10 +274,14 @@ def test_bfloat16_is_read_and_rounded_as_torch_does():
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8])
 def test_integers_round_to_nearest_even_and_saturate(dtype):
     limits = torch.iinfo(dtype)
-    x = torch.cat([torch.arange(-1000, 1000) / 4, torch.tensor([np.inf, -np.inf, 1e9, -1e9, 40000.0, np.nan])])
+    x = torch.cat(
+        [torch.arange(-1000, 1000) / 4, torch.tensor([np.inf, -np.inf, 1e9, -1e9, 40000.0, np.nan])]
+    )
     result = torch.empty(len(x), dtype=dtype)
     convert(arithmetic.stored(x), arithmetic.stored(result))
-    assert torch.equal(result, x.nan_to_num(nan=0.0).round().clamp(limits.min, limits.max).to(dtype))
+    assert torch.equal(
+        result, x.nan_to_num(nan=0.0).round().clamp(limits.min, limits.max).to(dtype)
+    )
 
 
 def test_an_interrupted_call_leaves_no_thread_at_work(monkeypatch):
@@ -275,7 +310,9 @@ def test_without_threads_the_caller_does_it_all(monkeypatch):
     done, pool = [], _Pool()
     monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    monkeypatch.setattr(
+        threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread"))
+    )
     shared(lambda start, end: done.append((start, end)), 9, 1)
     assert done == [(0, 3), (3, 6), (6, 9)]
     assert not pool.threads and pool.calls.empty()

@@ -39,7 +39,9 @@ def two_layers_per_program(monkeypatch):
 def make(shape, dtype=torch.float32, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+        return (
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+        )
     low = 0 if dtype == torch.uint8 else -50
     return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
 
@@ -67,10 +69,14 @@ def assert_right(result, volumes, boxes, size, **arguments):
     """Within the tolerance of its type; integers are the nearest ones to the exact value."""
     arguments["dtype"] = torch.float64
     exact = reference.crop_and_resize3d(volumes, boxes, size, **arguments)
-    slack = coordinate_error(volumes.shape, boxes)[:, None, None, None, None] * spread(volumes, arguments.get("window"))
+    slack = coordinate_error(volumes.shape, boxes)[:, None, None, None, None] * spread(
+        volumes, arguments.get("window")
+    )
     error = (result.double() - exact).abs()
     if result.dtype.is_floating_point:
-        single = result.dtype == torch.float64 and volumes.dtype != torch.float64  # arithmetic was float32
+        single = (
+            result.dtype == torch.float64 and volumes.dtype != torch.float64
+        )  # arithmetic was float32
         rtol, atol = TOLERANCE[torch.float32 if single else result.dtype]
         limit = atol + rtol * exact.abs()
     else:
@@ -83,7 +89,9 @@ def assert_right(result, volumes, boxes, size, **arguments):
 def compare(volumes, boxes, size, **arguments):
     result = crop_and_resize3d(volumes, boxes, size, **arguments)
     assert result.shape == (len(boxes), volumes.shape[1], *size) and result.is_contiguous()
-    assert_right(result, volumes, boxes, size, **{k: v for k, v in arguments.items() if k != "dtype"})
+    assert_right(
+        result, volumes, boxes, size, **{k: v for k, v in arguments.items() if k != "dtype"}
+    )
     return result
 
 
@@ -106,7 +114,10 @@ def test_float64_on_the_cpu_is_exact(clamp):
 @pytest.mark.parametrize("result", VOXELS)
 @pytest.mark.parametrize("dtype", VOXELS)
 def test_every_pair_of_types(path, dtype, result):
-    volumes, boxes = make((1, 1, 3, 4, 5), dtype, path.device), boxes_of([[0, -0.4, 0.7, 1, 2.2, 3, 5.5]], path.device)
+    volumes, boxes = (
+        make((1, 1, 3, 4, 5), dtype, path.device),
+        boxes_of([[0, -0.4, 0.7, 1, 2.2, 3, 5.5]], path.device),
+    )
     for window in (None, WINDOW):
         assert compare(volumes, boxes, (2, 3, 3), window=window, dtype=result).dtype == result
 
@@ -115,19 +126,35 @@ def test_every_pair_of_types(path, dtype, result):
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 5, 2), (7, 1, 1), (3, 13, 11), (2, 2, 131)])
 def test_sizes_of_crops(path, size, clamp):
     """Of one voxel, of more layers than a program has, of more positions than a program has."""
-    compare(make((2, 2, 5, 6, 7), device=path.device), boxes_of(BOXES[1:3], path.device), size, clamp=clamp)
+    compare(
+        make((2, 2, 5, 6, 7), device=path.device),
+        boxes_of(BOXES[1:3], path.device),
+        size,
+        clamp=clamp,
+    )
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (5, 1, 2), (1, 7, 1)])
 def test_sizes_of_volumes(path, shape, clamp):
-    compare(make((2, 1, *shape), device=path.device), boxes_of(BOXES, path.device), (2, 3, 2), clamp=clamp)
+    compare(
+        make((2, 1, *shape), device=path.device),
+        boxes_of(BOXES, path.device),
+        (2, 3, 2),
+        clamp=clamp,
+    )
 
 
-@pytest.mark.parametrize("block", [launch.block for launch in tuning.TABLE["crop_and_resize3d"].values()])
+@pytest.mark.parametrize(
+    "block", [launch.block for launch in tuning.TABLE["crop_and_resize3d"].values()]
+)
 def test_production_launch_parameters(path, block, monkeypatch):
-    monkeypatch.setitem(tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: tuning.Launch(block=block, num_warps=4)})
-    compare(make((2, 1, 5, 6, 7), device=path.device), boxes_of(BOXES[1:2], path.device), (11, 12, 12))
+    monkeypatch.setitem(
+        tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: tuning.Launch(block=block, num_warps=4)}
+    )
+    compare(
+        make((2, 1, 5, 6, 7), device=path.device), boxes_of(BOXES[1:2], path.device), (11, 12, 12)
+    )
 
 
 def test_coordinates_are_half_pixel(path):
@@ -150,7 +177,9 @@ def test_coordinates_are_half_pixel(path):
 
 def test_clamps_at_the_ends_of_the_volume(path):
     ramp = torch.arange(4.0, device=path.device).reshape(1, 1, 1, 1, 4)
-    boxes = boxes_of([[0, 0, 0, -2, 1, 1, 6], [0, 0, 0, -9, 1, 1, -5], [0, 0, 0, 7, 1, 1, 9]], path.device)
+    boxes = boxes_of(
+        [[0, 0, 0, -2, 1, 1, 6], [0, 0, 0, -9, 1, 1, -5], [0, 0, 0, 7, 1, 1, 9]], path.device
+    )
     for clamp in CLAMPS:
         crops = crop_and_resize3d(ramp, boxes, (1, 1, 8), clamp=clamp).flatten(1).tolist()
         assert crops == [[0, 0, 0, 1, 2, 3, 3, 3], [0] * 8, [3] * 8]
@@ -178,13 +207,17 @@ def test_identity_crop_is_exact(path, dtype):
     volumes = make((2, 1, 3, 4, 5), dtype, path.device)
     if dtype.is_floating_point:
         limit = torch.finfo(dtype)
-        volumes[0, 0, 0, 0, :5] = torch.tensor([math.inf, limit.max, limit.min, limit.tiny, -math.inf])
+        volumes[0, 0, 0, 0, :5] = torch.tensor(
+            [math.inf, limit.max, limit.min, limit.tiny, -math.inf]
+        )
         volumes[1, 0, 1, 1, 1] = math.nan
     boxes = boxes_of([[1, 0, 0, 0, 3, 4, 5], [0, 0, 0, 0, 3, 4, 5]], path.device)
     for clamp in CLAMPS:
         crops = crop_and_resize3d(volumes, boxes, (3, 4, 5), clamp=clamp)
         torch.testing.assert_close(crops, volumes[[1, 0]], rtol=0, atol=0, equal_nan=True)
-        part = crop_and_resize3d(volumes, boxes_of([[0, 1, 0, 2, 3, 4, 4]], path.device), (2, 4, 2), clamp=clamp)
+        part = crop_and_resize3d(
+            volumes, boxes_of([[0, 1, 0, 2, 3, 4, 4]], path.device), (2, 4, 2), clamp=clamp
+        )
         assert torch.equal(part, volumes[:1, :, 1:3, :, 2:4])
 
 
@@ -193,15 +226,22 @@ def test_identity_crop_is_exact_whatever_the_extent():
     for dtype in (torch.float32, torch.float64):
         volumes = make((1, 1, 2, 49, 107), dtype)
         volumes[0, 0, 1, 9, 11] = math.inf
-        assert torch.equal(crop_and_resize3d(volumes, boxes_of([[0, 0, 0, 0, 2, 49, 107]]), (2, 49, 107)), volumes)
+        assert torch.equal(
+            crop_and_resize3d(volumes, boxes_of([[0, 0, 0, 0, 2, 49, 107]]), (2, 49, 107)), volumes
+        )
 
 
 def test_scaling_volume_and_box_changes_nothing(path):
     fine = (torch.arange(16.0, device=path.device) + 0.5) / 2 - 0.5
-    volumes = torch.arange(8.0, device=path.device).expand(1, 1, 8, 8, 8), fine.expand(1, 1, 16, 16, 16)
+    volumes = (
+        torch.arange(8.0, device=path.device).expand(1, 1, 8, 8, 8),
+        fine.expand(1, 1, 16, 16, 16),
+    )
     box = torch.tensor([[0, 2, 3, 1.5, 5, 6, 6.25]], device=path.device)
     crops = [
-        crop_and_resize3d(volume, torch.cat([box[:, :1], box[:, 1:] * scale], 1), (2, 2, 5), clamp="volume")
+        crop_and_resize3d(
+            volume, torch.cat([box[:, :1], box[:, 1:] * scale], 1), (2, 2, 5), clamp="volume"
+        )
         for volume, scale in zip(volumes, (1, 2), strict=True)
     ]
     assert_close(*crops)
@@ -229,17 +269,30 @@ def test_equals_grid_sample(path, size):
     crops = crop_and_resize3d(volumes, boxes, size, clamp="volume")
     for box, crop in zip(boxes.double(), crops, strict=True):
         axes = [
-            2 * (start + (torch.arange(n, dtype=torch.float64, device=path.device) + 0.5) * (end - start) / n) / extent
+            2
+            * (
+                start
+                + (torch.arange(n, dtype=torch.float64, device=path.device) + 0.5)
+                * (end - start)
+                / n
+            )
+            / extent
             - 1
-            for start, end, n, extent in zip(box[1:4], box[4:], size, volumes.shape[2:], strict=True)
+            for start, end, n, extent in zip(
+                box[1:4], box[4:], size, volumes.shape[2:], strict=True
+            )
         ]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)
         volume = volumes[int(box[0])].double()
-        expected = F.grid_sample(volume[None], grid[None], padding_mode="border", align_corners=False)
+        expected = F.grid_sample(
+            volume[None], grid[None], padding_mode="border", align_corners=False
+        )
         assert_close(crop[None], expected)
 
 
-@pytest.mark.parametrize("box", [[0, 0.3, 1.25, 0.5, 4.75, 4.5, 6.5], [0, 1.5, 2.25, 3.125, 3.5, 2.75, 5.75]])
+@pytest.mark.parametrize(
+    "box", [[0, 0.3, 1.25, 0.5, 4.75, 4.5, 6.5], [0, 1.5, 2.25, 3.125, 3.5, 2.75, 5.75]]
+)
 def test_equals_simple_itk(path, box):
     sitk = pytest.importorskip("SimpleITK")
     volume, size = make((1, 1, 5, 6, 7), torch.float64, path.device), (2, 3, 6)
@@ -248,19 +301,27 @@ def test_equals_simple_itk(path, box):
     resample.SetInterpolator(sitk.sitkLinear)
     resample.SetSize(size[::-1])
     resample.SetOutputSpacing(steps[::-1])
-    resample.SetOutputOrigin([start + 0.5 * step - 0.5 for start, step in zip(box[1:4], steps, strict=True)][::-1])
-    expected = sitk.GetArrayFromImage(resample.Execute(sitk.GetImageFromArray(volume[0, 0].cpu().numpy())))
+    resample.SetOutputOrigin(
+        [start + 0.5 * step - 0.5 for start, step in zip(box[1:4], steps, strict=True)][::-1]
+    )
+    expected = sitk.GetArrayFromImage(
+        resample.Execute(sitk.GetImageFromArray(volume[0, 0].cpu().numpy()))
+    )
     crops = crop_and_resize3d(volume, boxes_of([box], path.device), size, clamp="volume")
     assert_close(crops[0, 0].cpu(), torch.from_numpy(expected), torch.float32)
 
 
 def test_equals_roi_align(path):
-    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed", exc_type=ImportError)
+    ops = pytest.importorskip(
+        "torchvision.ops", reason="torchvision is not installed", exc_type=ImportError
+    )
     slices = make((2, 3, 6, 7), device=path.device)
     boxes = boxes_of([[1, 0, 1.2, 0.7, 1, 4.9, 6.1], [0, 0, 2, 1, 1, 5, 4.5]], path.device)
     rois = boxes[:, [0, 3, 2, 6, 5]]
     expected = ops.roi_align(slices, rois, (3, 4), sampling_ratio=1, aligned=True)
-    assert_close(crop_and_resize3d(slices[:, :, None], boxes, (1, 3, 4), clamp="volume")[:, :, 0], expected)
+    assert_close(
+        crop_and_resize3d(slices[:, :, None], boxes, (1, 3, 4), clamp="volume")[:, :, 0], expected
+    )
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
@@ -276,7 +337,10 @@ def test_unusable_boxes_give_zeros(path, clamp):
     bad += [[0, -inf, 0, 0, inf, 3, 4], [0, inf, 0, 0, inf, 3, 4], [0, 0, -3e38, 0, 2, 3e38, 4]]
     volumes = make((2, 1, 2, 3, 4), device=path.device).add_(9)
     good = boxes_of([[1, *whole], [0.75, *whole]], path.device)
-    for rows in (torch.cat([good[:1], boxes_of(bad, path.device), good[1:]]), boxes_of(bad, path.device)):
+    for rows in (
+        torch.cat([good[:1], boxes_of(bad, path.device), good[1:]]),
+        boxes_of(bad, path.device),
+    ):
         leaf = volumes.clone().requires_grad_()
         crops = crop_and_resize3d(leaf, rows, (2, 3, 4), clamp=clamp)
         kept = torch.cat([crops[:1], crops[-1:]]) if len(rows) > len(bad) else crops[:0]
@@ -290,7 +354,8 @@ def test_huge_boxes(path):
     """Finite, however large: what is far beyond the volume is its end."""
     ramp = torch.arange(4.0, device=path.device).reshape(1, 1, 1, 1, 4)
     boxes = boxes_of(
-        [[0, 0, 0, -1e38, 1, 1, 1e38], [0, 0, 0, 1e38, 1, 1, 2e38], [0, 0, 0, -3e38, 1, 1, -3e38]], path.device
+        [[0, 0, 0, -1e38, 1, 1, 1e38], [0, 0, 0, 1e38, 1, 1, 2e38], [0, 0, 0, -3e38, 1, 1, -3e38]],
+        path.device,
     )
     for clamp in CLAMPS:
         crops = crop_and_resize3d(ramp, boxes, (1, 1, 2), clamp=clamp)
@@ -308,11 +373,14 @@ def test_a_box_far_into_a_long_volume_keeps_its_fraction(path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "count"), [((0, 1, 2, 3, 4), 2), ((2, 0, 2, 3, 4), 2), ((2, 1, 0, 3, 4), 2), ((2, 1, 2, 3, 4), 0)]
+    ("shape", "count"),
+    [((0, 1, 2, 3, 4), 2), ((2, 0, 2, 3, 4), 2), ((2, 1, 0, 3, 4), 2), ((2, 1, 2, 3, 4), 0)],
 )
 def test_empty(path, shape, count):
     volumes = make(shape, device=path.device).requires_grad_()
-    crops = crop_and_resize3d(volumes, boxes_of([[0, 0, 0, 0, 2, 3, 4]] * count, path.device), (2, 1, 3), window=WINDOW)
+    crops = crop_and_resize3d(
+        volumes, boxes_of([[0, 0, 0, 0, 2, 3, 4]] * count, path.device), (2, 1, 3), window=WINDOW
+    )
     assert crops.shape == (count, shape[1], 2, 1, 3) and (crops == 0).all()
     crops.sum().backward()
     assert volumes.grad.shape == shape and (volumes.grad == 0).all()
@@ -338,24 +406,37 @@ def test_strided_input(path, layout):
             before = volumes.clone()
             crops = compare(volumes, boxes, (2, 3, 5), window=window)
             assert torch.equal(volumes, before)
-            assert torch.equal(crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window))
+            assert torch.equal(
+                crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window)
+            )
 
 
 def test_strided_input_is_not_copied(path, monkeypatch):
     volumes = make((2, 2, 5, 6, 7), device=path.device).to(memory_format=torch.channels_last_3d)
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied")
+    )
     crop_and_resize3d(volumes, boxes_of(BOXES[:1], path.device), (2, 3, 5))
 
 
 def test_integers_round_to_even_and_saturate(path):
     def half_way(a, b, dtype, result=None):
-        volumes = torch.tensor([a, b], dtype=dtype, device=path.device).reshape(2, -1).T.reshape(1, 1, -1, 1, 2)
+        volumes = (
+            torch.tensor([a, b], dtype=dtype, device=path.device)
+            .reshape(2, -1)
+            .T.reshape(1, 1, -1, 1, 2)
+        )
         box = boxes_of([[0, 0, 0, 0, len(a), 1, 2]], path.device)
         return crop_and_resize3d(volumes, box, (len(a), 1, 1), dtype=result).flatten().tolist()
 
     assert half_way([0, 1, 2, 3, -1, -2], [1, 2, 3, 4, 0, -1], torch.int16) == [0, 2, 2, 4, 0, -2]
     assert half_way([0, 1, 2, 253], [1, 2, 3, 254], torch.uint8) == [0, 2, 2, 254]
-    assert half_way([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], torch.float32, torch.uint8) == [255, 0, 255, 0]
+    assert half_way([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], torch.float32, torch.uint8) == [
+        255,
+        0,
+        255,
+        0,
+    ]
     big = [1e30, -1e30, math.inf, -math.inf, math.nan]
     for dtype in (torch.float32, torch.float64):
         assert half_way(big, big, dtype, torch.int16) == [32767, -32768, 32767, -32768, 0]
@@ -366,7 +447,10 @@ def test_what_is_not_finite_stays_where_it_is(path):
     volumes[0, 0, 1, 2, 3] = math.nan
     volumes[0, 0, 3, 4, 5] = math.inf
     volumes[0, 0, 0, 0, 0] = -math.inf
-    boxes = boxes_of([[0, 0, 0, 0, 4, 5, 6], [0, 1, 1, 1, 4, 5, 6], [0, 0.25, -0.5, 0.125, 3.5, 5.25, 6]], path.device)
+    boxes = boxes_of(
+        [[0, 0, 0, 0, 4, 5, 6], [0, 1, 1, 1, 4, 5, 6], [0, 0.25, -0.5, 0.125, 3.5, 5.25, 6]],
+        path.device,
+    )
     for dtype in FLOATS:
         for window in (None, WINDOW):
             crops = compare(volumes.to(dtype), boxes, (2, 5, 8), window=window)
@@ -374,7 +458,9 @@ def test_what_is_not_finite_stays_where_it_is(path):
 
 
 def test_windows_far_from_zero_and_narrow(path):
-    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(1, 1, 2, 2, 8)
+    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(
+        1, 1, 2, 2, 8
+    )
     boxes = boxes_of([[0, 0, 0, 1.3, 2, 1.7, 7.2]], path.device)
     for window in ((30_000, 30_010), (30_000.25, 30_000.75), (-1e6, 1e6)):
         compare(volumes, boxes, (2, 2, 5), window=window)
@@ -382,13 +468,19 @@ def test_windows_far_from_zero_and_narrow(path):
 
 def test_whole_voxels_of_every_face_but_one():
     whole, volumes = [0, 1, 1, 1, 4, 5, 6], make((1, 1, 5, 6, 7))
-    for face, bound in ((i, b) for i in range(1, 7) for b in (whole[i] - 0.4, whole[i] + 0.4, whole[i] + 9, -2)):
+    for face, bound in (
+        (i, b) for i in range(1, 7) for b in (whole[i] - 0.4, whole[i] + 0.4, whole[i] + 9, -2)
+    ):
         compare(volumes, boxes_of([[*whole[:face], bound, *whole[face + 1 :]]]), (2, 3, 2))
 
 
 def test_large_boxes():
     volumes = make((1, 2, 70, 7, 90))
-    rows = [[0, 0.3, 0.2, 5.1, 69.4, 6.8, 88.2], [0, 0, 0, 0, 70, 7, 90], [0, 66.5, 1, 0, 3.2, 6, 88]]
+    rows = [
+        [0, 0.3, 0.2, 5.1, 69.4, 6.8, 88.2],
+        [0, 0, 0, 0, 70, 7, 90],
+        [0, 66.5, 1, 0, 3.2, 6, 88],
+    ]
     for size in ((3, 4, 5), (80, 3, 70)):
         for clamp in CLAMPS:
             compare(volumes, boxes_of(rows), size, clamp=clamp)
@@ -409,12 +501,20 @@ def gradients(function, volumes, boxes, size, upstream, **arguments):
 def compare_gradients(volumes, boxes, size, **arguments):
     upstream = make((len(boxes), volumes.shape[1], *size), volumes.dtype, volumes.device, seed=7)
     ours = gradients(crop_and_resize3d, volumes, boxes, size, upstream, **arguments)
-    exact = gradients(reference.crop_and_resize3d, volumes.double(), boxes, size, upstream, **arguments)
+    exact = gradients(
+        reference.crop_and_resize3d, volumes.double(), boxes, size, upstream, **arguments
+    )
     assert ours.dtype == volumes.dtype and ours.shape == volumes.shape
-    slope = 1 / (arguments["window"][1] - arguments["window"][0]) if arguments.get("window") else 1.0
-    moved = (coordinate_error(volumes.shape, boxes) * upstream.double().abs().flatten(1).sum(1)).sum()
+    slope = (
+        1 / (arguments["window"][1] - arguments["window"][0]) if arguments.get("window") else 1.0
+    )
+    moved = (
+        coordinate_error(volumes.shape, boxes) * upstream.double().abs().flatten(1).sum(1)
+    ).sum()
     rtol, atol = TOLERANCE[volumes.dtype]
-    assert ((ours.double() - exact).abs() <= (atol * 4 + moved) * max(slope, 1) + rtol * exact.abs()).all()
+    assert (
+        (ours.double() - exact).abs() <= (atol * 4 + moved) * max(slope, 1) + rtol * exact.abs()
+    ).all()
     return ours
 
 
@@ -429,27 +529,58 @@ def test_gradients_match_the_reference(path, dtype, window, clamp):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (6, 10, 2), (2, 3, 18)])
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 3)])
 def test_gradients_over_more_than_a_brick(path, shape, size):
-    rows = [[1, -1, 0.4, 0.2, 7, 9.7, 17.3], [1, 0, 0, 0, *shape], [0, 2.7, 9.3, 1.1, 0.6, 1.2, 16.2]]
+    rows = [
+        [1, -1, 0.4, 0.2, 7, 9.7, 17.3],
+        [1, 0, 0, 0, *shape],
+        [0, 2.7, 9.3, 1.1, 0.6, 1.2, 16.2],
+    ]
     for clamp in CLAMPS:
-        compare_gradients(make((2, 1, *shape), device=path.device), boxes_of(rows, path.device), size, clamp=clamp)
+        compare_gradients(
+            make((2, 1, *shape), device=path.device), boxes_of(rows, path.device), size, clamp=clamp
+        )
 
 
 def test_every_sample_is_given_away_whole(path):
     """The shares of a sample add up to 1, so the gradient of a volume adds up to the samples taken from it."""
-    spans = [(1.3, 17.9), (0, 20), (2.1, 3.4), (-4.7, 13.3), (19, 0.6), (-30, 55), (7.5, 7.5), (-3, -3), (9, 9.0001)]
-    volumes = torch.zeros(len(spans), 1, 1, 1, 20, dtype=torch.float64, device=path.device, requires_grad=True)
-    rows = boxes_of([[k, 0, 0, start, 1, 1, end] for k, (start, end) in enumerate(spans)], path.device)
+    spans = [
+        (1.3, 17.9),
+        (0, 20),
+        (2.1, 3.4),
+        (-4.7, 13.3),
+        (19, 0.6),
+        (-30, 55),
+        (7.5, 7.5),
+        (-3, -3),
+        (9, 9.0001),
+    ]
+    volumes = torch.zeros(
+        len(spans), 1, 1, 1, 20, dtype=torch.float64, device=path.device, requires_grad=True
+    )
+    rows = boxes_of(
+        [[k, 0, 0, start, 1, 1, end] for k, (start, end) in enumerate(spans)], path.device
+    )
     for n in (1, 7, 50):
         for clamp in CLAMPS:
             crops = crop_and_resize3d(volumes, rows, (1, 1, n), clamp=clamp)
             (gradient,) = torch.autograd.grad(crops.sum(), volumes)
-            torch.testing.assert_close(gradient.flatten(1).sum(1).cpu(), torch.full((len(spans),), n).double())
+            torch.testing.assert_close(
+                gradient.flatten(1).sum(1).cpu(), torch.full((len(spans),), n).double()
+            )
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_gradients_of_flat_boxes(path, clamp):
-    rows = [[0, 1, 1, 1, 1, 1, 1], [0, 1.25, -9, 2.5, 1.25, -9, 2.5], [0, 0.5, 3.75, 99, 0.5, 3.75, 99]]
-    compare_gradients(make((1, 1, 3, 4, 5), device=path.device), boxes_of(rows, path.device), (2, 1, 3), clamp=clamp)
+    rows = [
+        [0, 1, 1, 1, 1, 1, 1],
+        [0, 1.25, -9, 2.5, 1.25, -9, 2.5],
+        [0, 0.5, 3.75, 99, 0.5, 3.75, 99],
+    ]
+    compare_gradients(
+        make((1, 1, 3, 4, 5), device=path.device),
+        boxes_of(rows, path.device),
+        (2, 1, 3),
+        clamp=clamp,
+    )
 
 
 def test_gradients_of_many_boxes(path, monkeypatch):
@@ -464,7 +595,10 @@ def test_gradients_of_many_boxes(path, monkeypatch):
 @pytest.mark.parametrize("window", [None, (-2.0, 3.0)])
 def test_gradcheck(path, window, clamp):
     volumes = make((2, 1, 2, 2, 3), torch.float64, path.device).requires_grad_()
-    boxes = boxes_of([[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6], [2, 0, 0, 0, 1, 1, 1]], path.device)
+    boxes = boxes_of(
+        [[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6], [2, 0, 0, 0, 1, 1, 1]],
+        path.device,
+    )
     call = lambda x: crop_and_resize3d(x, boxes, (1, 3, 2), window=window, clamp=clamp)  # noqa: E731
     assert torch.autograd.gradcheck(call, volumes, fast_mode=path.name == "kernel")
 
@@ -478,7 +612,9 @@ def test_gradcheck_of_the_reference():
 
 
 def test_gradient_at_the_edges_of_the_window(path):
-    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(1, 1, 1, 1, 6)
+    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(
+        1, 1, 1, 1, 6
+    )
     values.requires_grad_()
     box = boxes_of([[0, 0, 0, 0, 1, 1, 6]], path.device)
     crop_and_resize3d(values, box, (1, 1, 6), window=(-1.0, 3.0)).sum().backward()
@@ -492,15 +628,23 @@ def test_an_infinite_gradient_stays_where_it_is(path):
         upstream = torch.ones_like(crops)
         upstream[0, 0, 1, 1, 1] = math.inf
         (gradient,) = torch.autograd.grad(crops, volumes, upstream)
-        exact = gradients(reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), upstream)
-        assert torch.equal(gradient.isfinite(), exact.isfinite()) and gradient.isfinite().sum() >= 28
+        exact = gradients(
+            reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), upstream
+        )
+        assert (
+            torch.equal(gradient.isfinite(), exact.isfinite()) and gradient.isfinite().sum() >= 28
+        )
 
 
 def test_gradient_through_a_cast_and_strided_tensors(path):
     for layout in ("channels last", "sliced"):
-        volumes = layouts(make((2, 2, 5, 6, 7), device=path.device))[layout].detach().requires_grad_()
+        volumes = (
+            layouts(make((2, 2, 5, 6, 7), device=path.device))[layout].detach().requires_grad_()
+        )
         boxes = boxes_of(BOXES[1:2], path.device)
-        crops = crop_and_resize3d(volumes, boxes, (2, 3, 2), dtype=torch.bfloat16, window=(-2.0, 3.0))
+        crops = crop_and_resize3d(
+            volumes, boxes, (2, 3, 2), dtype=torch.bfloat16, window=(-2.0, 3.0)
+        )
         crops.backward(torch.ones((), dtype=torch.bfloat16, device=path.device).expand(crops.shape))
         exact = volumes.detach().double().requires_grad_()
         reference.crop_and_resize3d(exact, boxes, (2, 3, 2), window=(-2.0, 3.0)).sum().backward()
@@ -515,7 +659,9 @@ def test_repeated_backward_is_the_same_bit_for_bit(path):
     upstream = make(crops.shape, device=path.device, seed=4)
     first = torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0]
     for _ in range(2):
-        assert torch.equal(torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0], first)
+        assert torch.equal(
+            torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0], first
+        )
 
 
 def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
@@ -550,7 +696,10 @@ def test_second_derivative_raises(path):
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     """Parts begin within a crop, and within a volume."""
     monkeypatch.setattr("fmkernels.cpu.crop_and_resize3d.LEAST", 1)
-    volumes, boxes = make((2, 2, 5, 6, 7)).requires_grad_(), boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]])
+    volumes, boxes = (
+        make((2, 2, 5, 6, 7)).requires_grad_(),
+        boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]]),
+    )
     upstream = make((len(boxes), 2, 3, 4, 5), seed=4)
     results = []
     threads = torch.get_num_threads()
@@ -561,7 +710,9 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
             results.append((crops, torch.autograd.grad(crops, volumes, upstream)[0]))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True)
+    )
 
 
 # --- torch.library, torch.compile ------------------------------------------------------------------------------------
@@ -574,14 +725,27 @@ def test_opcheck(path, clamp_box):
         make((2, 1, 3, 4, 5), device=path.device),
         boxes_of(BOXES[:2], path.device),
     )
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     rest = clamp_box, (-2.0, 3.0)
     arguments = volumes, boxes, (2, 1, 3), *rest, torch.bfloat16
     torch.library.opcheck(ops.crop_and_resize3d.default, arguments, test_utils=tests)
     upstream = make((2, 1, 2, 1, 3), device=path.device)
     for windowed in (volumes, None):
-        arguments = upstream, boxes, windowed, volumes.shape, *(rest if windowed is not None else (clamp_box, None))
-        torch.library.opcheck(ops.crop_and_resize3d_gradient.default, (*arguments, torch.float32), test_utils=tests)
+        arguments = (
+            upstream,
+            boxes,
+            windowed,
+            volumes.shape,
+            *(rest if windowed is not None else (clamp_box, None)),
+        )
+        torch.library.opcheck(
+            ops.crop_and_resize3d_gradient.default, (*arguments, torch.float32), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -615,7 +779,11 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
     [
         (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
         (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
-        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)", {"volumes": X[..., 0]}),
+        (
+            ValueError,
+            r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)",
+            {"volumes": X[..., 0]},
+        ),
         (
             ValueError,
             "volumes must have axes of at most 16777216 voxels",
@@ -631,7 +799,11 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
         (TypeError, "output_size must be three ints .*, got a tuple of 2", {"output_size": (3, 3)}),
         (TypeError, "output_size h must be an int, got float", {"output_size": (3, 3.0, 3)}),
         (TypeError, "output_size w must be an int, got bool", {"output_size": (3, 3, True)}),
-        (ValueError, r"output_size d must be in \[1, 16777216\], got 0", {"output_size": (0, 3, 3)}),
+        (
+            ValueError,
+            r"output_size d must be in \[1, 16777216\], got 0",
+            {"output_size": (0, 3, 3)},
+        ),
         (ValueError, "output_size w must be in .*, got -1", {"output_size": (3, 3, -1)}),
         (ValueError, "clamp must be one of 'box', 'volume', got 'border'", {"clamp": "border"}),
         (ValueError, "clamp must be one of 'box', 'volume', got None", {"clamp": None}),
@@ -661,8 +833,12 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
 # --- any case --------------------------------------------------------------------------------------------------------
 
 FINITE = st.floats(-4, 12, width=32)
-BOUND = st.one_of(FINITE, FINITE, FINITE.map(round), FINITE.map(lambda x: round(2 * x) / 2), st.floats(width=32))
-BATCH = st.one_of(st.integers(0, 2), st.integers(0, 1), st.sampled_from([-1.0, 0.5, 1.5, math.nan, math.inf, 1e9]))
+BOUND = st.one_of(
+    FINITE, FINITE, FINITE.map(round), FINITE.map(lambda x: round(2 * x) / 2), st.floats(width=32)
+)
+BATCH = st.one_of(
+    st.integers(0, 2), st.integers(0, 1), st.sampled_from([-1.0, 0.5, 1.5, math.nan, math.inf, 1e9])
+)
 CASE = st.fixed_dictionaries(
     {
         "batch": st.sampled_from([0, 1, 2]),
@@ -674,15 +850,21 @@ CASE = st.fixed_dictionaries(
         "result": st.sampled_from([None, None, *VOXELS]),
         "window": st.sampled_from([None, None, WINDOW, (-1, 1)]),
         "clamp": st.sampled_from(CLAMPS),
-        "layout": st.sampled_from(["contiguous", "contiguous", *layouts(torch.zeros(2, 2, 5, 6, 7))]),
+        "layout": st.sampled_from(
+            ["contiguous", "contiguous", *layouts(torch.zeros(2, 2, 5, 6, 7))]
+        ),
         "seed": st.integers(0, 2**16),
     }
 )
 
 
 def check_case(case, device="cpu"):
-    volumes = make((case["batch"], case["channels"], *case["shape"]), case["dtype"], device, case["seed"])
-    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(case["layout"], volumes)
+    volumes = make(
+        (case["batch"], case["channels"], *case["shape"]), case["dtype"], device, case["seed"]
+    )
+    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(
+        case["layout"], volumes
+    )
     boxes = boxes_of([list(box) for box in case["boxes"]], device)
     arguments = {"clamp": case["clamp"], "window": case["window"]}
     compare(volumes, boxes, case["size"], dtype=case["result"], **arguments)

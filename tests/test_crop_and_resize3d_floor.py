@@ -13,17 +13,28 @@ from tests.support.interpreter import KernelFault, checked
 from tests.support.plan import TARGETS, run_plan
 from tests.test_crop_and_resize3d import assert_right, boxes_of, make
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports")
+pytestmark = pytest.mark.skipif(
+    on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
+)
 
 WINDOW = (-2.0, 3.0)
-APART = [[0, 0, 1, 2, 3, 4, 6], [1, 2, 0, 0, 4, 3, 5], [0, 3, 0, 0, 4, 6, 2]]  # no two in the same voxels
+APART = [
+    [0, 0, 1, 2, 3, 4, 6],
+    [1, 2, 0, 0, 4, 3, 5],
+    [0, 3, 0, 0, 4, 6, 2],
+]  # no two in the same voxels
 
 
 def voxels_of(boxes):
-    return sum(math.prod(end - start for start, end in zip(box[1:4], box[4:], strict=True)) for box in boxes)
+    return sum(
+        math.prod(end - start for start, end in zip(box[1:4], box[4:], strict=True))
+        for box in boxes
+    )
 
 
-@pytest.mark.parametrize(("dtype", "result"), [(torch.float32, torch.float32), (torch.int16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "result"), [(torch.float32, torch.float32), (torch.int16, torch.bfloat16)]
+)
 def test_reads_the_voxels_of_the_boxes_and_writes_every_sample_once(dtype, result):
     volumes, size = make((2, 1, 4, 6, 7), dtype), (8, 8, 8)
     with checked() as report:
@@ -38,7 +49,10 @@ def test_reads_the_voxels_of_the_boxes_and_writes_every_sample_once(dtype, resul
 
 
 def test_unusable_boxes_read_nothing():
-    volumes, rows = make((2, 1, 4, 6, 7)), boxes_of([[2, 0, 0, 0, 1, 1, 1], [0, math.nan, 0, 0, 1, 1, 1]])
+    volumes, rows = (
+        make((2, 1, 4, 6, 7)),
+        boxes_of([[2, 0, 0, 0, 1, 1, 1], [0, math.nan, 0, 0, 1, 1, 1]]),
+    )
     with checked() as report:
         out = kernels.launch_crop_and_resize3d(volumes, rows, (2, 3, 4), True, None, torch.float32)
     assert report["volumes"].read == 0 and report.never_written("out") == 0 and (out == 0).all()
@@ -49,7 +63,13 @@ def test_the_gradient_reads_every_sample_and_writes_every_voxel_once(window):
     volumes, upstream = make((2, 1, 4, 6, 7)), torch.ones(3, 1, 5, 4, 6)
     with checked(windowed=volumes) as report:
         out = kernels.launch_crop_and_resize3d_gradient(
-            upstream, boxes_of(APART), volumes if window else None, volumes.shape, True, window, torch.float32
+            upstream,
+            boxes_of(APART),
+            volumes if window else None,
+            volumes.shape,
+            True,
+            window,
+            torch.float32,
         )
     assert report["upstream"].read_once == upstream.nbytes
     assert report["out"].written == report["out"].written_once == out.nbytes
@@ -61,11 +81,15 @@ def test_the_gradient_reads_every_sample_and_writes_every_voxel_once(window):
 @pytest.mark.parametrize("shuffle", [0, 1])
 @pytest.mark.parametrize("clamp", ["box", "volume"])
 def test_no_race_and_nothing_left_unwritten(clamp, shuffle):
-    rows = boxes_of([[0, -1.3, 0.2, 1.7, 5, 4.9, 9], [0, 0, 0, 0, 3, 4, 18], [1, 2.2, 3, 9.1, -1, 6.5, 4.2]])
+    rows = boxes_of(
+        [[0, -1.3, 0.2, 1.7, 5, 4.9, 9], [0, 0, 0, 0, 3, 4, 18], [1, 2.2, 3, 9.1, -1, 6.5, 4.2]]
+    )
     for shape, size in (((2, 1, 5, 9, 18), (3, 2, 3)), ((2, 2, 3, 4, 5), (1, 12, 12))):
         volumes = make(shape)
         with checked(shuffle=shuffle) as report:
-            out = kernels.launch_crop_and_resize3d(volumes, rows, size, clamp == "box", None, torch.float32)
+            out = kernels.launch_crop_and_resize3d(
+                volumes, rows, size, clamp == "box", None, torch.float32
+            )
         assert_right(out, volumes, rows, size, clamp=clamp)
         assert report.never_written("out") == 0
         with checked(shuffle=shuffle) as report:
@@ -126,7 +150,9 @@ def test_offsets_beyond_two_to_the_31():
     upstream[0, 0, 0, -9:, -17:] = 0
     upstream[0, 0, 0, -1, -3:] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)
     with checked(programs=[-1], races=False):
-        gradient = kernels.launch_crop_and_resize3d_gradient(upstream, whole, None, wide, True, None, torch.float16)
+        gradient = kernels.launch_crop_and_resize3d_gradient(
+            upstream, whole, None, wide, True, None, torch.float16
+        )
     assert gradient[0, 0, 0, -1, -3:].tolist() == [1, 2, 3]
 
 

@@ -24,11 +24,17 @@ def quotes() -> Iterator[tuple[Path, Path, dict[str, str]]]:
     """Page, quoted file and options of every include."""
     for page, text in PAGES.items():
         for file, options in QUOTE.findall(text):
-            yield page, (page.parent / file).resolve(), dict(re.findall(r"^:([\w-]+): ?\"?(.*?)\"?$", options, re.M))
+            yield (
+                page,
+                (page.parent / file).resolve(),
+                dict(re.findall(r"^:([\w-]+): ?\"?(.*?)\"?$", options, re.M)),
+            )
 
 
 def test_the_contents_and_the_pages_agree():
-    entries = re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*\n(.+?)```", PAGES[DOCS / "index.md"], re.M | re.S)
+    entries = re.findall(
+        r"^```\{toctree\}\n(?::[^\n]*\n)*\n(.+?)```", PAGES[DOCS / "index.md"], re.M | re.S
+    )
     listed = [DOCS / f"{entry}.md" for block in entries for entry in block.split()]
     assert sorted([*listed, DOCS / "index.md"]) == list(PAGES)
 
@@ -64,13 +70,17 @@ def test_every_example_is_shown():
     assert set((ROOT / "examples").glob("*.py")) <= shown
 
 
-@pytest.mark.parametrize(("page", "file", "options"), list(quotes()), ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("page", "file", "options"), list(quotes()), ids=lambda value: getattr(value, "name", "")
+)
 def test_what_is_quoted_is_there(page, file, options):
     if file.parent == DOCS / "generated":
         return
     text = file.read_text(encoding="utf-8")
     for option in ("start-after", "start-at", "end-before", "end-at"):
-        assert options.get(option, "") in text, f"{page.name}: {file.name} lacks {options[option]!r}"
+        assert options.get(option, "") in text, (
+            f"{page.name}: {file.name} lacks {options[option]!r}"
+        )
     assert f"\ndef {options.get('pyobject', '')}" in f"\ndef \n{text}"
 
 
@@ -85,7 +95,11 @@ def test_no_line_is_a_comment_to_the_site(path):
 
 def test_no_page_names_a_path_of_one_machine():
     sources = [*PAGES.values(), *(path.read_text(encoding="utf-8") for path in DOCS.glob("*.py"))]
-    assert not [found for text in sources for found in re.findall(r"(?:^|[\s\"'`(=])(?:/\w+){2,}|file://\S*", text)]
+    assert not [
+        found
+        for text in sources
+        for found in re.findall(r"(?:^|[\s\"'`(=])(?:/\w+){2,}|file://\S*", text)
+    ]
 
 
 class Assets(HTMLParser):
@@ -108,7 +122,13 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed; the extra fmkernels[docs] brings it")
     site = tmp_path / "site"
-    options = ("--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", str(tmp_path / "doctrees"))
+    options = (
+        "--fail-on-warning",
+        "--keep-going",
+        "--quiet",
+        "--doctree-dir",
+        str(tmp_path / "doctrees"),
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)],
@@ -123,7 +143,9 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         text = built.read_text(encoding="utf-8")
         assets = Assets()
         assets.feed(text)
-        assert len(assets.loaded) > 3 and not [asset for asset in assets.loaded if re.match(r"\w+:|//", asset)]
+        assert len(assets.loaded) > 3 and not [
+            asset for asset in assets.loaded if re.match(r"\w+:|//", asset)
+        ]
         for asset in assets.loaded:
             assert (built.parent / asset.partition("?")[0]).is_file(), asset
         assert "<math" in text or page.parent.name != "operations"

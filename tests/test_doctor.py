@@ -78,7 +78,11 @@ def test_a_wrong_operation_is_caught(monkeypatch, capsys, module, name, op, wron
     monkeypatch.setattr(module, name, off_by_a_little(getattr(module, name)))
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert f"WRONG {op} on cpu" in said and f"{wrong} is wrong: error" in said and said.count("WRONG") == 1
+    assert (
+        f"WRONG {op} on cpu" in said
+        and f"{wrong} is wrong: error" in said
+        and said.count("WRONG") == 1
+    )
     assert "1 of 6 self-tests failed" in said
 
 
@@ -113,7 +117,11 @@ def test_an_operation_that_raises_does_not_hide_the_others(monkeypatch, capsys):
     monkeypatch.setattr(functional, "mixup3d", broken)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "RuntimeError: no kernel image\n" in said and "for this device" not in said and said.count("ok   ") == 5
+    assert (
+        "RuntimeError: no kernel image\n" in said
+        and "for this device" not in said
+        and said.count("ok   ") == 5
+    )
 
 
 def test_without_triton_a_gpu_says_so(monkeypatch):
@@ -127,7 +135,9 @@ def test_without_triton_a_gpu_says_so(monkeypatch):
     assert result.problem == missing
 
 
-@pytest.mark.parametrize(("architecture", "row"), [("gfx942", "row gfx942"), ("sm_75", "row default")])
+@pytest.mark.parametrize(
+    ("architecture", "row"), [("gfx942", "row gfx942"), ("sm_75", "row default")]
+)
 def test_rows_of_the_launch_table(monkeypatch, architecture, row):
     monkeypatch.setattr(doctor.tuning, "architecture", lambda device: architecture)
     launch = doctor._launch("crop_and_resize3d", CPU)
@@ -148,4 +158,6 @@ sys.exit(main(["doctor"]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "triton is not installed" in done.stdout
-    assert "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; the extra" in done.stdout
+    assert (
+        "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; the extra" in done.stdout
+    )

@@ -34,7 +34,11 @@ def on_the_cpu(monkeypatch):
 
 def test_replace_focal_loss(capsys):
     after = run("replace_focal_loss")  # compares values and gradients itself
-    assert after["loss"].isfinite() and not after["logits"].grad[:, :, 0].any() and after["logits"].grad.any()
+    assert (
+        after["loss"].isfinite()
+        and not after["logits"].grad[:, :, 0].any()
+        and after["logits"].grad.any()
+    )
     assert "hard targets" in capsys.readouterr().out
 
 
@@ -42,7 +46,11 @@ def test_mixup_loader():
     after = run("mixup_loader")
     losses = after["losses"]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
-    assert after["mixed"].dtype == torch.float32 and after["mixed"].min() >= 0 and after["mixed"].max() <= 1
+    assert (
+        after["mixed"].dtype == torch.float32
+        and after["mixed"].min() >= 0
+        and after["mixed"].max() <= 1
+    )
 
 
 def test_augment_ct():
@@ -87,11 +95,19 @@ def test_compiled_step():
 
 def test_ddp():
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/ddp.py"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "examples/ddp.py",
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
@@ -106,17 +122,24 @@ def test_monai_focalmix():
         pytest.skip("MONAI's detector needs a torchvision that loads with this torch")
     after = run("monai_focalmix")
     assert falls(after["losses"])
-    assert after["weight"] == 1 and all(y["anchor_targets"].shape == (2 * (4**3 + 2**3), 1) for y in after["found"])
+    assert after["weight"] == 1 and all(
+        y["anchor_targets"].shape == (2 * (4**3 + 2**3), 1) for y in after["found"]
+    )
 
 
 def test_the_diff_of_the_readme_is_the_example():
     """Its lines that stay or are new are lines of the example, in this order; the new ones are marked there."""
-    (diff,) = re.findall(r"^```diff\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (diff,) = re.findall(
+        r"^```diff\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     example = iter((EXAMPLES / "monai_focalmix.py").read_text(encoding="utf-8").splitlines())
     shown = [line for line in diff.splitlines() if line[0] in "+ "]
     assert sum(line[0] == "+" for line in shown) > 5
     for line in shown:
-        assert any(code.split("  #")[0] == line[1:] and (line[0] == " " or "# +" in code) for code in example), line
+        assert any(
+            code.split("  #")[0] == line[1:] and (line[0] == " " or "# +" in code)
+            for code in example
+        ), line
 
 
 def test_every_example_is_tested_and_short():
@@ -124,14 +147,21 @@ def test_every_example_is_tested_and_short():
     for path in EXAMPLES.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert f"def test_{path.stem}(" in tests
-        assert 20 <= len(lines) <= (80 if path.stem == "monai_focalmix" else 40), f"{path.name} has {len(lines)} lines"
+        assert 20 <= len(lines) <= (80 if path.stem == "monai_focalmix" else 40), (
+            f"{path.name} has {len(lines)} lines"
+        )
 
 
 def test_python_in_the_readme():
-    blocks = re.findall(r"^```python\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     given = {
         "torch": torch,
-        "logits": [torch.zeros(2, 3, 4, 4, 4, requires_grad=True), torch.zeros(2, 3, 2, 2, 2, requires_grad=True)],
+        "logits": [
+            torch.zeros(2, 3, 4, 4, 4, requires_grad=True),
+            torch.zeros(2, 3, 2, 2, 2, requires_grad=True),
+        ],
         "targets": [torch.rand(2, 3, 4, 4, 4), torch.rand(2, 3, 2, 2, 2)],
         "number_of_positives": torch.tensor(5),
         "view_logits": torch.zeros(4, 2, 3, 4, 4, 4),

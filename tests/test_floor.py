@@ -9,7 +9,9 @@ import triton
 from tests.support import floor, on_gpu
 from tests.support.plan import run_plan
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="without a GPU: the interpreter counts, the compilers report")
+pytestmark = pytest.mark.skipif(
+    on_gpu(), reason="without a GPU: the interpreter counts, the compilers report"
+)
 
 COMMITTED = json.loads((floor.DOCS / "floor.json").read_text(encoding="utf-8"))
 AGAIN = "If this is meant, write the table anew with `make floor` and commit it."
@@ -19,7 +21,9 @@ AGAIN = "If this is meant, write the table anew with `make floor` and commit it.
 def test_no_figure_gets_worse(op):
     for variant in run_plan(f"tests.plans.{op}").variants:
         for target, code in variant.on.items():
-            assert code.spill_bytes == code.stack_bytes == 0, f"{variant.kernel} ({variant.case}) on {target}"
+            assert code.spill_bytes == code.stack_bytes == 0, (
+                f"{variant.kernel} ({variant.case}) on {target}"
+            )
     committed = {row["case"]: row for row in COMMITTED["rows"] if row["op"] == op}
     rows = floor.rows(op)
     assert [row.case for row in rows] == list(committed), AGAIN
@@ -41,7 +45,9 @@ def test_a_worse_figure_is_noticed(name):
     bad, good = (lower, higher) if name == "width" else (higher, lower)
     assert floor.worse(row, old) == floor.worse(replace(row, **{name: good}), old) == []
     assert len(floor.worse(replace(row, **{name: bad}), old)) == 1
-    assert len(floor.worse(replace(row, **{name: bad}), old, same_compiler=False)) == (name not in floor.COMPILED)
+    assert len(floor.worse(replace(row, **{name: bad}), old, same_compiler=False)) == (
+        name not in floor.COMPILED
+    )
 
 
 FLAWS = {

@@ -52,7 +52,9 @@ def test_autocast_changes_no_gradient(name):
 def test_a_forward_mode_derivative_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: no forward-mode derivative by .* is offered"):
         torch.func.jvp(CALLS[name], (VOLUMES,), (torch.ones_like(VOLUMES),))
-    assert torch.func.jvp(lambda x: x * CALLS[name](VOLUMES).sum(), (LAM,), (LAM,))[1].isfinite().all()
+    assert (
+        torch.func.jvp(lambda x: x * CALLS[name](VOLUMES).sum(), (LAM,), (LAM,))[1].isfinite().all()
+    )
 
 
 def test_a_tangent_of_the_shares_is_refused():
@@ -108,8 +110,16 @@ def test_memory_of_another_width_is_refused():
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
-        (TypeError, "dtype must be float16 or .* got 'float32'", lambda: mixup3d(VOLUMES, LAM, INDEX, dtype="float32")),
-        (ValueError, "window must be at least", lambda: mixup3d(VOLUMES, LAM, INDEX, window=(0, 1e-40))),
+        (
+            TypeError,
+            "dtype must be float16 or .* got 'float32'",
+            lambda: mixup3d(VOLUMES, LAM, INDEX, dtype="float32"),
+        ),
+        (
+            ValueError,
+            "window must be at least",
+            lambda: mixup3d(VOLUMES, LAM, INDEX, window=(0, 1e-40)),
+        ),
     ],
 )
 def test_errors(error, words, call):

@@ -13,14 +13,20 @@ def test_five_seconds_find_nothing(capsys):
     code = fuzz.main(["--minutes", f"{5 / 60}", "--seed", "1"])
     report = capsys.readouterr().out
     assert code == 0, report
-    counts = {line.split()[0]: int(line.split()[1]) for line in report.splitlines() if line.endswith(" cases")}
+    counts = {
+        line.split()[0]: int(line.split()[1])
+        for line in report.splitlines()
+        if line.endswith(" cases")
+    }
     assert counts.pop("all") == sum(counts.values())
     assert counts.keys() == {*fuzz.CHECKS, *fuzz.originals()[1]} and all(counts.values())
     assert {*functional.__all__} <= counts.keys()
 
 
 def test_every_target_is_tried_before_the_time_counts():
-    assert all(found == (1, "") for found in fuzz.fuzz(0, 1, ["sample_mixup", "config", "header"]).values())
+    assert all(
+        found == (1, "") for found in fuzz.fuzz(0, 1, ["sample_mixup", "config", "header"]).values()
+    )
 
 
 def test_what_fails_is_made_small_after_the_end(monkeypatch):
@@ -60,7 +66,9 @@ def test_a_wrong_operation_is_found(monkeypatch, capsys):
         again(report)
 
 
-@pytest.mark.parametrize("error", [KeyError("steps"), RecursionError(), MemoryError(), TimeoutError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("steps"), RecursionError(), MemoryError(), TimeoutError()]
+)
 def test_an_unexpected_exception_is_found(monkeypatch, capsys, error):
     stock = fuzz.load_config
 
@@ -97,7 +105,9 @@ def test_what_hangs_or_takes_memory_is_stopped(monkeypatch):
 @pytest.mark.parametrize("kind", ["number", "flip", "cut", "lose", "double", "insert"])
 def test_damage_is_done_anywhere_and_the_file_is_whole_again_afterwards(kind):
     content = b"a 12 b 3.5e2 c"
-    results = {fuzz.damaged(content, kind, place, token) for place in range(40) for token in range(40)}
+    results = {
+        fuzz.damaged(content, kind, place, token) for place in range(40) for token in range(40)
+    }
     assert len(results - {content}) > 2
     _, paths, contents = fuzz.originals()
     fuzz.check("config", {"damage": [(kind, 17, 3)]})

@@ -45,9 +45,13 @@ def test_a_stage_is_cut_and_the_next_has_its_own_time(stubborn, tmp_path, monkey
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if stubborn else "pass"
     # a worker that outlives the stage and keeps its output open does not hold the run up
     worker = "subprocess.Popen(['sleep', '8'], start_new_session=True)" if stubborn else "pass"
-    slow = python(f"import signal, subprocess, time; {ignore}; {worker}; print('begun', flush=True); time.sleep(20)")
+    slow = python(
+        f"import signal, subprocess, time; {ignore}; {worker}; print('begun', flush=True); time.sleep(20)"
+    )
     began = time.monotonic()
-    done = run([Stage("slow", slow, 1.5), Stage("next", python("print(1)"), 15)], tmp_path / "run.json", {})
+    done = run(
+        [Stage("slow", slow, 1.5), Stage("next", python("print(1)"), 15)], tmp_path / "run.json", {}
+    )
     assert time.monotonic() - began < 8
     assert [stage["outcome"] for stage in done.values()] == ["timed out", "passed"]
     assert done["slow"]["last_line"] in ("begun", "KeyboardInterrupt")
@@ -64,7 +68,11 @@ def test_time_left_over_goes_to_the_next_and_none_is_borrowed(tmp_path, monkeypa
     clock = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(gpu, "_run", fake)
-    run([Stage("quick", [], 10), Stage("slow", [], 20), Stage("late", [], 4)], tmp_path / "run.json", {})
+    run(
+        [Stage("quick", [], 10), Stage("slow", [], 20), Stage("late", [], 4)],
+        tmp_path / "run.json",
+        {},
+    )
     assert given == [10, 29, -2]
     monkeypatch.undo()
     assert gpu._run(Stage("late", python("print(1)"), 4), -2)["outcome"] == "left out"
@@ -75,15 +83,22 @@ def test_the_stages_are_what_is_asked_for_and_take_less_than_9_minutes(tmp_path,
     every = stages(tmp_path)
     assert sum(stage.seconds for stage in every) + gpu.GRACE < 9 * 60
     names = [stage.name for stage in every]
-    assert names[:5] == ["tests", "memcheck", "racecheck", "graphs", "large"] and names[-2:] == ["tuning", "plots"]
-    suites = {path.stem.removeprefix("bench_") for path in (gpu.ROOT / "benchmarks").glob("bench_*.py")}
+    assert names[:5] == ["tests", "memcheck", "racecheck", "graphs", "large"] and names[-2:] == [
+        "tuning",
+        "plots",
+    ]
+    suites = {
+        path.stem.removeprefix("bench_") for path in (gpu.ROOT / "benchmarks").glob("bench_*.py")
+    }
     assert suites == set(names[5:-2]) == set(gpu.SUITES)
     assert [stage.name for stage in every if stage.missing] == ["memcheck", "racecheck"]
     monkeypatch.setattr(gpu, "_sanitizer", lambda: "compute-sanitizer")
     assert not [stage for stage in stages(tmp_path) if stage.missing]
 
 
-@pytest.mark.parametrize(("outcome", "code"), [("passed", 0), ("skipped", 0), ("failed", 1), ("timed out", 1)])
+@pytest.mark.parametrize(
+    ("outcome", "code"), [("passed", 0), ("skipped", 0), ("failed", 1), ("timed out", 1)]
+)
 def test_the_exit_code_says_how_it_went(outcome, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test (9)")

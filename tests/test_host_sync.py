@@ -40,7 +40,9 @@ def soft_target_focal_loss():
             )
             losses = [loss] if isinstance(loss, torch.Tensor) else loss
             for _ in range(2):
-                torch.autograd.backward(losses, [torch.ones_like(v) for v in losses], retain_graph=True)
+                torch.autograd.backward(
+                    losses, [torch.ones_like(v) for v in losses], retain_graph=True
+                )
         with torch.no_grad():
             functional.soft_target_focal_loss(logits, targets)
 
@@ -67,7 +69,9 @@ def mixup3d():
 def crop_and_resize3d():
     for clamp in ("box", "volume"):
         volumes = leaf(2, 3, 4, 4, 8)
-        functional.crop_and_resize3d(volumes, BOXES, (2, 3, 5), clamp=clamp, window=WINDOW).sum().backward()
+        functional.crop_and_resize3d(
+            volumes, BOXES, (2, 3, 5), clamp=clamp, window=WINDOW
+        ).sum().backward()
     scans = torch.zeros(2, 1, 4, 4, 8, dtype=torch.int16)
     functional.crop_and_resize3d(scans, BOXES, (4, 4, 4), window=WINDOW, dtype=torch.bfloat16)
 
@@ -77,7 +81,9 @@ def object_mixup3d():
     functional.object_mixup3d(volumes, BOXES, BOXES, LAM)
     functional.object_mixup3d(volumes, BOXES, BOXES, LAM, out=volumes)
     functional.object_mixup3d(volumes, BOXES, BOXES, LAM, donors=volumes.clone(), out=volumes)
-    functional.object_mixup3d(volumes.short(), BOXES, BOXES, LAM, window=WINDOW, dtype=torch.bfloat16)
+    functional.object_mixup3d(
+        volumes.short(), BOXES, BOXES, LAM, window=WINDOW, dtype=torch.bfloat16
+    )
 
 
 CALLS = {f.__name__: f for f in (soft_target_focal_loss, predict_targets, sample_mixup, mixup3d, crop_and_resize3d,
@@ -101,7 +107,9 @@ def test_no_operation_waits_for_the_device(op, kernels_at_rest):
     assert kernels_at_rest or op == "sample_mixup"
 
 
-@pytest.mark.parametrize("line", ["loss.item()", "loss.cpu()", "loss.nonzero()", "bool(loss)", "loss.tolist()"])
+@pytest.mark.parametrize(
+    "line", ["loss.item()", "loss.cpu()", "loss.nonzero()", "bool(loss)", "loss.tolist()"]
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_an_operation_that_waits_is_caught(line, direction, kernels_at_rest, monkeypatch):
     """A wait planted in the launch code of the loss, or in that of its backward."""

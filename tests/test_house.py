@@ -26,7 +26,13 @@ ALLOWED = {
     "functional": {"ops", "checks", "dtypes", "layout"},
     "nn": {"functional"},
     "doctor": {"functional", "kernels"},
-    "focalmix": {"cpu", "doctor", "focalmix", "functional", "nn"},  # cpu: the detector's normalisation, which is no op
+    "focalmix": {
+        "cpu",
+        "doctor",
+        "focalmix",
+        "functional",
+        "nn",
+    },  # cpu: the detector's normalisation, which is no op
     "integrations": {"functional", "nn"},
     "__init__": {"functional", "nn"},
     "__main__": {"focalmix"},
@@ -41,7 +47,9 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
+            base = ".".join(
+                (*package[: len(package) - node.level + 1], *filter(None, [node.module]))
+            )
             name = base if node.level else node.module
             found |= {f"{name}.{alias.name}" for alias in node.names}
     return found
@@ -52,46 +60,69 @@ def modules() -> list[Path]:
 
 
 def with_examples() -> list[Path]:
-    return [path for path in modules() if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.M)]
+    return [
+        path for path in modules() if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.M)
+    ]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     used = {name.split(".")[1] for name in imports(path) if name.startswith("fmkernels.")}
-    inside = {name for name in used if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+    inside = {
+        name for name in used if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    }
     assert inside <= ALLOWED[part], f"{path.name} imports {sorted(inside - ALLOWED[part])}"
     assert used - inside <= {*fmkernels.__all__, "__version__"}
 
 
 def test_only_kernels_import_triton():
     users = {
-        path.relative_to(PACKAGE).parts[0] for path in modules() if any("triton" in n.split(".") for n in imports(path))
+        path.relative_to(PACKAGE).parts[0]
+        for path in modules()
+        if any("triton" in n.split(".") for n in imports(path))
     }
     assert users <= {"kernels"}
 
 
 def test_only_integrations_import_monai():
-    users = {path for path in modules() if any(name.split(".")[0] == "monai" for name in imports(path))}
+    users = {
+        path for path in modules() if any(name.split(".")[0] == "monai" for name in imports(path))
+    }
     assert users == {PACKAGE / "integrations" / "monai.py"}
 
 
 def test_nothing_outside_of_tests_and_benchmarks_uses_the_reference():
-    assert not [path for path in modules() if any(n.split(".")[0] in ("reference", "tests") for n in imports(path))]
+    assert not [
+        path
+        for path in modules()
+        if any(n.split(".")[0] in ("reference", "tests") for n in imports(path))
+    ]
 
 
 def test_no_file_that_is_read_can_run_code():
     """No pickle but torch.load with weights_only=True, no eval or exec, no numpy objects, no YAML."""
     for path in modules():
-        assert not {name.split(".")[0] for name in imports(path)} & {"marshal", "shelve", "yaml", "dill", "joblib"}, (
-            path
-        )
+        assert not {name.split(".")[0] for name in imports(path)} & {
+            "marshal",
+            "shelve",
+            "yaml",
+            "dill",
+            "joblib",
+        }, path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
             call = ast.unparse(node.func)
             given = {option.arg: ast.unparse(option.value) for option in node.keywords}
-            assert call not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "pickle.Unpickler"), path
+            assert call not in (
+                "eval",
+                "exec",
+                "compile",
+                "pickle.load",
+                "pickle.loads",
+                "pickle.Unpickler",
+            ), path
             assert call not in ("os.system", "__import__") and given.get("shell") != "True", path
             assert call != "torch.load" or given.get("weights_only") == "True", path
             assert given.get("allow_pickle") in (None, "False"), path
@@ -116,12 +147,19 @@ def test_examples_in_docstrings(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "setup.py"]
+    "name",
+    ["README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "setup.py"],
 )
 def test_files_that_a_person_expects(name):
     assert (ROOT / name).stat().st_size > 100
 
 
 def test_constraints_pin_names_and_versions_only():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert lines and all(line.count("==") == 1 and "/" not in line and " " not in line for line in lines)
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
+    assert lines and all(
+        line.count("==") == 1 and "/" not in line and " " not in line for line in lines
+    )

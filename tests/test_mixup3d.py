@@ -18,14 +18,18 @@ from tests.support.tolerance import assert_close
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VOXELS = [*FLOATS, torch.int16, torch.uint8]
 WINDOW = (-20.5, 30.0)
-BLOCK = launch_parameters("mixup3d", torch.device("cpu")).block  # vectors of a program: of 1, 2 or 4 float32 voxels
+BLOCK = launch_parameters(
+    "mixup3d", torch.device("cpu")
+).block  # vectors of a program: of 1, 2 or 4 float32 voxels
 
 
 def make(shape, dtype=torch.float32, device="cpu", seed=0):
     """Voxels small enough for the tolerance of float32 to hold where two of them cancel."""
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+        return (
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
+        )
     low = 0 if dtype == torch.uint8 else -50
     return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
 
@@ -44,7 +48,9 @@ def assert_right(result, volumes, lam, index, **arguments):
     arguments["dtype"] = torch.float64
     exact = reference.mixup3d(volumes, lam, index, **arguments)
     if result.dtype.is_floating_point:
-        single = result.dtype == torch.float64 and volumes.dtype != torch.float64  # arithmetic was float32
+        single = (
+            result.dtype == torch.float64 and volumes.dtype != torch.float64
+        )  # arithmetic was float32
         assert_close(result, exact, torch.float32 if single else None)
     else:
         limits = torch.iinfo(result.dtype)
@@ -54,7 +60,9 @@ def assert_right(result, volumes, lam, index, **arguments):
 
 def compare(volumes, lam, index, **arguments):
     result = mixup3d(volumes, lam, index, **arguments)
-    assert_right(result, volumes, lam, index, **{k: v for k, v in arguments.items() if k != "dtype"})
+    assert_right(
+        result, volumes, lam, index, **{k: v for k, v in arguments.items() if k != "dtype"}
+    )
     return result
 
 
@@ -68,7 +76,9 @@ def test_matches_reference(path, dtype, window, flipped, donors):
     lam, index, flips = draw(3, path.device, 5 if donors else None)
     if donors:
         flips = (flips, draw(5, path.device, seed=2)[2])
-    result = compare(volumes, lam, index, donors=pool, flips=flips if flipped else None, window=window)
+    result = compare(
+        volumes, lam, index, donors=pool, flips=flips if flipped else None, window=window
+    )
     assert result.dtype == (torch.float32 if window and not dtype.is_floating_point else dtype)
     assert result.is_contiguous() and result.data_ptr() != volumes.data_ptr()
 
@@ -79,10 +89,14 @@ def test_every_pair_of_types(path, dtype, result):
     lam, index, flips = draw(3, path.device)
     for window in (None, WINDOW):
         volumes = make((3, 1, 3, 2, 16), dtype, path.device)
-        assert compare(volumes, lam, index, flips=flips, window=window, dtype=result).dtype == result
+        assert (
+            compare(volumes, lam, index, flips=flips, window=window, dtype=result).dtype == result
+        )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 16), (3, 5, 16), (2, 3, 24), (3, 4, 7), (1, 1, 33), (5, 1, 6)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (4, 4, 16), (3, 5, 16), (2, 3, 24), (3, 4, 7), (1, 1, 33), (5, 1, 6)]
+)
 @pytest.mark.parametrize("flipped", [False, True])
 def test_shapes(path, shape, flipped):
     for dtype in (torch.float32, torch.int16):
@@ -97,7 +111,9 @@ MAPS = {
     "cycle": lambda n: (torch.arange(n) + 1) % n,
     "all the first": lambda n: torch.zeros(n, dtype=torch.int64),
     "all the last": lambda n: torch.full((n,), n - 1),
-    "a tail into a cycle": lambda n: torch.tensor([(i + 1) if i + 1 < n else n // 2 for i in range(n)]),
+    "a tail into a cycle": lambda n: torch.tensor(
+        [(i + 1) if i + 1 < n else n // 2 for i in range(n)]
+    ),
     "pairs": lambda n: torch.tensor([min(i ^ 1, n - 1) for i in range(n)]),
 }
 
@@ -130,7 +146,10 @@ def test_in_place_equals_out_of_place_in_every_type(path, dtype, window):
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_out_may_be_volumes_or_donors_or_both(path, flipped):
-    volumes, donors = make((4, 1, 3, 2, 8), device=path.device), make((4, 1, 3, 2, 8), device=path.device, seed=1)
+    volumes, donors = (
+        make((4, 1, 3, 2, 8), device=path.device),
+        make((4, 1, 3, 2, 8), device=path.device, seed=1),
+    )
     lam, index, flips = draw(4, path.device)
     masks = (flips, flips.roll(1)) if flipped else None
     expected = compare(volumes, lam, index, donors=donors, flips=masks)
@@ -152,7 +171,11 @@ def test_out_in_other_memory(path):
     arguments = {"flips": flips, "window": WINDOW, "dtype": torch.bfloat16}
     expected = mixup3d(volumes, lam, index, **arguments)
     base = torch.full((4, 2, 3, 4, 8), math.nan, dtype=torch.bfloat16, device=path.device)
-    for out in (base[1:], base[:3].to(memory_format=torch.channels_last_3d), base.transpose(3, 4).clone().mT[1:]):
+    for out in (
+        base[1:],
+        base[:3].to(memory_format=torch.channels_last_3d),
+        base.transpose(3, 4).clone().mT[1:],
+    ):
         assert mixup3d(volumes, lam, index, out=out, **arguments) is out
         assert torch.equal(out, expected)
     assert base[0].isnan().all(), "wrote outside out"
@@ -183,7 +206,10 @@ def test_lam_of_one_and_zero_copies_exactly(path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_lam_of_any_float_type(path, dtype):
     volumes = make((2, 1, 2, 2, 4), torch.float64, path.device)
-    lam, index = torch.tensor([0.7, 0.25], dtype=dtype, device=path.device), torch.tensor([1, 0], device=path.device)
+    lam, index = (
+        torch.tensor([0.7, 0.25], dtype=dtype, device=path.device),
+        torch.tensor([1, 0], device=path.device),
+    )
     result = compare(volumes, lam, index)
     if dtype == torch.float64:  # 0.7 in double precision
         assert_close(result[0], 0.7 * volumes[0] + (1 - 0.7) * volumes[1])
@@ -196,32 +222,61 @@ def test_integers_round_to_even_and_saturate(path):
         out = mixup3d(volumes, lam, torch.tensor([1, 0], device=path.device), dtype=result)
         return out[0].flatten().tolist()
 
-    assert mixed([0, 1, 2, 3, -1, -2, -3, 7], [1, 2, 3, 4, 0, -1, -2, 7], 0.5) == [0, 2, 2, 4, 0, -2, -2, 7]
+    assert mixed([0, 1, 2, 3, -1, -2, -3, 7], [1, 2, 3, 4, 0, -1, -2, 7], 0.5) == [
+        0,
+        2,
+        2,
+        4,
+        0,
+        -2,
+        -2,
+        7,
+    ]
     assert mixed([0, 1, 2, 253], [1, 2, 3, 254], 0.5, torch.uint8) == [0, 2, 2, 254]
     assert mixed([32767, -32768, 32767], [32767, -32768, -32768], 0.3) == [32767, -32768, -13107]
     assert mixed([32767, -32768, 20000], [-32768, 32767, 0], 2.0) == [32767, -32768, 32767]
     assert mixed([255, 0, 1], [0, 255, 1], 1.5, torch.uint8) == [255, 0, 1]
-    assert mixed([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], 1.0, torch.float32, torch.uint8) == [255, 0, 255, 0]
+    assert mixed([300, -7, 255.5, 0.5], [300, -7, 255.5, 0.5], 1.0, torch.float32, torch.uint8) == [
+        255,
+        0,
+        255,
+        0,
+    ]
     for dtype in (torch.float32, torch.float64):
-        assert mixed([1e30, -1e30, math.nan], [0] * 3, 1.0, dtype, torch.int16) == [32767, -32768, 0]
+        assert mixed([1e30, -1e30, math.nan], [0] * 3, 1.0, dtype, torch.int16) == [
+            32767,
+            -32768,
+            0,
+        ]
     assert mixed([16777217.5, 2.5], [0, 0], 1.0, torch.float64, torch.int16) == [32767, 2]
 
 
 def test_voxels_that_are_not_finite(path):
     inf, nan = math.inf, math.nan
-    volumes = torch.tensor([[inf, -inf, nan, inf, 1, inf], [1, 2, 3, inf, nan, -inf]], device=path.device)
+    volumes = torch.tensor(
+        [[inf, -inf, nan, inf, 1, inf], [1, 2, 3, inf, nan, -inf]], device=path.device
+    )
     volumes = volumes.reshape(2, 1, 1, 1, 6)
-    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    lam, index = (
+        torch.tensor([0.75, 0.5], device=path.device),
+        torch.tensor([1, 0], device=path.device),
+    )
     for dtype in FLOATS:
         compare(volumes.to(dtype), lam, index, window=(-1.0, 2.0))
-        result, exact = mixup3d(volumes.to(dtype), lam, index), reference.mixup3d(volumes, lam, index)
+        result, exact = (
+            mixup3d(volumes.to(dtype), lam, index),
+            reference.mixup3d(volumes, lam, index),
+        )
         assert result[exact.isnan()].isnan().all()
         assert torch.equal(result.isfinite(), exact.isfinite())
 
 
 def test_what_float32_holds_does_not_overflow(path):
     volumes = torch.tensor([3e38, -3e38], device=path.device).reshape(2, 1, 1, 1, 1)
-    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    lam, index = (
+        torch.tensor([0.75, 0.5], device=path.device),
+        torch.tensor([1, 0], device=path.device),
+    )
     compare(volumes, lam, index)
 
 
@@ -236,8 +291,13 @@ def test_16_bits_are_mixed_in_float32_and_rounded_once(path, dtype):
 
 
 def test_windows_far_from_zero_and_narrow(path):
-    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(2, 1, 2, 2, 4)
-    lam, index = torch.tensor([0.75, 0.5], device=path.device), torch.tensor([1, 0], device=path.device)
+    volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(
+        2, 1, 2, 2, 4
+    )
+    lam, index = (
+        torch.tensor([0.75, 0.5], device=path.device),
+        torch.tensor([1, 0], device=path.device),
+    )
     for window in ((30_000, 30_010), (30_000.25, 30_000.75), (-1e6, 1e6)):
         compare(volumes, lam, index, window=window)
 
@@ -263,12 +323,16 @@ def test_strided_input(path, layout, flipped):
     lam, index = torch.stack([lam, lam])[:, ::1].T[:, 0], index.repeat_interleave(2)[::2]
     result = compare(volumes, lam, index, flips=flips if flipped else None)
     compare(volumes, lam, index, donors=donors, flips=(flips, flips) if flipped else None)
-    compare(volumes, lam, index, donors=donors.contiguous(), flips=(None, flips) if flipped else None)
+    compare(
+        volumes, lam, index, donors=donors.contiguous(), flips=(None, flips) if flipped else None
+    )
     if not layout.startswith("expanded"):
         before = volumes.clone(memory_format=torch.preserve_format)
         base = volumes._base if volumes._base is not None else volumes
         kept = base.clone()
-        assert mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes) is volumes
+        assert (
+            mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes) is volumes
+        )
         assert torch.equal(volumes, result)
         volumes.copy_(before)
         assert torch.equal(base, kept), "wrote between the elements of out"
@@ -283,7 +347,9 @@ def test_dense_input_is_not_copied_and_keeps_its_memory_format(path, flipped, mo
     assert result.stride() == volumes.stride()
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)]
+)
 def test_empty(path, shape):
     volumes = make(shape, device=path.device).requires_grad_()
     lam, index, flips = draw(shape[0], path.device)
@@ -314,22 +380,33 @@ def test_sizes_around_a_block(path, n):
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("rows", [8, 64, 256])  # 16 samples: too many for a program; too many for its shortest run; not
+@pytest.mark.parametrize(
+    "rows", [8, 64, 256]
+)  # 16 samples: too many for a program; too many for its shortest run; not
 def test_batches_too_large_for_a_program(path, flipped, rows, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_TILE", rows)
     volumes = make((11, 1, 2, 2, 16), device=path.device)
     lam, index, flips = draw(11, path.device)
     expected = compare(volumes, lam, index, flips=flips if flipped else None)
-    assert torch.equal(mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes), expected)
+    assert torch.equal(
+        mixup3d(volumes, lam, index, flips=flips if flipped else None, out=volumes), expected
+    )
 
 
 def test_volumes_larger_than_a_block_of_the_cpu_path():
-    for shape in ((3, 1, 130, 70, 64), (2, 2, 9, 200, 300), (2, 1, 1, 3, 400_001), (2, 1, 31, 257, 33)):
+    for shape in (
+        (3, 1, 130, 70, 64),
+        (2, 2, 9, 200, 300),
+        (2, 1, 1, 3, 400_001),
+        (2, 1, 31, 257, 33),
+    ):
         volumes = make(shape)
         lam, index, flips = draw(shape[0])
         for masks in (None, flips):
             expected = compare(volumes, lam, index, flips=masks)
-            assert torch.equal(mixup3d(volumes, lam, index, flips=masks, out=volumes.clone()), expected)
+            assert torch.equal(
+                mixup3d(volumes, lam, index, flips=masks, out=volumes.clone()), expected
+            )
             ours = volumes.clone()
             assert torch.equal(mixup3d(ours, lam, index, flips=masks, out=ours), expected)
 
@@ -347,7 +424,10 @@ def test_boxes_of_the_cpu_path(voxels, monkeypatch):
 
 
 def test_inputs_are_left_alone(path):
-    volumes, donors = make((3, 1, 2, 2, 4), device=path.device), make((2, 1, 2, 2, 4), device=path.device)
+    volumes, donors = (
+        make((3, 1, 2, 2, 4), device=path.device),
+        make((2, 1, 2, 2, 4), device=path.device),
+    )
     lam, index, flips = draw(3, path.device, donors=2)
     tensors = volumes, donors, lam, index, flips
     before = [x.clone() for x in tensors]
@@ -380,7 +460,9 @@ def test_gradients_match_the_reference(path, dtype, window, flipped, donors):
     masks = ((flips, flips[:3]) if donors else flips) if flipped else None
     upstream = make((4, 2, 3, 2, 16), device=path.device, seed=2)
     ours = gradients(mixup3d, volumes, pool, lam, index, upstream, flips=masks, window=window)
-    exact = gradients(reference.mixup3d, volumes, pool, lam, index, upstream.to(dtype), flips=masks, window=window)
+    exact = gradients(
+        reference.mixup3d, volumes, pool, lam, index, upstream.to(dtype), flips=masks, window=window
+    )
     for gradient, expected in zip(ours, exact, strict=True):
         assert gradient.dtype == dtype
         assert_close(gradient, expected)
@@ -390,16 +472,24 @@ def test_gradcheck(path):
     volumes = make((2, 1, 2, 1, 2), torch.float64, path.device).requires_grad_()
     donors = make((2, 1, 2, 1, 2), torch.float64, path.device, seed=1).requires_grad_()
     lam, index, flips = draw(2, path.device)
-    assert torch.autograd.gradcheck(lambda x: mixup3d(x, lam, index, window=(-2.0, 3.0)), (volumes,))
     assert torch.autograd.gradcheck(
-        lambda x, y: mixup3d(x, lam, index, donors=y, flips=(flips, flips.flip(0))), (volumes, donors)
+        lambda x: mixup3d(x, lam, index, window=(-2.0, 3.0)), (volumes,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, y: mixup3d(x, lam, index, donors=y, flips=(flips, flips.flip(0))),
+        (volumes, donors),
     )
 
 
 def test_gradient_at_the_edges_of_the_window(path):
-    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(1, 1, 1, 1, 6)
+    values = torch.tensor([-1.001, -1.0, 0.0, 3.0, 3.001, math.nan], device=path.device).reshape(
+        1, 1, 1, 1, 6
+    )
     values.requires_grad_()
-    one, index = torch.ones(1, device=path.device), torch.zeros(1, dtype=torch.int64, device=path.device)
+    one, index = (
+        torch.ones(1, device=path.device),
+        torch.zeros(1, dtype=torch.int64, device=path.device),
+    )
     mixup3d(values, one, index, window=(-1.0, 3.0)).sum().backward()
     assert values.grad.flatten().tolist() == [0, 0.25, 0.25, 0.25, 0, 0]
 
@@ -407,9 +497,13 @@ def test_gradient_at_the_edges_of_the_window(path):
 def test_gradient_through_a_cast_and_strided_tensors(path):
     lam, index, flips = draw(4, path.device)
     for layout in ("channels last", "sliced", "permuted"):
-        volumes = layouts(make((4, 3, 4, 4, 4), device=path.device))[layout].detach().requires_grad_()
+        volumes = (
+            layouts(make((4, 3, 4, 4, 4), device=path.device))[layout].detach().requires_grad_()
+        )
         result = mixup3d(volumes, lam, index, flips=flips, dtype=torch.bfloat16)
-        result.backward(torch.ones((), dtype=torch.bfloat16, device=path.device).expand(result.shape))
+        result.backward(
+            torch.ones((), dtype=torch.bfloat16, device=path.device).expand(result.shape)
+        )
         exact = volumes.detach().double().requires_grad_()
         reference.mixup3d(exact, lam, index, flips=flips).sum().backward()
         assert volumes.grad.dtype == torch.float32
@@ -423,7 +517,9 @@ def test_repeated_backward_is_the_same_bit_for_bit(path):
     upstream = make(result.shape, device=path.device, seed=4)
     first = torch.autograd.grad(result, volumes, upstream, retain_graph=True)[0]
     for _ in range(3):
-        assert torch.equal(torch.autograd.grad(result, volumes, upstream, retain_graph=True)[0], first)
+        assert torch.equal(
+            torch.autograd.grad(result, volumes, upstream, retain_graph=True)[0], first
+        )
 
 
 def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
@@ -441,7 +537,10 @@ def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
 
 
 def test_gradients_only_where_they_are_asked_for(path):
-    volumes, donors = make((2, 1, 2, 2, 4), device=path.device), make((2, 1, 2, 2, 4), device=path.device, seed=1)
+    volumes, donors = (
+        make((2, 1, 2, 2, 4), device=path.device),
+        make((2, 1, 2, 2, 4), device=path.device, seed=1),
+    )
     lam, index, _ = draw(2, path.device)
     donors.requires_grad_()
     result = mixup3d(volumes, lam, index, donors=donors)
@@ -469,14 +568,40 @@ def test_opcheck(path, donors):
     ops, volumes = torch.ops.fmkernels, make((3, 1, 2, 3, 4), device=path.device)
     pool = make((2, 1, 2, 3, 4), device=path.device) if donors else None
     lam, index, flips = draw(3, path.device, 2 if donors else None)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    common = (volumes, pool, lam, index, flips, flips[:2] if donors else None, (0, 1, 2, 4), (-2.0, 3.0))
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
+    common = (
+        volumes,
+        pool,
+        lam,
+        index,
+        flips,
+        flips[:2] if donors else None,
+        (0, 1, 2, 4),
+        (-2.0, 3.0),
+    )
     torch.library.opcheck(ops.mixup3d.default, (*common, torch.bfloat16), test_utils=tests)
-    torch.library.opcheck(ops.mixup3d_into.default, (*common, torch.empty_like(volumes)), test_utils=tests)
-    upstream, sources = make(volumes.shape, device=path.device), 2 if donors else 3
-    arguments = (pool if donors else volumes, lam, index, flips[:sources], (0, 1, 2, 4), (-2.0, 3.0), sources)
     torch.library.opcheck(
-        ops.mixup3d_gradient.default, (upstream, *arguments, torch.float32, not donors, True), test_utils=tests
+        ops.mixup3d_into.default, (*common, torch.empty_like(volumes)), test_utils=tests
+    )
+    upstream, sources = make(volumes.shape, device=path.device), 2 if donors else 3
+    arguments = (
+        pool if donors else volumes,
+        lam,
+        index,
+        flips[:sources],
+        (0, 1, 2, 4),
+        (-2.0, 3.0),
+        sources,
+    )
+    torch.library.opcheck(
+        ops.mixup3d_gradient.default,
+        (upstream, *arguments, torch.float32, not donors, True),
+        test_utils=tests,
     )
 
 
@@ -538,7 +663,11 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
     [
         (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
         (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
-        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)", {"volumes": X[..., 0]}),
+        (
+            ValueError,
+            r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)",
+            {"volumes": X[..., 0]},
+        ),
         (TypeError, "lam must be a tensor, got float", {"lam": 0.5}),
         (TypeError, "lam must be float16 .*, got int64", {"lam": INDEX}),
         (ValueError, r"lam must have shape \(2,\), got \(1,\)", {"lam": LAM[:1]}),
@@ -551,16 +680,36 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
         (TypeError, "donors must be a tensor", {"donors": 3}),
         (TypeError, "donors must be float32, got float64", {"donors": X.double()}),
         (ValueError, "donors must be on cpu", {"donors": X.to("meta")}),
-        (ValueError, r"donors must hold volumes of shape \(1, 2, 3, 4\), got", {"donors": X[:, :, :1]}),
+        (
+            ValueError,
+            r"donors must hold volumes of shape \(1, 2, 3, 4\), got",
+            {"donors": X[:, :, :1]},
+        ),
         (ValueError, "donors must hold volumes", {"donors": X[:0]}),
         (ValueError, r"donors must be \[B, C, D, H, W\]", {"donors": X[0]}),
         (TypeError, "flips must be a tensor, got a tuple of 2", {"flips": (FLIPS, FLIPS)}),
         (TypeError, "flips must be uint8, got bool", {"flips": FLIPS.bool()}),
-        (ValueError, r"flips must have shape \(2,\), got \(3,\)", {"flips": torch.zeros(3, dtype=torch.uint8)}),
+        (
+            ValueError,
+            r"flips must have shape \(2,\), got \(3,\)",
+            {"flips": torch.zeros(3, dtype=torch.uint8)},
+        ),
         (ValueError, "flips must be on cpu", {"flips": FLIPS.to("meta")}),
-        (TypeError, "flips must be a pair where donors are given, got a tensor", {"flips": FLIPS, "donors": X}),
-        (TypeError, "flips must be a pair where donors are given", {"flips": (FLIPS,), "donors": X}),
-        (ValueError, r"flips of the donors must have shape \(1,\)", {"flips": (None, FLIPS), "donors": X[:1]}),
+        (
+            TypeError,
+            "flips must be a pair where donors are given, got a tensor",
+            {"flips": FLIPS, "donors": X},
+        ),
+        (
+            TypeError,
+            "flips must be a pair where donors are given",
+            {"flips": (FLIPS,), "donors": X},
+        ),
+        (
+            ValueError,
+            r"flips of the donors must have shape \(1,\)",
+            {"flips": (None, FLIPS), "donors": X[:1]},
+        ),
         (TypeError, "flips of the volumes must be uint8", {"flips": (INDEX, None), "donors": X}),
         (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
         (TypeError, "window must be a pair of numbers", {"window": (1.0, 2.0, 3.0)}),
@@ -574,10 +723,22 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
         (TypeError, "out must be a tensor", {"out": 1}),
         (TypeError, "out must be float32, got float64", {"out": X.double()}),
         (TypeError, "out must be int16, got float32", {"dtype": torch.int16, "out": X.clone()}),
-        (TypeError, "out must be float32, got int16", {"volumes": X.short(), "window": (0, 1), "out": X.short()}),
+        (
+            TypeError,
+            "out must be float32, got int16",
+            {"volumes": X.short(), "window": (0, 1), "out": X.short()},
+        ),
         (ValueError, "out must be on cpu", {"out": X.to("meta")}),
-        (ValueError, r"out must have the shape of volumes, \(2, 1, 2, 3, 4\), got", {"out": X[:1].clone()}),
-        (ValueError, "out must have an element of its own", {"out": X[:1].expand(2, -1, -1, -1, -1)}),
+        (
+            ValueError,
+            r"out must have the shape of volumes, \(2, 1, 2, 3, 4\), got",
+            {"out": X[:1].clone()},
+        ),
+        (
+            ValueError,
+            "out must have an element of its own",
+            {"out": X[:1].expand(2, -1, -1, -1, -1)},
+        ),
         (ValueError, "no gradient through out", {"volumes": LEAF, "out": X.clone()}),
         (ValueError, "no gradient through out", {"donors": LEAF, "out": X.clone()}),
         (ValueError, "no gradient through out", {"out": LEAF}),
@@ -593,7 +754,9 @@ def test_bad_arguments(error, words, arguments):
 @pytest.mark.parametrize("donors", [False, True])
 def test_index_out_of_range_is_an_error(path, bad, donors):
     if path.device.type == "cuda":
-        pytest.skip("a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process")
+        pytest.skip(
+            "a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process"
+        )
     with pytest.raises((ValueError, AssertionError), match="mixup3d: index"):
         mixup3d(X, LAM, INDEX + bad, donors=X.clone() if donors else None)
 
@@ -602,11 +765,19 @@ def test_overlapping_memory_is_refused_or_right(path):
     base = make((5, 1, 2, 3, 4), device=path.device)
     lam, index, flips = draw(2, path.device)
     for out in (base[1:3], base.flatten()[4:52].view(2, 1, 2, 3, 4)):
-        with pytest.raises(ValueError, match="mixup3d: out may be volumes itself but must not overlap it otherwise"):
+        with pytest.raises(
+            ValueError, match="mixup3d: out may be volumes itself but must not overlap it otherwise"
+        ):
             mixup3d(base[:2], lam, index, out=out)
     for donors in (base[:3], base[1:3], base[2:]):
         with pytest.raises(ValueError, match="mixup3d: out may be donors itself"):
-            mixup3d(base[3:].clone(), lam, index, donors=donors, out=base[2:4] if donors is not base[2:] else base[:2])
+            mixup3d(
+                base[3:].clone(),
+                lam,
+                index,
+                donors=donors,
+                out=base[2:4] if donors is not base[2:] else base[:2],
+            )
     kept = base.clone()
     expected = mixup3d(kept[:2], lam, index, donors=kept[2:4], flips=(flips, flips))
     mixup3d(base[:2], lam, index, donors=base[2:4], flips=(flips, flips), out=base[:2])
@@ -627,7 +798,11 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
     lam, index, _ = draw(2)
     right = mixup3d(volumes, lam, index)
     block = BLOCK * 16 // dtype.itemsize
-    for wrong in (torch.zeros_like(right), right.flatten().roll(block).view_as(right), right.roll(1, 0)):
+    for wrong in (
+        torch.zeros_like(right),
+        right.flatten().roll(block).view_as(right),
+        right.roll(1, 0),
+    ):
         with pytest.raises(AssertionError):
             assert_right(wrong, volumes, lam, index)
 
@@ -641,12 +816,18 @@ def test_lam_follows_its_distribution(eta):
     lam, _ = sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(4))
     assert lam.dtype == torch.float32 and lam.shape == (20_000,)
     assert lam.min() >= 0.5 and lam.max() <= 1
-    below = lam.double().clamp(max=1 - 1e-6)  # float32 has few numbers left there, where many draws lie
-    share = lambda x: 2 * stats.beta.cdf(x, eta, eta) - 1  # P(max(l, 1 - l) <= x), l symmetric about 1/2  # noqa: E731
+    below = lam.double().clamp(
+        max=1 - 1e-6
+    )  # float32 has few numbers left there, where many draws lie
+    share = lambda x: (  # noqa: E731
+        2 * stats.beta.cdf(x, eta, eta) - 1
+    )  # P(max(l, 1 - l) <= x), l symmetric about 1/2
     at = 1 - 1e-6
     assert stats.kstest(below[below < at], lambda x: share(x) / share(at)).pvalue > 0.05
     assert abs((below < at).double().mean() - share(at)) < 0.01
-    expected, _ = reference.sample_mixup(20_000, eta=eta, generator=torch.Generator().manual_seed(5))
+    expected, _ = reference.sample_mixup(
+        20_000, eta=eta, generator=torch.Generator().manual_seed(5)
+    )
     assert stats.ks_2samp(below, expected.clamp(max=at)).pvalue > 0.05
 
 
@@ -710,7 +891,11 @@ def test_sample_mixup_on_a_device(path):
         (ValueError, "eta must be > 0, got 0", {"eta": 0}),
         (ValueError, "eta must be finite", {"eta": math.inf}),
         (TypeError, "generator must be a torch.Generator, got int", {"generator": 3}),
-        (ValueError, "generator must be on meta, got cpu", {"generator": torch.Generator(), "device": "meta"}),
+        (
+            ValueError,
+            "generator must be on meta, got cpu",
+            {"generator": torch.Generator(), "device": "meta"},
+        ),
     ],
 )
 def test_bad_arguments_of_sample_mixup(error, words, arguments):
@@ -734,7 +919,9 @@ CASE = st.fixed_dictionaries(
         "window": st.sampled_from([None, WINDOW, (-1, 1), (0.0, 50)]),
         "flipped": st.sampled_from(["no", "own", "both"]),
         "donors": st.sampled_from([None, None, 1, 4, 7]),
-        "layout": st.sampled_from(["contiguous", "contiguous", *layouts(torch.zeros(4, 3, 4, 4, 4))]),
+        "layout": st.sampled_from(
+            ["contiguous", "contiguous", *layouts(torch.zeros(4, 3, 4, 4, 4))]
+        ),
         "out": st.sampled_from(["new", "new", "volumes", "donors", "other"]),
         "lam": st.sampled_from(["random", "zero", "one"]),
         "seed": st.integers(0, 2**16),
@@ -744,8 +931,12 @@ CASE = st.fixed_dictionaries(
 
 def make_case(case, device):
     """volumes, lam, index; and the other arguments."""
-    volumes = make((case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"])
-    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(case["layout"], volumes)
+    volumes = make(
+        (case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"]
+    )
+    volumes = {"contiguous": volumes, **(layouts(volumes) if volumes.numel() else {})}.get(
+        case["layout"], volumes
+    )
     batch, donors = len(volumes), None
     if case["donors"]:
         donors = make((case["donors"], *volumes.shape[1:]), case["dtype"], device, case["seed"] + 1)
@@ -753,16 +944,34 @@ def make_case(case, device):
     lam = {"random": lam, "zero": lam * 0, "one": lam * 0 + 1}[case["lam"]]
     masks = None if case["flipped"] == "no" else flips
     if donors is not None and masks is not None:
-        masks = flips, draw(len(donors), device, seed=case["seed"] + 2)[2] if case["flipped"] == "both" else None
-    return (volumes, lam, index), {"donors": donors, "flips": masks, "window": case["window"], "dtype": case["result"]}
+        masks = (
+            flips,
+            draw(len(donors), device, seed=case["seed"] + 2)[2]
+            if case["flipped"] == "both"
+            else None,
+        )
+    return (volumes, lam, index), {
+        "donors": donors,
+        "flips": masks,
+        "window": case["window"],
+        "dtype": case["result"],
+    }
 
 
 def check_values(case, device):
     tensors, arguments = make_case(case, device)
     expected = compare(*tensors, **arguments)
-    candidates = {"volumes": tensors[0], "donors": arguments["donors"], "other": torch.full_like(expected, 7)}
+    candidates = {
+        "volumes": tensors[0],
+        "donors": arguments["donors"],
+        "other": torch.full_like(expected, 7),
+    }
     out = candidates.get(case["out"])
-    if out is None or (out.dtype, out.shape) != (expected.dtype, expected.shape) or 0 in out.stride():
+    if (
+        out is None
+        or (out.dtype, out.shape) != (expected.dtype, expected.shape)
+        or 0 in out.stride()
+    ):
         return
     assert mixup3d(*tensors, out=out, **arguments) is out
     assert torch.equal(out, expected)

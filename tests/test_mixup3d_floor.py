@@ -12,7 +12,9 @@ from tests.support.driver import no_host_sync
 from tests.support.interpreter import KernelFault, checked
 from tests.support.plan import TARGETS, run_plan
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports")
+pytestmark = pytest.mark.skipif(
+    on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
+)
 
 AXES = (0, 1, 2, 4)
 WINDOW = (-1200.0, 600.0)
@@ -26,7 +28,11 @@ def make(dtype, shape=(3, 1, 6, 5, 48)):
 
 def bytes_per_voxel(report, voxels):
     """Distinct cells read and written; and all that was moved, second reads included."""
-    large = [t for name, t in report.traffic.items() if name in ("volumes", "donors", "out", "upstream", "gradient")]
+    large = [
+        t
+        for name, t in report.traffic.items()
+        if name in ("volumes", "donors", "out", "upstream", "gradient")
+    ]
     return (
         sum(t.read_once + t.written_once for t in large) / voxels,
         sum(t.read + t.written for t in large) / voxels,
@@ -34,7 +40,9 @@ def bytes_per_voxel(report, voxels):
 
 
 @pytest.mark.parametrize("flips", [None, FLIPS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.float64]
+)
 def test_in_place_reads_and_writes_each_voxel_once(dtype, flips):
     volumes = make(dtype)
     with checked() as report:
@@ -47,7 +55,11 @@ def test_in_place_reads_and_writes_each_voxel_once(dtype, flips):
 @pytest.mark.parametrize("flips", [None, FLIPS])
 @pytest.mark.parametrize(
     ("dtype", "result", "floor"),
-    [(torch.int16, torch.bfloat16, 4), (torch.int16, torch.float32, 6), (torch.float32, torch.float32, 8)],
+    [
+        (torch.int16, torch.bfloat16, 4),
+        (torch.int16, torch.float32, 6),
+        (torch.float32, torch.float32, 8),
+    ],
 )
 def test_out_of_place_reads_and_writes_each_voxel_once(dtype, result, floor, flips):
     volumes = make(dtype)
@@ -70,7 +82,11 @@ def test_donors_and_gradients_are_read_once():
         assert bytes_per_voxel(report, volumes.numel()) == (8, all_reads)
 
 
-INDEX = {"cycle": CYCLE, "identity": torch.arange(3), "one for all": torch.ones(3, dtype=torch.int64)}
+INDEX = {
+    "cycle": CYCLE,
+    "identity": torch.arange(3),
+    "one for all": torch.ones(3, dtype=torch.int64),
+}
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])
@@ -79,13 +95,24 @@ INDEX = {"cycle": CYCLE, "identity": torch.arange(3), "one for all": torch.ones(
 def test_no_race_and_nothing_left_unwritten(index, flips, shuffle):
     for shape in ((3, 2, 5, 3, 32), (3, 1, 3, 2, 7), (3, 1, 14, 10, 4)):
         volumes, donors = make(torch.float32, shape), make(torch.float32, shape)
-        for given, out in ((None, volumes), (donors, volumes), (donors, donors), (None, torch.empty_like(volumes))):
+        for given, out in (
+            (None, volumes),
+            (donors, volumes),
+            (donors, donors),
+            (None, torch.empty_like(volumes)),
+        ):
             before = volumes.clone(), donors.clone()
             masks = flips, None if given is None else flips
             with checked(out=out, shuffle=shuffle) as report:
-                kernels.launch_mixup_into(volumes, given, LAM, INDEX[index], *masks, AXES, None, out)
+                kernels.launch_mixup_into(
+                    volumes, given, LAM, INDEX[index], *masks, AXES, None, out
+                )
             assert report.never_written("out") == 0 and len(report.launches) == 1
-            other = {"flips": flips} if given is None else {"flips": (flips, flips), "donors": before[1]}
+            other = (
+                {"flips": flips}
+                if given is None
+                else {"flips": (flips, flips), "donors": before[1]}
+            )
             exact = reference.mixup3d(before[0], LAM, INDEX[index], **other)
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -113,16 +140,22 @@ def test_the_checker_sees_what_would_be_wrong(monkeypatch):
 def last_program(volumes, lam, index, flips, out=None, axes=AXES):
     with checked(programs=[-1]):
         if out is None:
-            return kernels.launch_mixup(volumes, None, lam, index, flips, None, axes, None, volumes.dtype)
+            return kernels.launch_mixup(
+                volumes, None, lam, index, flips, None, axes, None, volumes.dtype
+            )
         kernels.launch_mixup_into(volumes, None, lam, index, flips, None, axes, None, out)
         return out
 
 
-@pytest.mark.parametrize("row", [2**31 + 16, 2**30 + 7])  # int32 counts vectors of 16; int64 counts single voxels
+@pytest.mark.parametrize(
+    "row", [2**31 + 16, 2**30 + 7]
+)  # int32 counts vectors of 16; int64 counts single voxels
 def test_offsets_beyond_two_to_the_31(row):
     lam, index = torch.tensor([1.0, 0.5]), torch.tensor([0, 0])
     volumes = torch.empty((2, 1, 1, 1, row), dtype=torch.uint8)
-    volumes[:, ..., -3:] = torch.tensor([[10, 20, 30], [20, 40, 60]], dtype=torch.uint8).view(2, 1, 1, 1, 3)
+    volumes[:, ..., -3:] = torch.tensor([[10, 20, 30], [20, 40, 60]], dtype=torch.uint8).view(
+        2, 1, 1, 1, 3
+    )
     volumes[0, ..., :3] = torch.tensor([50, 60, 70], dtype=torch.uint8)
     assert last_program(volumes, lam, index, None)[1, ..., -3:].flatten().tolist() == [15, 30, 45]
     flips = torch.tensor([4, 0], dtype=torch.uint8)
@@ -132,7 +165,9 @@ def test_offsets_beyond_two_to_the_31(row):
     upstream = torch.empty((2, 1, 1, 1, row // 4 + 2), dtype=torch.float16)
     upstream[1, ..., -3:] = torch.tensor([2.0, 4, 6], dtype=torch.float16)
     with checked(programs=[-1]):
-        gradient = kernels.launch_gradient(upstream, None, lam, index, None, AXES, None, 2, torch.float16, True, False)
+        gradient = kernels.launch_gradient(
+            upstream, None, lam, index, None, AXES, None, 2, torch.float16, True, False
+        )
     assert gradient[1, ..., -3:].flatten().tolist() == [1, 2, 3]
 
 
@@ -182,7 +217,10 @@ def test_one_launch_each(plan):
 def test_sizes_share_their_variants(plan):
     assert plan.cases["in place float32"].launches, "the sweep below would be empty"
     sweep = run_plan("tests.plans.mixup3d_sizes", targets=("sm_90",), compiled=False)
-    counts = [len([v for v in sweep.variants if f"{kind} " in v.case]) for kind in ("place, even", "flips, even")]
+    counts = [
+        len([v for v in sweep.variants if f"{kind} " in v.case])
+        for kind in ("place, even", "flips, even")
+    ]
     assert counts == [1, 1]
     assert len(sweep.variants) <= 6  # rows that are no multiple of 4 voxels read 2 or 1 at a time
 
@@ -205,8 +243,16 @@ def test_main_paths_are_vectorised(plan):
         for target in ("sm_80", "sm_90", "sm_100"):
             main, name = variant.on[target].main, f"{variant.case} on {target}"
             assert set(main.stores) == {128}, name
-            loads = main.loads[64] if "int16 float32" in variant.case else main.loads[128]  # half as wide as stores
-            per_store = 1 if "gradient to" in variant.case else 3 if "gradient, window" in variant.case else 2
+            loads = (
+                main.loads[64] if "int16 float32" in variant.case else main.loads[128]
+            )  # half as wide as stores
+            per_store = (
+                1
+                if "gradient to" in variant.case
+                else 3
+                if "gradient, window" in variant.case
+                else 2
+            )
             assert loads // per_store == main.stores[128], name
 
 

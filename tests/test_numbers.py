@@ -23,8 +23,13 @@ def make(path, *shape: int, seed: int = 0) -> torch.Tensor:
 
 def arguments(path) -> dict[str, dict]:
     """Of each operation, all tensors that may hold what is not finite."""
-    lam, index = torch.tensor([0.7, 0.6], device=path.device), torch.tensor([1, 0], device=path.device)
-    boxes, donor_boxes = (torch.tensor(rows, device=path.device).float() for rows in (BOXES, DONORS))
+    lam, index = (
+        torch.tensor([0.7, 0.6], device=path.device),
+        torch.tensor([1, 0], device=path.device),
+    )
+    boxes, donor_boxes = (
+        torch.tensor(rows, device=path.device).float() for rows in (BOXES, DONORS)
+    )
     flips = torch.tensor([1, 6], dtype=torch.uint8, device=path.device)
     volumes, donors = make(path, *SHAPE), make(path, *SHAPE, seed=1)
     return {
@@ -35,7 +40,13 @@ def arguments(path) -> dict[str, dict]:
             "reduction": "none",
         },
         "predict_targets": {"view_logits": make(path, 2, *SHAPE) - 0.5, "flips": flips},
-        "mixup3d": {"volumes": volumes, "lam": lam, "index": index, "donors": donors, "flips": (flips, flips)},
+        "mixup3d": {
+            "volumes": volumes,
+            "lam": lam,
+            "index": index,
+            "donors": donors,
+            "flips": (flips, flips),
+        },
         "crop_and_resize3d": {"volumes": volumes, "boxes": boxes, "output_size": (2, 4, 5)},
         "object_mixup3d": {
             "volumes": volumes,
@@ -83,11 +94,16 @@ def test_what_is_not_finite_stays_where_it_belongs(path, name, argument, value):
 def test_a_normalizer_that_is_not_finite(path, normalizer):
     given = {**arguments(path)["soft_target_focal_loss"], "reduction": "mean"}
     given["normalizer"] = torch.tensor(normalizer, device=path.device)
-    ours, exact = fmkernels.soft_target_focal_loss(**given), reference.soft_target_focal_loss(**given)
+    ours, exact = (
+        fmkernels.soft_target_focal_loss(**given),
+        reference.soft_target_focal_loss(**given),
+    )
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def many(device: torch.device) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+def many(
+    device: torch.device,
+) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
     """Of each operation with a gradient, an argument and the rest, large enough to be shared out."""
     draw = torch.Generator().manual_seed(0)
     logits, targets = (torch.rand(3, 70_001, generator=draw).to(device) for _ in range(2))
@@ -98,7 +114,10 @@ def many(device: torch.device) -> dict[str, tuple[torch.Tensor, Callable[[torch.
     return {
         "soft_target_focal_loss": (logits, lambda x: fmkernels.soft_target_focal_loss(x, targets)),
         "mixup3d": (volumes, lambda x: fmkernels.mixup3d(x, lam.to(device), index.to(device))),
-        "crop_and_resize3d": (volumes, lambda x: fmkernels.crop_and_resize3d(x, boxes, (16, 16, 16))),
+        "crop_and_resize3d": (
+            volumes,
+            lambda x: fmkernels.crop_and_resize3d(x, boxes, (16, 16, 16)),
+        ),
     }
 
 

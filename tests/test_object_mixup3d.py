@@ -42,7 +42,11 @@ def draw(pairs, shape, device="cpu", seed=0, donor_shape=None):
         batch = torch.randint(shape[0], (pairs, 1), generator=generator)
         return torch.cat((batch, start, start + extent), 1).to(device)
 
-    return some(shape), some(donor_shape or shape), torch.rand(pairs, generator=generator).to(device)
+    return (
+        some(shape),
+        some(donor_shape or shape),
+        torch.rand(pairs, generator=generator).to(device),
+    )
 
 
 def assert_right(result, *arguments, **named):
@@ -83,7 +87,10 @@ def test_matches_reference(path, dtype, window, donors):
 @pytest.mark.parametrize("dtype", VOXELS)
 @pytest.mark.parametrize("donor_dtype", VOXELS)
 def test_donors_of_another_type(path, dtype, donor_dtype):
-    volumes, donors = make((2, 1, 5, 6, 7), dtype, path.device), make((2, 1, 6, 4, 8), donor_dtype, path.device, seed=1)
+    volumes, donors = (
+        make((2, 1, 5, 6, 7), dtype, path.device),
+        make((2, 1, 6, 4, 8), donor_dtype, path.device, seed=1),
+    )
     boxes = draw(3, volumes.shape, path.device, donor_shape=donors.shape)
     assert compare(volumes, *boxes, donors=donors).dtype == dtype
     if dtype == donor_dtype or (dtype.is_floating_point and not donor_dtype.is_floating_point):
@@ -98,7 +105,10 @@ def test_donors_of_another_type(path, dtype, donor_dtype):
 @pytest.mark.parametrize("dtype", VOXELS)
 def test_every_pair_of_types(path, dtype, result):
     volumes = make((1, 1, 4, 5, 6), dtype, path.device)
-    boxes = rows((0, 1, 1, 1, 4, 5, 4), device=path.device), rows((0, 0.3, 0.2, 1, 3, 5, 6), device=path.device)
+    boxes = (
+        rows((0, 1, 1, 1, 4, 5, 4), device=path.device),
+        rows((0, 0.3, 0.2, 1, 3, 5, 6), device=path.device),
+    )
     for window in (None, WINDOW):
         arguments = volumes, *boxes, torch.full((1,), 0.3, device=path.device)
         ours = object_mixup3d(*arguments, window=window, dtype=result)
@@ -121,7 +131,12 @@ def test_a_program_takes_several_tiles(path, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 4)
     volumes = make((1, 2, 20, 12, 14), device=path.device)
     whole = rows((0, 0, 0, 0, 20, 12, 14), (0, 2, 1, 1, 19, 12, 13), device=path.device)
-    compare(volumes, whole, draw(2, volumes.shape, path.device)[1], torch.tensor([0.5, 0.7], device=path.device))
+    compare(
+        volumes,
+        whole,
+        draw(2, volumes.shape, path.device)[1],
+        torch.tensor([0.5, 0.7], device=path.device),
+    )
 
 
 def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
@@ -135,8 +150,14 @@ def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
 
 
 def test_a_voxel_belongs_to_a_box_if_its_centre_does(path):
-    volumes, donors = torch.zeros(1, 1, 1, 1, 8, device=path.device), torch.ones(1, 1, 1, 1, 8, device=path.device)
-    source, zero = rows((0, 0, 0, 0, 1, 1, 8), device=path.device), torch.zeros(1, device=path.device)
+    volumes, donors = (
+        torch.zeros(1, 1, 1, 1, 8, device=path.device),
+        torch.ones(1, 1, 1, 1, 8, device=path.device),
+    )
+    source, zero = (
+        rows((0, 0, 0, 0, 1, 1, 8), device=path.device),
+        torch.zeros(1, device=path.device),
+    )
     for start, end, voxels in (
         (2, 5, [2, 3, 4]),
         (2.5, 5.5, [2, 3, 4]),
@@ -151,7 +172,11 @@ def test_a_voxel_belongs_to_a_box_if_its_centre_does(path):
         (8, 9, []),
     ):
         result = object_mixup3d(
-            volumes, rows((0, 0, 0, start, 1, 1, end), device=path.device), source, zero, donors=donors
+            volumes,
+            rows((0, 0, 0, start, 1, 1, end), device=path.device),
+            source,
+            zero,
+            donors=donors,
         )
         assert result.flatten().nonzero().flatten().tolist() == voxels, (start, end)
 
@@ -182,24 +207,39 @@ def test_a_pair_with_an_unusable_box_changes_nothing(path):
     assert torch.equal(compare(volumes, targets, sources, lam), volumes)
     first, last = rows(good, device=path.device), rows(other, device=path.device)
     result = compare(
-        volumes, torch.cat((first, targets, last)), torch.cat((last, sources, first)), torch.cat((lam, lam[:2]))
+        volumes,
+        torch.cat((first, targets, last)),
+        torch.cat((last, sources, first)),
+        torch.cat((lam, lam[:2])),
     )
-    assert torch.equal(result, object_mixup3d(volumes, torch.cat((first, last)), torch.cat((last, first)), lam[:2]))
+    assert torch.equal(
+        result, object_mixup3d(volumes, torch.cat((first, last)), torch.cat((last, first)), lam[:2])
+    )
 
 
 def test_huge_boxes_are_clipped(path):
     volumes = make((2, 1, 5, 4, 6), device=path.device)
     huge = rows((0, *[-3e38] * 3, *[3e38] * 3), device=path.device)
-    whole, half = rows((1, 0, 0, 0, 5, 4, 6), device=path.device), torch.full((1,), 0.5, device=path.device)
+    whole, half = (
+        rows((1, 0, 0, 0, 5, 4, 6), device=path.device),
+        torch.full((1,), 0.5, device=path.device),
+    )
     result = compare(volumes, huge, whole, half)
-    assert torch.equal(result[0], 0.5 * volumes[0] + 0.5 * volumes[1]) and torch.equal(result[1], volumes[1])
+    assert torch.equal(result[0], 0.5 * volumes[0] + 0.5 * volumes[1]) and torch.equal(
+        result[1], volumes[1]
+    )
     compare(volumes, whole, huge, half)
 
 
 def test_a_donor_smaller_than_a_voxel_is_its_nearest_voxel(path):
     volumes = make((1, 1, 6, 6, 6), device=path.device)
-    target, zero = rows((0, 0, 0, 0, 3, 3, 3), device=path.device), torch.zeros(1, device=path.device)
-    result = compare(volumes, target, rows((0, 3.1, 4.6, 5.0, 3.2, 4.9, 5.4), device=path.device), zero)
+    target, zero = (
+        rows((0, 0, 0, 0, 3, 3, 3), device=path.device),
+        torch.zeros(1, device=path.device),
+    )
+    result = compare(
+        volumes, target, rows((0, 3.1, 4.6, 5.0, 3.2, 4.9, 5.4), device=path.device), zero
+    )
     assert (result[0, 0, :3, :3, :3] == volumes[0, 0, 3, 4, 5]).all()
 
 
@@ -210,20 +250,26 @@ def test_donors_are_read_as_they_were(path):
     for order in ([1, 0, 2], [1, 2, 2], [1, 2, 0], [2, 0, 1]):
         ours = volumes.clone()
         zero = torch.zeros(3, device=path.device)
-        assert torch.equal(object_mixup3d(ours, boxes, boxes[order], zero, out=ours), volumes[order])
+        assert torch.equal(
+            object_mixup3d(ours, boxes, boxes[order], zero, out=ours), volumes[order]
+        )
     ours = volumes.clone()
     left, right = (0, 0, 0, 0, 4, 4, 2), (0, 0, 0, 2, 4, 4, 4)
     pair = rows(left, right, device=path.device)
     object_mixup3d(ours, pair, pair.flip(0), torch.zeros(2, device=path.device), out=ours)
     assert torch.equal(ours[0], volumes[0].roll(2, 3))
-    halves = rows((1, 0, 0, 0, 4, 4, 3), (1, 0, 0, 1, 4, 4, 4), device=path.device)  # a box that overlaps its donor
+    halves = rows(
+        (1, 0, 0, 0, 4, 4, 3), (1, 0, 0, 1, 4, 4, 4), device=path.device
+    )  # a box that overlaps its donor
     compare(volumes, halves, halves.flip(0), torch.full((2,), 0.5, device=path.device))
 
 
 def test_overlapping_targets_are_applied_in_list_order(path):
     volumes = torch.zeros(1, 1, 1, 1, 6, device=path.device)
     donors = torch.tensor([1.0, 2.0, 3.0], device=path.device).reshape(3, 1, 1, 1, 1)
-    boxes = rows((0, 0, 0, 0, 1, 1, 3), (0, 0, 0, 1, 1, 1, 5), (0, 0, 0, 2, 1, 1, 6), device=path.device)
+    boxes = rows(
+        (0, 0, 0, 0, 1, 1, 3), (0, 0, 0, 1, 1, 1, 5), (0, 0, 0, 2, 1, 1, 6), device=path.device
+    )
     sources = rows(*((k, 0, 0, 0, 1, 1, 1) for k in range(3)), device=path.device)
     half = torch.full((3,), 0.5, device=path.device)
     result = compare(volumes, boxes, sources, half, donors=donors)
@@ -238,20 +284,26 @@ def test_overlaps_are_rounded_once(path):
     boxes = rows((0, 0, 0, 0, 1, 1, 4), (0, 0, 0, 0, 1, 1, 4), device=path.device)
     sources = rows((0, 0, 0, 0, 1, 1, 1), (1, 0, 0, 0, 1, 1, 1), device=path.device)
     lam = torch.tensor([0.5, 0.75], device=path.device)
-    assert (compare(volumes, boxes, sources, lam, donors=donors) == 1).all()  # 0.75 * 0.5 + 0.25 * 3 = 1.125
+    assert (
+        compare(volumes, boxes, sources, lam, donors=donors) == 1
+    ).all()  # 0.75 * 0.5 + 0.25 * 3 = 1.125
 
 
 def test_many_boxes_on_one_place(path):
     volumes = make((1, 1, 5, 5, 5), device=path.device)
     boxes, sources, lam = draw(24, volumes.shape, path.device, seed=5)
-    compare(volumes, boxes * torch.tensor([1] + [0.5] * 6, device=path.device), sources, 0.5 + lam / 2)
+    compare(
+        volumes, boxes * torch.tensor([1] + [0.5] * 6, device=path.device), sources, 0.5 + lam / 2
+    )
 
 
 @pytest.mark.parametrize("dtype", VOXELS)
 def test_lam_of_one_and_zero(path, dtype):
     volumes = make((2, 1, 4, 5, 6), dtype, path.device)
     boxes = rows((0, 0, 0, 0, 4, 5, 6), (1, 0, 0, 0, 4, 5, 6), device=path.device)
-    result = object_mixup3d(volumes, boxes, boxes.flip(0), torch.tensor([1.0, 0.0], device=path.device))
+    result = object_mixup3d(
+        volumes, boxes, boxes.flip(0), torch.tensor([1.0, 0.0], device=path.device)
+    )
     assert torch.equal(result, volumes[[0, 0]])
 
 
@@ -263,11 +315,20 @@ def test_lam_of_any_float_type(path, dtype):
 
 
 def test_integers_saturate_and_nan_becomes_zero(path):
-    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device).reshape(1, 1, 1, 1, 4)
+    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device).reshape(
+        1, 1, 1, 1, 4
+    )
     whole = rows((0, 0, 0, 0, 1, 1, 4), device=path.device)
     lam = torch.tensor([2.0], device=path.device)
-    donors = torch.tensor([-32000, 32000, 5, 4], dtype=torch.int16, device=path.device).reshape(1, 1, 1, 1, 4)
-    assert object_mixup3d(volumes, whole, whole, lam, donors=donors).flatten().tolist() == [32767, -32768, 5, 6]
+    donors = torch.tensor([-32000, 32000, 5, 4], dtype=torch.int16, device=path.device).reshape(
+        1, 1, 1, 1, 4
+    )
+    assert object_mixup3d(volumes, whole, whole, lam, donors=donors).flatten().tolist() == [
+        32767,
+        -32768,
+        5,
+        6,
+    ]
     floats = torch.tensor([1e30, -INF, NAN, 2.5], device=path.device).reshape(1, 1, 1, 1, 4)
     none = rows(device=path.device)
     result = object_mixup3d(floats, none, none, lam[:0], dtype=torch.int16)
@@ -279,7 +340,10 @@ def test_not_finite_voxels_stay_where_they_are(path):
     volumes = make((2, 1, 4, 4, 9), device=path.device)
     volumes[1, 0, 2, 2, 7], volumes[0, 0, 3, 3, 8] = INF, NAN
     boxes = rows((0, 0, 0, 0, 4, 3, 7), (1, 0, 0, 0, 4, 3, 8), device=path.device)
-    sources, half = rows((1, 0, 0, 0, 4, 4, 9), (0, 0, 0, 0, 4, 4, 9), device=path.device), torch.full((2,), 0.5)
+    sources, half = (
+        rows((1, 0, 0, 0, 4, 4, 9), (0, 0, 0, 0, 4, 4, 9), device=path.device),
+        torch.full((2,), 0.5),
+    )
     half = half.to(path.device)
     for dtype in FLOATS:
         result = compare(volumes.to(dtype), boxes, sources, half)
@@ -291,11 +355,16 @@ def test_not_finite_voxels_stay_where_they_are(path):
 def test_voxels_in_no_box(path, window):
     """Copied, windowed and converted out of place; in place left alone, but for the window."""
     volumes = make((2, 2, 9, 33, 35), torch.int16, path.device)
-    target, half = rows((1, 2, 3, 4, 6, 9, 9), device=path.device), torch.full((1,), 0.5, device=path.device)
+    target, half = (
+        rows((1, 2, 3, 4, 6, 9, 9), device=path.device),
+        torch.full((1,), 0.5, device=path.device),
+    )
     result = compare(volumes, target, target, half, window=window, dtype=torch.int16)
     outside = torch.ones(volumes.shape, dtype=torch.bool, device=path.device)
     outside[1, :, 2:6, 3:9, 4:9] = False
-    plain = object_mixup3d(volumes, target[:0], target[:0], half[:0], window=window, dtype=torch.int16)
+    plain = object_mixup3d(
+        volumes, target[:0], target[:0], half[:0], window=window, dtype=torch.int16
+    )
     assert torch.equal(result[outside], plain[outside])
     if window is None:
         assert torch.equal(plain, volumes)
@@ -313,14 +382,20 @@ def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
         batch = torch.randint(3, (5, 2, 1), generator=generator)
         both, lam = torch.cat((batch, low, high), 2), torch.rand(5, generator=generator)
         expected = volumes.double()
-        for (b, z1, y1, x1, z2, y2, x2), (j, *source), share in zip(*both.transpose(0, 1).tolist(), lam, strict=True):
+        for (b, z1, y1, x1, z2, y2, x2), (j, *source), share in zip(
+            *both.transpose(0, 1).tolist(), lam, strict=True
+        ):
             d1, h1, w1, d2, h2, w2 = source
             crop = volumes[j, None, :, d1:d2, h1:h2, w1:w2].double()
-            donor = torch.nn.functional.interpolate(crop, (z2 - z1, y2 - y1, x2 - x1), mode="trilinear")[0]
+            donor = torch.nn.functional.interpolate(
+                crop, (z2 - z1, y2 - y1, x2 - x1), mode="trilinear"
+            )[0]
             region = expected[b, :, z1:z2, y1:y2, x1:x2]
             region.copy_(torch.lerp(donor, region, share.double().to(path.device)))
         targets, sources = both.float().unbind(1)
-        result = object_mixup3d(volumes, targets.to(path.device), sources.to(path.device), lam.to(path.device))
+        result = object_mixup3d(
+            volumes, targets.to(path.device), sources.to(path.device), lam.to(path.device)
+        )
         assert_close(result, expected)
 
 
@@ -350,7 +425,10 @@ def test_equals_simpleitk_where_samples_stay_inside_the_box(path):
 def test_same_size_is_not_resampled(path):
     volumes = make((2, 1, 9, 10, 11), device=path.device)
     target = rows((0, 1, 2, 3, 8, 9, 10), device=path.device)
-    source, zero = rows((1, 2, 1, 0, 9, 8, 7), device=path.device), torch.zeros(1, device=path.device)
+    source, zero = (
+        rows((1, 2, 1, 0, 9, 8, 7), device=path.device),
+        torch.zeros(1, device=path.device),
+    )
     result = object_mixup3d(volumes, target, source, zero)
     assert torch.equal(result[0, :, 1:8, 2:9, 3:10], volumes[1, :, 2:9, 1:8, 0:7])
 
@@ -378,21 +456,30 @@ def test_strided_input(path, layout):
     result = object_mixup3d(volumes, boxes, sources, lam)
     assert_right(result, volumes, boxes, sources, lam)
     assert_right(
-        object_mixup3d(volumes, boxes, sources, lam, donors=donors), volumes, boxes, sources, lam, donors=donors
+        object_mixup3d(volumes, boxes, sources, lam, donors=donors),
+        volumes,
+        boxes,
+        sources,
+        lam,
+        donors=donors,
     )
     if layout != "expanded":
         base = volumes._base if volumes._base is not None else volumes
         before, kept = volumes.clone(), base.clone()
         for window in (None, (-1.0, 2.0)):
             expected = object_mixup3d(volumes, boxes, sources, lam, window=window)
-            assert object_mixup3d(volumes, boxes, sources, lam, window=window, out=volumes) is volumes
+            assert (
+                object_mixup3d(volumes, boxes, sources, lam, window=window, out=volumes) is volumes
+            )
             assert torch.equal(volumes, expected)
             volumes.copy_(before)
             assert torch.equal(base, kept), "wrote between the elements of out"
 
 
 def test_memory_format_is_kept(path):
-    volumes = make((2, 3, 6, 5, 7), torch.int16, path.device).to(memory_format=torch.channels_last_3d)
+    volumes = make((2, 3, 6, 5, 7), torch.int16, path.device).to(
+        memory_format=torch.channels_last_3d
+    )
     result = compare(volumes, *draw(4, volumes.shape, path.device), window=WINDOW)
     assert result.stride() == volumes.stride()
 
@@ -403,7 +490,11 @@ def test_out_in_other_memory(path):
     arguments = {"window": WINDOW, "dtype": torch.bfloat16}
     expected = object_mixup3d(volumes, *boxes, **arguments)
     base = torch.full((4, 2, 3, 4, 8), NAN, dtype=torch.bfloat16, device=path.device)
-    for out in (base[1:], base[:3].to(memory_format=torch.channels_last_3d), base.transpose(3, 4).clone().mT[1:]):
+    for out in (
+        base[1:],
+        base[:3].to(memory_format=torch.channels_last_3d),
+        base.transpose(3, 4).clone().mT[1:],
+    ):
         assert object_mixup3d(volumes, *boxes, out=out, **arguments) is out
         assert torch.equal(out, expected)
     assert base[0].isnan().all(), "wrote outside out"
@@ -413,20 +504,41 @@ def test_out_may_share_memory_with_the_donors(path):
     for window in (None, (-1.0, 2.0)):
         base = make((5, 1, 4, 3, 5), device=path.device)
         boxes, sources, lam = draw(3, (2, 1, 4, 3, 5), path.device)
-        for donors in (lambda x: x[:2], lambda x: x[1:4], lambda x: x[3:], lambda x: x[:1, :, 1:3], lambda x: x):
+        for donors in (
+            lambda x: x[:2],
+            lambda x: x[1:4],
+            lambda x: x[3:],
+            lambda x: x[:1, :, 1:3],
+            lambda x: x,
+        ):
             ours = base.clone()
-            expected = object_mixup3d(base[:2], boxes, sources, lam, donors=donors(base), window=window)
-            object_mixup3d(ours[:2], boxes, sources, lam, donors=donors(ours), window=window, out=ours[:2])
+            expected = object_mixup3d(
+                base[:2], boxes, sources, lam, donors=donors(base), window=window
+            )
+            object_mixup3d(
+                ours[:2], boxes, sources, lam, donors=donors(ours), window=window, out=ours[:2]
+            )
             assert torch.equal(ours[:2], expected) and torch.equal(ours[2:], base[2:])
             ours = base.clone()
-            object_mixup3d(base[:2].clone(), boxes, sources, lam, donors=donors(ours), window=window, out=ours[1:3])
+            object_mixup3d(
+                base[:2].clone(),
+                boxes,
+                sources,
+                lam,
+                donors=donors(ours),
+                window=window,
+                out=ours[1:3],
+            )
             assert torch.equal(ours[1:3], expected) and torch.equal(ours[3:], base[3:])
 
 
 def test_overlapping_volumes_are_refused_or_right(path):
     base = make((5, 1, 3, 4, 4), device=path.device)
     boxes = draw(2, (2, 1, 3, 4, 4), path.device)
-    with pytest.raises(ValueError, match="object_mixup3d: out may be volumes itself but must not overlap it otherwise"):
+    with pytest.raises(
+        ValueError,
+        match="object_mixup3d: out may be volumes itself but must not overlap it otherwise",
+    ):
         object_mixup3d(base[:2], *boxes, out=base[1:3])
     kept = base.clone()
     expected = object_mixup3d(kept[:2].mT, *boxes)
@@ -435,14 +547,19 @@ def test_overlapping_volumes_are_refused_or_right(path):
 
 
 def test_inputs_are_left_alone(path):
-    volumes, donors = make((2, 1, 6, 5, 7), device=path.device), make((3, 1, 4, 4, 4), device=path.device)
+    volumes, donors = (
+        make((2, 1, 6, 5, 7), device=path.device),
+        make((3, 1, 4, 4, 4), device=path.device),
+    )
     tensors = volumes, donors, *draw(4, volumes.shape, path.device, donor_shape=donors.shape)
     before = [x.clone() for x in tensors]
     object_mixup3d(volumes, *tensors[2:], donors=donors, window=WINDOW)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 3, 0)]
+)
 def test_empty(path, shape):
     volumes = make(shape, device=path.device)
     boxes = rows((0, 0, 0, 0, 2, 2, 2), device=path.device)
@@ -507,7 +624,9 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
             results += [ours, object_mixup3d(volumes, *boxes)]
     finally:
         torch.set_num_threads(threads)
-    assert not torch.equal(results[0], volumes) and all(torch.equal(result, results[0]) for result in results)
+    assert not torch.equal(results[0], volumes) and all(
+        torch.equal(result, results[0]) for result in results
+    )
 
 
 @pytest.mark.parametrize("donors", [False, True])
@@ -515,14 +634,23 @@ def test_opcheck(path, donors):
     volumes = make((2, 2, 5, 6, 7), device=path.device)
     pool = make((3, 2, 4, 4, 4), device=path.device) if donors else None
     boxes = draw(3, volumes.shape, path.device)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     ops = torch.ops.fmkernels
     for x in (volumes, volumes.to(memory_format=torch.channels_last_3d)):
         torch.library.opcheck(
-            ops.object_mixup3d.default, (x, pool, *boxes, *[(-2.0, 3.0)] * 2, torch.bfloat16), test_utils=tests
+            ops.object_mixup3d.default,
+            (x, pool, *boxes, *[(-2.0, 3.0)] * 2, torch.bfloat16),
+            test_utils=tests,
         )
         torch.library.opcheck(
-            ops.object_mixup3d_into.default, (x, pool, *boxes, None, None, torch.empty_like(x)), test_utils=tests
+            ops.object_mixup3d_into.default,
+            (x, pool, *boxes, None, None, torch.empty_like(x)),
+            test_utils=tests,
         )
 
 
@@ -542,7 +670,9 @@ def test_compiles_without_graph_breaks(path, dynamic):
         for function in (step, compiled):
             x = volumes.clone()
             results.append((function(x, *boxes), x))
-        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(
+            results[0][1], results[1][1]
+        )
 
 
 # --- bad arguments ---------------------------------------------------------------------------------------------------
@@ -556,9 +686,17 @@ LEAF = torch.zeros(2, 1, 3, 4, 5, requires_grad=True)
     [
         (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
         (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
-        (ValueError, r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 3, 4\)", {"volumes": X[..., 0]}),
+        (
+            ValueError,
+            r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 3, 4\)",
+            {"volumes": X[..., 0]},
+        ),
         (ValueError, "no gradient to volumes is offered", {"volumes": LEAF}),
-        (ValueError, "volumes must have axes of at most", {"volumes": torch.empty(1, 1, 1, 1, 2**24 + 1)}),
+        (
+            ValueError,
+            "volumes must have axes of at most",
+            {"volumes": torch.empty(1, 1, 1, 1, 2**24 + 1)},
+        ),
         (TypeError, "boxes must be a tensor, got a list of 0", {"boxes": []}),
         (TypeError, "boxes must be float32, got float64", {"boxes": BOXES.double()}),
         (ValueError, r"boxes must be \[K, 7\], .*, got shape \(2, 6\)", {"boxes": BOXES[:, :6]}),
@@ -566,7 +704,11 @@ LEAF = torch.zeros(2, 1, 3, 4, 5, requires_grad=True)
         (ValueError, "no gradient to boxes", {"boxes": BOXES.clone().requires_grad_()}),
         (TypeError, "donor_boxes must be float32, got int64", {"donor_boxes": BOXES.long()}),
         (ValueError, r"donor_boxes must be \[K, 7\]", {"donor_boxes": BOXES[0]}),
-        (ValueError, r"donor_boxes must be as many as boxes, 2, got shape \(1, 7\)", {"donor_boxes": BOXES[:1]}),
+        (
+            ValueError,
+            r"donor_boxes must be as many as boxes, 2, got shape \(1, 7\)",
+            {"donor_boxes": BOXES[:1]},
+        ),
         (ValueError, "no gradient to donor_boxes", {"donor_boxes": BOXES.clone().requires_grad_()}),
         (TypeError, "lam must be a tensor, got float", {"lam": 0.5}),
         (TypeError, "lam must be float16 .*, got int64", {"lam": LAM.long()}),
@@ -577,23 +719,41 @@ LEAF = torch.zeros(2, 1, 3, 4, 5, requires_grad=True)
         (TypeError, "donors must be float16 or .* got int64", {"donors": X.long()}),
         (ValueError, r"donors must be \[B, C, D, H, W\]", {"donors": X[0]}),
         (ValueError, "donors must be on cpu", {"donors": X.to("meta")}),
-        (ValueError, r"donors must have the channels of volumes, 1, got shape", {"donors": X.expand(2, 3, 3, 4, 5)}),
+        (
+            ValueError,
+            r"donors must have the channels of volumes, 1, got shape",
+            {"donors": X.expand(2, 3, 3, 4, 5)},
+        ),
         (ValueError, "no gradient to donors", {"donors": LEAF}),
         (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
         (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
         (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
         (TypeError, "out must be a tensor", {"out": 1}),
         (TypeError, "out must be float32, got float64", {"out": X.double()}),
-        (TypeError, "out must be float32, got int16", {"volumes": X.short(), "window": (0, 1), "out": X.short()}),
+        (
+            TypeError,
+            "out must be float32, got int16",
+            {"volumes": X.short(), "window": (0, 1), "out": X.short()},
+        ),
         (ValueError, "out must be on cpu", {"out": X.to("meta")}),
-        (ValueError, r"out must have the shape of volumes, \(2, 1, 3, 4, 5\), got", {"out": X[:1].clone()}),
-        (ValueError, "out must have an element of its own", {"out": X[:1].expand(2, -1, -1, -1, -1)}),
+        (
+            ValueError,
+            r"out must have the shape of volumes, \(2, 1, 3, 4, 5\), got",
+            {"out": X[:1].clone()},
+        ),
+        (
+            ValueError,
+            "out must have an element of its own",
+            {"out": X[:1].expand(2, -1, -1, -1, -1)},
+        ),
         (ValueError, "no gradient through out", {"out": LEAF}),
     ],
 )
 def test_bad_arguments(error, words, arguments):
     with pytest.raises(error, match=f"object_mixup3d: {words}"):
-        object_mixup3d(**{"volumes": X, "boxes": BOXES, "donor_boxes": BOXES, "lam": LAM, **arguments})
+        object_mixup3d(
+            **{"volumes": X, "boxes": BOXES, "donor_boxes": BOXES, "lam": LAM, **arguments}
+        )
 
 
 @pytest.mark.parametrize("dtype", VOXELS)
@@ -618,7 +778,11 @@ BOUND = st.one_of(
 )
 BATCH = st.sampled_from([0, 0, 0, 1, 1, 2, 0.5, -0.5, -1, 7, NAN])
 BOX = st.tuples(BATCH, *[BOUND] * 6)
-SIZE = st.tuples(st.sampled_from([1, 2, 3, 5, 9]), st.sampled_from([1, 2, 4, 7]), st.sampled_from([0, 1, 3, 8, 11]))
+SIZE = st.tuples(
+    st.sampled_from([1, 2, 3, 5, 9]),
+    st.sampled_from([1, 2, 4, 7]),
+    st.sampled_from([0, 1, 3, 8, 11]),
+)
 
 
 @st.composite
@@ -628,7 +792,9 @@ def boxes_mostly_usable(draw, pairs):
     for _ in range(pairs):
         batch, *bounds = draw(BOX)
         if draw(st.integers(0, 3)):
-            lows, highs = zip(*(sorted(pair) for pair in zip(bounds[:3], bounds[3:], strict=True)), strict=True)
+            lows, highs = zip(
+                *(sorted(pair) for pair in zip(bounds[:3], bounds[3:], strict=True)), strict=True
+            )
             bounds = [*lows, *highs]
         result.append((batch, *bounds))
     return result
@@ -646,7 +812,9 @@ CASE = st.integers(0, 4).flatmap(
             "dtype": st.sampled_from(VOXELS),
             "result": st.sampled_from([None, None, *VOXELS]),
             "window": st.sampled_from([None, None, WINDOW, (-1, 1)]),
-            "layout": st.sampled_from(["contiguous", "contiguous", "channels last", "permuted", "sliced"]),
+            "layout": st.sampled_from(
+                ["contiguous", "contiguous", "channels last", "permuted", "sliced"]
+            ),
             "lam": st.sampled_from(["random", "random", "zero", "one"]),
             "seed": st.integers(0, 99),
         }
@@ -655,15 +823,21 @@ CASE = st.integers(0, 4).flatmap(
 
 
 def check_case(case, device="cpu"):
-    volumes = make((case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"])
+    volumes = make(
+        (case["batch"], case["channels"], *case["size"]), case["dtype"], device, case["seed"]
+    )
     volumes = {"contiguous": volumes, **layouts(volumes)}[case["layout"]]
     donors = None
     if case["donors"]:
-        donors = make((2, case["channels"], *case["donors"]), case["dtype"], device, case["seed"] + 1)
+        donors = make(
+            (2, case["channels"], *case["donors"]), case["dtype"], device, case["seed"] + 1
+        )
     boxes, sources = rows(*case["boxes"], device=device), rows(*case["donor_boxes"], device=device)
     lam = torch.rand(len(boxes), generator=torch.Generator().manual_seed(case["seed"])).to(device)
     lam = {"random": lam, "zero": lam * 0, "one": lam * 0 + 1}[case["lam"]]
-    compare(volumes, boxes, sources, lam, donors=donors, window=case["window"], dtype=case["result"])
+    compare(
+        volumes, boxes, sources, lam, donors=donors, window=case["window"], dtype=case["result"]
+    )
 
 
 @cases(2000)

@@ -14,7 +14,9 @@ from tests.support.interpreter import KernelFault, checked
 from tests.support.plan import TARGETS, run_plan
 from tests.test_object_mixup3d import assert_right, draw, make, rows
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports")
+pytestmark = pytest.mark.skipif(
+    on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
+)
 
 WINDOW = (-1200.0, 600.0)
 TARGET, SOURCE = (0, 1, 2, 3, 5, 6, 9), (1, 0, 1, 2, 4, 5, 8)  # 96 voxels each, not resampled
@@ -26,26 +28,38 @@ HALF = torch.full((1,), 0.5)
 def test_in_place_only_the_voxels_in_boxes_are_read_and_written(dtype):
     volumes, donors = make((2, 1, 7, 8, 11), dtype), make((2, 1, 7, 8, 11), dtype, seed=1)
     with checked(volumes=volumes, donors=donors) as report:
-        kernels.launch_object_mixup_into(volumes, donors, rows(TARGET), rows(SOURCE), HALF, None, None, volumes)
+        kernels.launch_object_mixup_into(
+            volumes, donors, rows(TARGET), rows(SOURCE), HALF, None, None, volumes
+        )
     once = VOXELS_IN_BOX * dtype.itemsize
     assert report["volumes"].read == report["volumes"].written == report["donors"].read_once == once
     assert len(report.launches) == 1
     ours = make((2, 1, 7, 8, 11), dtype)
     with checked(volumes=ours) as report:
-        kernels.launch_object_mixup_into(ours, None, rows(TARGET), rows(SOURCE), HALF, None, None, ours)
+        kernels.launch_object_mixup_into(
+            ours, None, rows(TARGET), rows(SOURCE), HALF, None, None, ours
+        )
     assert report["volumes"].read_once == 2 * once and report["volumes"].written == once
-    scratch = sum((t.read + t.written for n, t in report.traffic.items() if n in ("out", "donors")), 0)
+    scratch = sum(
+        (t.read + t.written for n, t in report.traffic.items() if n in ("out", "donors")), 0
+    )
     assert scratch == 2 * once and len(report.launches) == 2
 
 
 @pytest.mark.parametrize(
     ("dtype", "result", "window"),
-    [(torch.float32, torch.float32, None), (torch.int16, torch.bfloat16, WINDOW), (torch.int16, torch.float32, WINDOW)],
+    [
+        (torch.float32, torch.float32, None),
+        (torch.int16, torch.bfloat16, WINDOW),
+        (torch.int16, torch.float32, WINDOW),
+    ],
 )
 def test_out_of_place_every_voxel_is_read_and_written_once(dtype, result, window):
     volumes, donors = make((2, 1, 9, 21, 35), dtype), make((2, 1, 7, 8, 11), dtype)
     with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(volumes, donors, rows(TARGET), rows(SOURCE), HALF, window, window, result)
+        out = kernels.launch_object_mixup(
+            volumes, donors, rows(TARGET), rows(SOURCE), HALF, window, window, result
+        )
     assert report["volumes"].read == report["volumes"].read_once == volumes.nbytes
     assert report["out"].written == report["out"].written_once == out.nbytes
     assert report["donors"].read_once == VOXELS_IN_BOX * dtype.itemsize
@@ -55,7 +69,9 @@ def test_out_of_place_every_voxel_is_read_and_written_once(dtype, result, window
 def test_one_tensor_for_all_is_read_once_more_for_the_donors():
     volumes = make((2, 1, 7, 8, 11))
     with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(volumes, None, rows(TARGET), rows(SOURCE), HALF, None, None, torch.float32)
+        out = kernels.launch_object_mixup(
+            volumes, None, rows(TARGET), rows(SOURCE), HALF, None, None, torch.float32
+        )
     assert report["volumes"].read_once == volumes.nbytes and report.never_written("out") == 0
     assert report["out"].written == out.nbytes and len(report.launches) == 1
     with checked(volumes=volumes) as report:
@@ -69,8 +85,12 @@ def test_unusable_pairs_read_and_write_no_voxel():
     volumes = make((2, 1, 7, 8, 11))
     bad = rows((2, *TARGET[1:]), (0, math.nan, *TARGET[2:]), (0, 3, 3, 3, 3, 6, 6))
     with checked(volumes=volumes) as report:
-        kernels.launch_object_mixup_into(volumes, None, bad, rows(*[SOURCE] * 3), HALF.repeat(3), None, None, volumes)
-        kernels.launch_object_mixup_into(volumes, None, rows(*[SOURCE] * 3), bad, HALF.repeat(3), None, None, volumes)
+        kernels.launch_object_mixup_into(
+            volumes, None, bad, rows(*[SOURCE] * 3), HALF.repeat(3), None, None, volumes
+        )
+        kernels.launch_object_mixup_into(
+            volumes, None, rows(*[SOURCE] * 3), bad, HALF.repeat(3), None, None, volumes
+        )
     assert report["volumes"].read == report["volumes"].written == 0
 
 
@@ -82,10 +102,17 @@ def test_no_race_and_nothing_left_unwritten(programs, shuffle, monkeypatch):
         if inner:
             volumes = volumes.to(memory_format=torch.channels_last_3d)
         donors, boxes = make((3, shape[1], 4, 5, 6)), draw(5, shape, seed=shuffle)
-        for pool, window in ((None, None), (donors, None), (None, (-1.0, 1.0)), (donors, (-1.0, 1.0))):
+        for pool, window in (
+            (None, None),
+            (donors, None),
+            (None, (-1.0, 1.0)),
+            (donors, (-1.0, 1.0)),
+        ):
             arguments = {"donors": pool, "window": window}
             with checked(shuffle=shuffle) as report:
-                out = kernels.launch_object_mixup(volumes, pool, *boxes, window, window, torch.float32)
+                out = kernels.launch_object_mixup(
+                    volumes, pool, *boxes, window, window, torch.float32
+                )
             assert report.never_written("out") == 0 and len(report.launches) == 1
             ours = volumes.clone(memory_format=torch.preserve_format)
             with checked(shuffle=shuffle) as report:
@@ -108,7 +135,9 @@ def test_the_checker_sees_what_would_be_wrong(monkeypatch):
     def launch():
         ours = volumes.clone()
         with checked(volumes=ours):
-            kernels.launch_object_mixup_into(ours, None, boxes, boxes.flip(0), HALF.repeat(2), None, None, ours)
+            kernels.launch_object_mixup_into(
+                ours, None, boxes, boxes.flip(0), HALF.repeat(2), None, None, ours
+            )
         assert_right(ours, volumes, boxes, boxes.flip(0), HALF.repeat(2))
 
     launch()
@@ -136,11 +165,15 @@ def test_offsets_beyond_two_to_the_31():
         kernels.launch_object_mixup_into(volumes, donors, last, first, HALF, None, None, volumes)
     assert volumes[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
     with checked(races=False, programs=[0]):
-        kernels.launch_object_mixup_into(volumes, volumes, first, last, HALF, None, None, torch.empty_like(volumes))
+        kernels.launch_object_mixup_into(
+            volumes, volumes, first, last, HALF, None, None, torch.empty_like(volumes)
+        )
         kernels.launch_object_mixup_into(volumes, None, first, last, HALF * 0, None, None, volumes)
     assert volumes[0, 0, 0, 0, :3].tolist() == [15, 30, 45]
     with checked(races=False, programs=[-1]):
-        out = kernels.launch_object_mixup(volumes, donors, first, first, HALF, None, None, torch.uint8)
+        out = kernels.launch_object_mixup(
+            volumes, donors, first, first, HALF, None, None, torch.uint8
+        )
     assert out[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
 
 
@@ -165,7 +198,9 @@ def test_no_op_synchronises_with_the_host(monkeypatch):
             object_mixup3d(volumes, *boxes, donors=pool, out=volumes)
             object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), out=volumes)
         strided = volumes.transpose(2, 4)
-        object_mixup3d(strided, *(x.repeat_interleave(1, 0) for x in boxes), window=(-1.0, 2.0), out=strided)
+        object_mixup3d(
+            strided, *(x.repeat_interleave(1, 0) for x in boxes), window=(-1.0, 2.0), out=strided
+        )
 
 
 # --- compiled code ---------------------------------------------------------------------------------------------------
@@ -206,8 +241,12 @@ def test_voxels_in_no_box_stream(plan):
         if variant.case.startswith("new"):
             for target in ("sm_80", "sm_90", "sm_100"):
                 main = variant.on[target].main
-                assert main.loads[128] >= 4 and set(main.stores) == {128}, f"{variant.case} on {target}"
-    assert "new, odd size float32" not in {variant.case for variant in plan.variants}  # it runs the same variant
+                assert main.loads[128] >= 4 and set(main.stores) == {128}, (
+                    f"{variant.case} on {target}"
+                )
+    assert "new, odd size float32" not in {
+        variant.case for variant in plan.variants
+    }  # it runs the same variant
 
 
 # instructions per voxel on sm_90, all that a program does included

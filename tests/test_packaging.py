@@ -19,14 +19,31 @@ pytest.importorskip("wheel", reason="building a wheel needs wheel")
 pytest.importorskip("pip", reason="building a wheel needs pip")
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "reference", "tests", "fmkernels")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "reference",
+    "tests",
+    "fmkernels",
+)
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
     """The output of a Python process that has nothing of this one's path."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+    }
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=clean | environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -52,8 +69,16 @@ def wheel(sdist, tmp_path_factory) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (source,) = folder.iterdir()
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
-    python("-m", "pip", "wheel", *options, "--wheel-dir", str(folder / "dist"), str(source), cwd=folder)
+    options = (
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--quiet",
+    )
+    python(
+        "-m", "pip", "wheel", *options, "--wheel-dir", str(folder / "dist"), str(source), cwd=folder
+    )
     (built,) = (folder / "dist").iterdir()
     return built
 
@@ -65,7 +90,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     inside = {name for name in names if name.startswith("fmkernels/")}
     there = [path for path in (ROOT / "fmkernels").rglob("*") if path.suffix in (".py", ".typed")]
     assert inside == {path.relative_to(ROOT).as_posix() for path in there}
-    assert {name.split("/")[0] for name in names} == {"fmkernels", f"fmkernels-{fmkernels.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "fmkernels",
+        f"fmkernels-{fmkernels.__version__}.dist-info",
+    }
     assert any(name.endswith("LICENSE") for name in names)
 
 
@@ -81,10 +109,19 @@ print(fmkernels.__file__)
 assert importlib.metadata.version("fmkernels") == fmkernels.__version__
 sys.exit(main(["doctor"]))
 """
-    said = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    said = python(
+        "-c",
+        code,
+        cwd=tmp_path,
+        PYTHONPATH=str(target),
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
     assert said.splitlines()[0] == str(target / "fmkernels" / "__init__.py")
     assert "all 6 self-tests passed" in said
-    (script,) = (target / "bin").iterdir() if (target / "bin").exists() else (target / "Scripts").iterdir()
+    (script,) = (
+        (target / "bin").iterdir() if (target / "bin").exists() else (target / "Scripts").iterdir()
+    )
     assert script.stem == "fmkernels"
 
 
@@ -94,21 +131,34 @@ def test_what_is_required_is_what_the_code_imports(wheel):
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode()
     required: dict[str, set[str]] = {}
-    for name, extra in re.findall(r"^Requires-Dist: ([\w-]+)(?:.*extra == [\"'](\w+)[\"'])?", lines, re.M):
+    for name, extra in re.findall(
+        r"^Requires-Dist: ([\w-]+)(?:.*extra == [\"'](\w+)[\"'])?", lines, re.M
+    ):
         required.setdefault(extra, set()).add(name)
     used: dict[str, set[str]] = {}
     for path in (ROOT / "fmkernels").rglob("*.py"):
-        extra = {"focalmix": "train", "integrations": "monai"}.get(path.relative_to(ROOT).parts[1], "")
-        names = {name.removeprefix("torch.utils.") if "tensorboard" in name else name for name in imports(path)}
+        extra = {"focalmix": "train", "integrations": "monai"}.get(
+            path.relative_to(ROOT).parts[1], ""
+        )
+        names = {
+            name.removeprefix("torch.utils.") if "tensorboard" in name else name
+            for name in imports(path)
+        }
         used.setdefault(extra, set()).update(name.split(".")[0] for name in names)
-    foreign = {extra: names - {"fmkernels", *sys.stdlib_module_names} for extra, names in used.items()}
+    foreign = {
+        extra: names - {"fmkernels", *sys.stdlib_module_names} for extra, names in used.items()
+    }
     base = required[""]
     assert foreign[""] - {"triton", "llvmlite"} == base  # they come with torch and numba
     assert foreign["train"] - base == required["train"]
-    assert foreign["monai"] - base == required["monai"] - {"torchvision"}  # which MONAI's detector asks for
+    assert foreign["monai"] - base == required["monai"] - {
+        "torchvision"
+    }  # which MONAI's detector asks for
 
 
 def test_importing_the_package_is_quick(tmp_path):
     """CPU time beyond torch."""
     code = "import time, torch; before = time.process_time(); import fmkernels; print(time.process_time() - before)"
-    assert min(float(python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)) < 0.1
+    assert (
+        min(float(python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)) < 0.1
+    )

@@ -16,7 +16,12 @@ from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BLOCK = launch_parameters("predict_targets", torch.device("cpu")).block
-TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+TESTS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 
 
 def make(shape, dtype=torch.float32, device="cpu", seed=0, spread=4.0):
@@ -54,7 +59,9 @@ def test_every_flip_is_undone(path, mask, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("layout", ["channels_last", "one anchor", "head", "transposed", "expanded", "sliced"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "one anchor", "head", "transposed", "expanded", "sliced"]
+)
 def test_strided_views(path, layout, dtype):
     logits, flips = make((3, 2, 8, 4, 3, 8), dtype, path.device)
     flat = logits.flatten(0, 1)
@@ -98,7 +105,9 @@ def test_any_number_of_views(path, views):
     compare(*make((views, 1, 2, 3, 2, 4), device=path.device, spread=30.0))
 
 
-@pytest.mark.parametrize("n", [1, 7, BLOCK // 64 - 1, BLOCK // 64, BLOCK // 64 + 1, BLOCK // 16 + 4])
+@pytest.mark.parametrize(
+    "n", [1, 7, BLOCK // 64 - 1, BLOCK // 64, BLOCK // 64 + 1, BLOCK // 16 + 4]
+)
 def test_sizes_around_a_block(path, n):
     compare(*make((2, 3, 2, n, 8, 8), torch.bfloat16, path.device))
     compare(*make((2, 1, 1, 1, 1, n * 64 + 1), device=path.device))
@@ -106,7 +115,9 @@ def test_sizes_around_a_block(path, n):
 
 def test_the_figure_of_the_paper(path):
     views = torch.logit(torch.tensor([0.9, 0.8], device=path.device)).reshape(2, 1, 1, 1, 1, 1)
-    target = predict_targets(views, torch.zeros(2, dtype=torch.uint8, device=path.device), temperature=0.7)
+    target = predict_targets(
+        views, torch.zeros(2, dtype=torch.uint8, device=path.device), temperature=0.7
+    )
     assert target.item() == pytest.approx(0.9226, abs=5e-5)
 
 
@@ -118,16 +129,25 @@ def test_temperature_1_is_the_mean_and_a_tiny_one_a_decision(path):
         decided = predict_targets(logits, flips, temperature=temperature)
         clear = (mean - 0.5).abs() > 1e-2
         assert torch.equal(decided[clear], (mean > 0.5).float()[clear])
-        assert (predict_targets(torch.zeros_like(logits), flips, temperature=temperature) == 0.5).all()
+        assert (
+            predict_targets(torch.zeros_like(logits), flips, temperature=temperature) == 0.5
+        ).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tiny_probabilities_keep_their_digits(path, dtype, temperature):
-    logits = torch.linspace(-87, 10, 4 * 600, dtype=dtype).reshape(600, 4).T.reshape(4, 1, 1, 1, 1, 600).contiguous()
+    logits = (
+        torch.linspace(-87, 10, 4 * 600, dtype=dtype)
+        .reshape(600, 4)
+        .T.reshape(4, 1, 1, 1, 1, 600)
+        .contiguous()
+    )
     flips = torch.zeros(4, dtype=torch.uint8)
     exact = reference.predict_targets(logits, flips, temperature=temperature)
-    targets = predict_targets(logits.to(path.device), flips.to(path.device), temperature=temperature).cpu()
+    targets = predict_targets(
+        logits.to(path.device), flips.to(path.device), temperature=temperature
+    ).cpu()
     error = (targets - exact).abs() / exact
     assert error[exact > 1e-37].max() <= 3e-5
     assert error[exact > 1e-6].max() <= 5e-6
@@ -140,9 +160,12 @@ def test_tiny_probabilities_keep_their_digits(path, dtype, temperature):
 def test_finite_for_any_logit(path, dtype, temperature):
     top = torch.finfo(dtype).max
     values = torch.tensor(
-        [-math.inf, -top, -1e4, -104, -88, -1, -0.0, 0, 1e-30, 1, 88, 104, 1e4, top, math.inf], dtype=torch.float64
+        [-math.inf, -top, -1e4, -104, -88, -1, -0.0, 0, 1e-30, 1, 88, 104, 1e4, top, math.inf],
+        dtype=torch.float64,
     )
-    pairs = torch.cartesian_prod(values, values).T.to(dtype).reshape(2, 1, 1, 1, 15, 15).to(path.device)
+    pairs = (
+        torch.cartesian_prod(values, values).T.to(dtype).reshape(2, 1, 1, 1, 15, 15).to(path.device)
+    )
     flips = torch.zeros(2, dtype=torch.uint8, device=path.device)
     targets = predict_targets(pairs, flips, temperature=temperature)
     assert ((targets >= 0) & (targets <= 1)).all()
@@ -188,7 +211,9 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
     from fmkernels.kernels.predict_targets import launch_predict_targets
     from tests.support.interpreter import checked
 
-    views = torch.zeros((4, 3, 1, 5, size, size, 8) if anchors_last else (4, 3, 8, 5, size, size, 1), dtype=dtype)
+    views = torch.zeros(
+        (4, 3, 1, 5, size, size, 8) if anchors_last else (4, 3, 8, 5, size, size, 1), dtype=dtype
+    )
     flips = torch.tensor([0, 3, 4, 7], dtype=torch.uint8)
     anchors = views[0].numel()
     with checked(x=views, flips=flips, shuffle=0) as report:
@@ -207,7 +232,10 @@ def test_more_than_2_to_the_31_elements(shape):
     from fmkernels.kernels.predict_targets import launch_predict_targets
     from tests.support.interpreter import checked
 
-    views, flips = torch.empty(shape, dtype=torch.bfloat16), torch.full(shape[:1], 4, dtype=torch.uint8)
+    views, flips = (
+        torch.empty(shape, dtype=torch.bfloat16),
+        torch.full(shape[:1], 4, dtype=torch.uint8),
+    )
     anchors = views[0].numel()
     views[:, -1, -1, -1, -1] = torch.arange(shape[5], dtype=torch.bfloat16).fmod(7)[:, None]
     with checked(x=views, flips=flips, programs=[-1]):
@@ -221,7 +249,9 @@ def test_more_than_2_to_the_31_elements(shape):
 def test_no_gradient(path):
     logits, flips = make((2, 1, 1, 2, 2, 2), device=path.device)
     leaf = logits.clone().requires_grad_()
-    with pytest.raises(ValueError, match=r"predict_targets: no gradient to view_logits .* torch\.no_grad"):
+    with pytest.raises(
+        ValueError, match=r"predict_targets: no gradient to view_logits .* torch\.no_grad"
+    ):
         predict_targets(leaf, flips)
     with torch.no_grad():
         assert torch.equal(predict_targets(leaf, flips), predict_targets(logits, flips))
@@ -247,8 +277,13 @@ def test_compiles_without_graph_breaks(dynamic):
     compiled = torch.compile(predict_targets, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (4, 7):
         logits, flips = make((2, 2, 3, n, 4, n + 1))
-        levels = [logits, logits.flatten(0, 1).to(memory_format=torch.channels_last_3d).unflatten(0, (2, 2))]
-        for ours, theirs in zip(compiled(levels, flips), predict_targets(levels, flips), strict=True):
+        levels = [
+            logits,
+            logits.flatten(0, 1).to(memory_format=torch.channels_last_3d).unflatten(0, (2, 2)),
+        ]
+        for ours, theirs in zip(
+            compiled(levels, flips), predict_targets(levels, flips), strict=True
+        ):
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
@@ -260,15 +295,31 @@ VIEWS, FLIPS = torch.zeros(2, 1, 1, 2, 2, 2), torch.zeros(2, dtype=torch.uint8)
     [
         (TypeError, "view_logits must be a tensor or a list", {"view_logits": 1.0}),
         (TypeError, "view_logits must be float16 or", {"view_logits": VIEWS.int()}),
-        (TypeError, "view_logits must be float32, got float64", {"view_logits": [VIEWS, VIEWS.double()]}),
+        (
+            TypeError,
+            "view_logits must be float32, got float64",
+            {"view_logits": [VIEWS, VIEWS.double()]},
+        ),
         (ValueError, "view_logits must hold at least one", {"view_logits": []}),
-        (ValueError, r"view_logits must be \[K, B, A, D, H, W\] .* got \(1, 1, 2, 2, 2\)", {"view_logits": VIEWS[0]}),
-        (ValueError, "view_logits must be .* K >= 1", {"view_logits": VIEWS[:0], "flips": FLIPS[:0]}),
+        (
+            ValueError,
+            r"view_logits must be \[K, B, A, D, H, W\] .* got \(1, 1, 2, 2, 2\)",
+            {"view_logits": VIEWS[0]},
+        ),
+        (
+            ValueError,
+            "view_logits must be .* K >= 1",
+            {"view_logits": VIEWS[:0], "flips": FLIPS[:0]},
+        ),
         (ValueError, "the same at every level", {"view_logits": [VIEWS, VIEWS[:1]]}),
         (ValueError, "view_logits must be on cpu", {"view_logits": [VIEWS, VIEWS.to("meta")]}),
         (TypeError, "flips must be a tensor", {"flips": [0, 1]}),
         (TypeError, "flips must be uint8, got int64", {"flips": FLIPS.long()}),
-        (ValueError, r"flips must have shape \(2,\), one per view, got \(1,\)", {"flips": FLIPS[:1]}),
+        (
+            ValueError,
+            r"flips must have shape \(2,\), one per view, got \(1,\)",
+            {"flips": FLIPS[:1]},
+        ),
         (ValueError, "flips must be on cpu", {"flips": FLIPS.to("meta")}),
         (TypeError, "temperature must be a number", {"temperature": "0.7"}),
         (TypeError, "temperature must be a number", {"temperature": torch.tensor(0.7)}),
@@ -299,10 +350,14 @@ CASE = st.fixed_dictionaries(
 def check_case(case, device="cpu"):
     """Any shape, in any order of memory."""
     order = case["order"]
-    stored = [min(case["shape"][axis], 5) if axis in order[:2] else case["shape"][axis] for axis in order]
+    stored = [
+        min(case["shape"][axis], 5) if axis in order[:2] else case["shape"][axis] for axis in order
+    ]
     logits, _ = make(stored, case["dtype"], device, case["seed"], case["spread"])
     logits = logits[..., :: case["step"]].permute([order.index(axis) for axis in range(6)])
-    flips = torch.randint(8, logits.shape[:1], generator=torch.Generator().manual_seed(case["seed"]))
+    flips = torch.randint(
+        8, logits.shape[:1], generator=torch.Generator().manual_seed(case["seed"])
+    )
     compare(logits, flips.to(torch.uint8).to(device), temperature=case["temperature"])
 
 

@@ -40,7 +40,9 @@ def check_case(case, device="cpu"):
     assert torch.equal(lam, again[0]) and torch.equal(index, again[1])
     for x in (0.5001, 0.501, 0.51, 0.55, 0.6, 0.75, 0.9, 0.99, 0.999) if size else ():
         below = 2 * special.betainc(eta, eta, x) - 1  # l is symmetric about 1/2
-        assert abs((lam <= x).double().mean().item() - below) <= math.sqrt(math.log(2 / CHANCE) / 2 / size), x
+        assert abs((lam <= x).double().mean().item() - below) <= math.sqrt(
+            math.log(2 / CHANCE) / 2 / size
+        ), x
 
 
 @cases(2000)
@@ -55,7 +57,9 @@ def test_wrong_draws_are_told(monkeypatch, wrong):
 
     def draw(size, *, eta, generator):
         lam, index = right(size, eta=2 * eta if wrong == "eta" else eta, generator=generator)
-        return (1 - lam if wrong == "minimum" else lam), (index.clamp(max=size - 2) if wrong == "index" else index)
+        return (1 - lam if wrong == "minimum" else lam), (
+            index.clamp(max=size - 2) if wrong == "index" else index
+        )
 
     monkeypatch.setitem(globals(), "sample_mixup", draw)
     with pytest.raises(AssertionError):

@@ -54,7 +54,9 @@ def run(function, logits, targets, upstream=None, **arguments):
 
 def compare(logits, targets, dtype, **arguments):
     loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, **arguments)
-    expected, expected_gradients, _ = run(reference.soft_target_focal_loss, logits, targets, upstream, **arguments)
+    expected, expected_gradients, _ = run(
+        reference.soft_target_focal_loss, logits, targets, upstream, **arguments
+    )
     if isinstance(loss, torch.Tensor):
         loss, expected = [loss], [expected]
     for ours, theirs in zip(loss, expected, strict=True):
@@ -82,7 +84,14 @@ def test_every_pair_of_types(path, dtype, target_dtype):
 
 def weights_for(shape, device):
     generator = torch.Generator().manual_seed(3)
-    shapes = [(), (1,), (shape[0], *[1] * (len(shape) - 1)), shape[1:], shape, (shape[0], 1, *shape[2:])]
+    shapes = [
+        (),
+        (1,),
+        (shape[0], *[1] * (len(shape) - 1)),
+        shape[1:],
+        shape,
+        (shape[0], 1, *shape[2:]),
+    ]
     return [torch.rand(s, generator=generator).to(device) for s in shapes]
 
 
@@ -95,7 +104,10 @@ def test_weight_and_mix(path, kind, mixed, shape):
     mix = None
     if mixed:
         lam = torch.linspace(0.5, 1, shape[0], device=path.device)
-        mix = (lam, torch.tensor([1, 0, 0, 2, 4][: shape[0]], device=path.device).clamp(max=shape[0] - 1))
+        mix = (
+            lam,
+            torch.tensor([1, 0, 0, 2, 4][: shape[0]], device=path.device).clamp(max=shape[0] - 1),
+        )
     for reduction in ("none", "mean"):
         compare(logits, targets, torch.float32, weight=weight, mix=mix, reduction=reduction)
 
@@ -106,7 +118,9 @@ def test_normalizer(path, normalizer, as_tensor):
     logits, targets = make((2, 77), device=path.device)
     given_value = torch.tensor(normalizer, device=path.device) if as_tensor else normalizer
     loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, normalizer=given_value)
-    total, total_gradients, _ = run(reference.soft_target_focal_loss, logits, targets, upstream, reduction="sum")
+    total, total_gradients, _ = run(
+        reference.soft_target_focal_loss, logits, targets, upstream, reduction="sum"
+    )
     assert_close(loss, total / max(normalizer, 1))
     assert_close(gradients[0], total_gradients[0] / max(normalizer, 1))
 
@@ -119,7 +133,12 @@ def test_levels_equal_concatenation(path, reduction, container):
     logits, targets = container(x for x, _ in made), container(y for _, y in made)
     weight = torch.tensor([0.3, 2.0], device=path.device).reshape(2, 1, 1, 1, 1)
     mix = (torch.tensor([0.9, 0.6], device=path.device), torch.tensor([1, 0], device=path.device))
-    for arguments in ({}, {"weight": weight}, {"weight": [weight] * 3, "mix": mix}, {"weight": list(targets)}):
+    for arguments in (
+        {},
+        {"weight": weight},
+        {"weight": [weight] * 3, "mix": mix},
+        {"weight": list(targets)},
+    ):
         compare(logits, targets, torch.float32, reduction=reduction, **arguments)
     coarse_to_fine = container(reversed(logits)), container(reversed(targets))
     dense = [y[:1, :1].abs() for y in coarse_to_fine[1]]
@@ -135,12 +154,16 @@ def test_levels_equal_concatenation(path, reduction, container):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0, 1.5, 2.0, 5.0, 40.0])
 def test_float32_gradients_are_accurate_and_finite(path, gamma):
-    targets = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(30, generator=torch.Generator().manual_seed(1))])
+    targets = torch.cat(
+        [torch.tensor([0.0, 1.0]), torch.rand(30, generator=torch.Generator().manual_seed(1))]
+    )
     logits = torch.linspace(-60, 60, 1201)
     x, y = (v.flatten().to(path.device) for v in torch.meshgrid(logits, targets, indexing="ij"))
     ones = [torch.ones((), device=path.device)]
     _, (ours,), _ = run(soft_target_focal_loss, x, y, ones, gamma=gamma, reduction="sum")
-    _, (exact,), _ = run(reference.soft_target_focal_loss, x.double(), y, ones, gamma=gamma, reduction="sum")
+    _, (exact,), _ = run(
+        reference.soft_target_focal_loss, x.double(), y, ones, gamma=gamma, reduction="sum"
+    )
     normal = exact.abs() > 1e-36  # below, float32 has no digits to be right with
     error = ((ours - exact).abs() / exact.abs())[normal]
     assert error.quantile(0.99) <= 1e-5
@@ -148,7 +171,9 @@ def test_float32_gradients_are_accurate_and_finite(path, gamma):
 
     extreme = torch.tensor([-3e38, -1e5, -104.0, -88.0, -0.0, 0.0, 1e-30, 88.0, 104.0, 1e5, 3e38])
     x, y = (v.flatten().to(path.device) for v in torch.meshgrid(extreme, targets, indexing="ij"))
-    loss, (gradient,), _ = run(soft_target_focal_loss, x, y, [torch.ones_like(x)], gamma=gamma, reduction="none")
+    loss, (gradient,), _ = run(
+        soft_target_focal_loss, x, y, [torch.ones_like(x)], gamma=gamma, reduction="none"
+    )
     assert gradient.isfinite().all() and loss.isfinite().all()
 
 
@@ -157,7 +182,14 @@ def test_overflowing_losses_keep_finite_gradients(path, gamma):
     logits = torch.tensor([-3e38, -math.inf, math.inf, 3e38], device=path.device)
     targets = torch.tensor([1.0, 1.0, 0.0, 0.0], device=path.device)
     _, (gradient,), _ = run(
-        soft_target_focal_loss, logits, targets, [torch.ones(4)], gamma=gamma, alpha0=4, alpha1=4, reduction="none"
+        soft_target_focal_loss,
+        logits,
+        targets,
+        [torch.ones(4)],
+        gamma=gamma,
+        alpha0=4,
+        alpha1=4,
+        reduction="none",
     )
     assert_close(gradient, torch.tensor([-4.0, -4.0, 4.0, 4.0]).to(path.device))
 
@@ -169,18 +201,25 @@ def test_levels_of_different_batch_sizes(path):
     for order in (slice(None), slice(None, None, -1)):
         for reduction in ("none", "sum"):
             weight = torch.tensor(0.5, device=path.device)
-            compare(logits[order], targets[order], torch.float32, weight=weight, reduction=reduction)
+            compare(
+                logits[order], targets[order], torch.float32, weight=weight, reduction=reduction
+            )
 
 
 def test_ignored_elements_get_no_gradient_whatever_arrives(path):
-    logits, targets = torch.zeros(4, device=path.device), torch.tensor([-1.0, 0.3, -1.0, 0.2], device=path.device)
+    logits, targets = (
+        torch.zeros(4, device=path.device),
+        torch.tensor([-1.0, 0.3, -1.0, 0.2], device=path.device),
+    )
     upstream = [torch.tensor([math.inf, 1.0, math.nan, 1.0])]
     _, (gradient,), _ = run(soft_target_focal_loss, logits, targets, upstream, reduction="none")
     assert (gradient[::2] == 0).all() and gradient.isfinite().all()
 
 
 def test_a_program_may_take_several_tiles(path, monkeypatch):
-    monkeypatch.setattr(kernels, "launch_parameters", lambda *_: Launch(256, 4, max_tiles=3, enough_programs=1))
+    monkeypatch.setattr(
+        kernels, "launch_parameters", lambda *_: Launch(256, 4, max_tiles=3, enough_programs=1)
+    )
     for n in (256 * 3, 256 * 7 + 5, 256 * 9, 100):
         logits, targets = make((2, n), device=path.device)
         mix = (torch.full((2,), 0.75, device=path.device), torch.tensor([1, 0], device=path.device))
@@ -191,13 +230,18 @@ def test_a_program_may_take_several_tiles(path, monkeypatch):
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5, 1.0])
 def test_loss_at_the_target_is_zero(path, gamma):
     logits = torch.zeros(3, device=path.device)
-    assert (soft_target_focal_loss(logits, torch.full_like(logits, 0.5), gamma=gamma, reduction="none") == 0).all()
+    assert (
+        soft_target_focal_loss(logits, torch.full_like(logits, 0.5), gamma=gamma, reduction="none")
+        == 0
+    ).all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0])
 def test_gradient_at_the_cusp_is_zero(path, gamma):
     logits = torch.zeros(3, device=path.device)
-    _, (gradient,), _ = run(soft_target_focal_loss, logits, torch.full_like(logits, 0.5), gamma=gamma, reduction="sum")
+    _, (gradient,), _ = run(
+        soft_target_focal_loss, logits, torch.full_like(logits, 0.5), gamma=gamma, reduction="sum"
+    )
     assert (gradient == 0).all()
 
 
@@ -205,7 +249,10 @@ def test_gradient_at_the_cusp_is_zero(path, gamma):
 def test_infinite_logits(path, value):
     logits = torch.tensor([value, value, value], device=path.device)
     loss, (gradient,), _ = run(
-        soft_target_focal_loss, logits, torch.tensor([0.0, 0.5, 1.0], device=path.device), reduction="none"
+        soft_target_focal_loss,
+        logits,
+        torch.tensor([0.0, 0.5, 1.0], device=path.device),
+        reduction="none",
     )
     right = 2 if value > 0 else 0
     assert loss[right] == 0 and (loss.isfinite() & gradient.isfinite()).all()
@@ -232,14 +279,22 @@ def test_hard_targets_give_the_usual_focal_loss(path):
     ce = F.binary_cross_entropy_with_logits(logits, hard, reduction="none")
     p_t = torch.where(targets, torch.sigmoid(logits), torch.sigmoid(-logits))
     expected = torch.where(targets, 0.25, 0.75) * (1 - p_t) ** 2 * ce
-    assert_close(soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"), expected)
+    assert_close(
+        soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"),
+        expected,
+    )
 
 
 def test_equals_torchvision_where_installed(path):
     ops = pytest.importorskip("torchvision.ops", exc_type=ImportError)
     logits, targets = make((4, 50), target_dtype=torch.bool, device=path.device)
-    expected = ops.sigmoid_focal_loss(logits, targets.float(), alpha=0.25, gamma=2.0, reduction="none")
-    assert_close(soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"), expected)
+    expected = ops.sigmoid_focal_loss(
+        logits, targets.float(), alpha=0.25, gamma=2.0, reduction="none"
+    )
+    assert_close(
+        soft_target_focal_loss(logits, targets, alpha0=0.75, alpha1=0.25, reduction="none"),
+        expected,
+    )
 
 
 def test_equal_alphas_give_the_quality_focal_loss(path):
@@ -247,18 +302,27 @@ def test_equal_alphas_give_the_quality_focal_loss(path):
     targets = targets.abs()
     ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     expected = (targets - torch.sigmoid(logits)).abs() ** 2 * ce
-    assert_close(soft_target_focal_loss(logits, targets, alpha0=1, alpha1=1, reduction="none"), expected)
+    assert_close(
+        soft_target_focal_loss(logits, targets, alpha0=1, alpha1=1, reduction="none"), expected
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_float16_gradients_survive_a_grad_scaler(path, scale, reduction):
-    logits = torch.randn(60_000, generator=torch.Generator().manual_seed(0)).sub(4.6).half().to(path.device)
+    logits = (
+        torch.randn(60_000, generator=torch.Generator().manual_seed(0))
+        .sub(4.6)
+        .half()
+        .to(path.device)
+    )
     targets = torch.zeros(60_000, dtype=torch.uint8, device=path.device)
     factor = scale if reduction == "mean" else scale / 60_000
     upstream = [torch.tensor(factor, device=path.device)]
     _, (ours,), _ = run(soft_target_focal_loss, logits, targets, upstream, reduction=reduction)
-    _, (exact,), _ = run(reference.soft_target_focal_loss, logits.double(), targets, upstream, reduction=reduction)
+    _, (exact,), _ = run(
+        reference.soft_target_focal_loss, logits.double(), targets, upstream, reduction=reduction
+    )
     if scale > 1:
         assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
     else:  # half precision itself cannot hold them: that is what the scaler is for
@@ -297,7 +361,9 @@ def test_is_deterministic(path):
 def test_second_derivative_raises(path):
     logits, targets = make((3, 4), device=path.device)
     logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(soft_target_focal_loss(logits, targets), logits, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        soft_target_focal_loss(logits, targets), logits, create_graph=True
+    )
     penalized = soft_target_focal_loss(logits, targets) + gradient.pow(2).sum()
     with pytest.raises(RuntimeError, match="no second derivative is offered"):
         penalized.backward()
@@ -307,11 +373,18 @@ def test_second_derivative_raises(path):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_gradcheck(path, gamma, reduction):
     logits, targets = make((3, 5), torch.float64, torch.float64, device=path.device, spread=2.0)
-    weight = torch.rand(3, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(path.device)
-    mix = (torch.tensor([0.7, 1.0, 0.6], device=path.device), torch.tensor([1, 2, 0], device=path.device))
+    weight = torch.rand(3, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+        path.device
+    )
+    mix = (
+        torch.tensor([0.7, 1.0, 0.6], device=path.device),
+        torch.tensor([1, 2, 0], device=path.device),
+    )
     for arguments in ({}, {"weight": weight, "mix": mix}):
         assert torch.autograd.gradcheck(
-            lambda x, kw=arguments: soft_target_focal_loss(x, targets, gamma=gamma, reduction=reduction, **kw),
+            lambda x, kw=arguments: soft_target_focal_loss(
+                x, targets, gamma=gamma, reduction=reduction, **kw
+            ),
             (logits.requires_grad_(),),
         )
 
@@ -330,11 +403,22 @@ def test_strided_input(path, layout, mixed):
     else:
         logits = logits[:1].expand_as(logits)
     n = logits.shape[0]
-    mix = (torch.full((n,), 0.8, device=path.device), torch.arange(n, device=path.device).flip(0)) if mixed else None
+    mix = (
+        (torch.full((n,), 0.8, device=path.device), torch.arange(n, device=path.device).flip(0))
+        if mixed
+        else None
+    )
     for reduction in ("none", "mean"):
-        loss, (gradient,), upstream = run(soft_target_focal_loss, logits, targets, mix=mix, reduction=reduction)
+        loss, (gradient,), upstream = run(
+            soft_target_focal_loss, logits, targets, mix=mix, reduction=reduction
+        )
         expected, (exact,), _ = run(
-            reference.soft_target_focal_loss, logits, targets, upstream, mix=mix, reduction=reduction
+            reference.soft_target_focal_loss,
+            logits,
+            targets,
+            upstream,
+            mix=mix,
+            reduction=reduction,
         )
         assert_close(loss, expected)
         assert_close(gradient, exact)
@@ -343,7 +427,9 @@ def test_strided_input(path, layout, mixed):
 def test_permuted_input_is_not_copied(path):
     logits, targets = make((2, 3, 6, 5, 4), device=path.device)
     logits = logits.to(memory_format=torch.channels_last_3d)
-    loss = soft_target_focal_loss(logits, targets.to(memory_format=torch.channels_last_3d), reduction="none")
+    loss = soft_target_focal_loss(
+        logits, targets.to(memory_format=torch.channels_last_3d), reduction="none"
+    )
     assert loss.stride() == logits.stride()
 
 
@@ -359,8 +445,14 @@ def test_empty_and_zero_dimensional(path, shape, reduction):
 
 def test_empty_batch_with_mix_and_empty_level(path):
     empty = torch.zeros(0, 5, device=path.device)
-    mix = (torch.zeros(0, device=path.device), torch.zeros(0, dtype=torch.int64, device=path.device))
-    assert soft_target_focal_loss(empty, empty, mix=mix, weight=torch.zeros(0, 1, device=path.device)) == 0
+    mix = (
+        torch.zeros(0, device=path.device),
+        torch.zeros(0, dtype=torch.int64, device=path.device),
+    )
+    assert (
+        soft_target_focal_loss(empty, empty, mix=mix, weight=torch.zeros(0, 1, device=path.device))
+        == 0
+    )
     logits, targets = make((2, 200), device=path.device)
     levels = [logits, torch.zeros(2, 0, device=path.device)]
     expected = reference.soft_target_focal_loss(logits, targets)
@@ -380,7 +472,10 @@ def test_sizes_around_a_block(path, n, rows):
     logits, targets = make((rows, n), device=path.device)
     mix = None
     if rows > 1:
-        mix = (torch.full((rows,), 0.75, device=path.device), torch.arange(rows, device=path.device).flip(0))
+        mix = (
+            torch.full((rows,), 0.75, device=path.device),
+            torch.arange(rows, device=path.device).flip(0),
+        )
     compare(logits, targets, torch.float32, mix=mix, reduction="none")
     compare(logits, targets, torch.float32, mix=mix)
 
@@ -404,7 +499,12 @@ def test_opcheck(path):
     normalizer = torch.tensor(4.0, device=path.device)
     inputs = ([logits, logits], [targets, targets], [weight, weight])
     one = torch.ones((), device=path.device)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     for arguments in (
         (*inputs, normalizer, lam, index, *formula, True, True),
         (*inputs, None, None, None, *formula, False, False),
@@ -414,8 +514,12 @@ def test_opcheck(path):
         (*inputs, [], None, lam, index, *formula),
         (*inputs, [one, one], normalizer, None, None, *formula),
     ):
-        torch.library.opcheck(ops.soft_target_focal_loss_elementwise.default, arguments, test_utils=tests)
-    torch.library.opcheck(ops.soft_target_focal_loss_scale.default, ([logits.clone()], one * 2, one), test_utils=tests)
+        torch.library.opcheck(
+            ops.soft_target_focal_loss_elementwise.default, arguments, test_utils=tests
+        )
+    torch.library.opcheck(
+        ops.soft_target_focal_loss_scale.default, ([logits.clone()], one * 2, one), test_utils=tests
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -433,7 +537,10 @@ def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
     for n in (200, 330):
         logits, targets = make((3, n), dtype, device=path.device)
         weight = torch.rand(3, 1, generator=torch.Generator().manual_seed(1)).to(path.device)
-        lam, index = torch.full((3,), 0.9, device=path.device), torch.tensor([1, 2, 0], device=path.device)
+        lam, index = (
+            torch.full((3,), 0.9, device=path.device),
+            torch.tensor([1, 2, 0], device=path.device),
+        )
         results = []
         for function in (step, compiled):
             x = logits.clone().requires_grad_()
@@ -445,7 +552,9 @@ def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
         assert_close(results[1][1], results[0][1])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
 def test_compiles_to_machine_code():
     """Inductor, which writes C++ on the CPU: forward, and a backward that is pure and so can be repeated."""
 
@@ -464,7 +573,9 @@ def test_compiles_to_machine_code():
 def test_module_is_the_function(path):
     logits, targets = make((3, 40), device=path.device)
     module = nn.SoftTargetFocalLoss(alpha0=0.3, alpha1=0.6, gamma=1.5, reduction="sum")
-    expected = soft_target_focal_loss(logits, targets, alpha0=0.3, alpha1=0.6, gamma=1.5, reduction="sum")
+    expected = soft_target_focal_loss(
+        logits, targets, alpha0=0.3, alpha1=0.6, gamma=1.5, reduction="sum"
+    )
     assert torch.equal(module(logits, targets), expected)
     assert repr(module) == "SoftTargetFocalLoss(alpha0=0.3, alpha1=0.6, gamma=1.5, reduction='sum')"
 
@@ -481,13 +592,25 @@ LEAF = torch.full((2, 3), 0.5, requires_grad=True)
         (TypeError, "logits must be float16 or bfloat16", {"logits": X.int()}),
         (TypeError, "logits must be a tensor or a list", {"logits": [X, 1]}),
         (ValueError, "logits must hold at least one", {"logits": [], "targets": []}),
-        (TypeError, "logits must be float32, got float64", {"logits": [X, X.double()], "targets": [Y, Y]}),
+        (
+            TypeError,
+            "logits must be float32, got float64",
+            {"logits": [X, X.double()], "targets": [Y, Y]},
+        ),
         (ValueError, "targets must have the structure", {"targets": [Y]}),
         (ValueError, "targets must have the structure", {"logits": [X, X], "targets": [Y]}),
-        (ValueError, r"targets must have the shape of logits, \(2, 3\), got \(3,\)", {"targets": Y[0]}),
+        (
+            ValueError,
+            r"targets must have the shape of logits, \(2, 3\), got \(3,\)",
+            {"targets": Y[0]},
+        ),
         (TypeError, "targets must be .* got int64", {"targets": Y.long()}),
         (TypeError, "targets must be .* got int16", {"targets": Y.short()}),
-        (TypeError, "targets must be float32, got uint8", {"logits": [X, X], "targets": [Y, Y.to(torch.uint8)]}),
+        (
+            TypeError,
+            "targets must be float32, got uint8",
+            {"logits": [X, X], "targets": [Y, Y.to(torch.uint8)]},
+        ),
         (ValueError, "targets must be on cpu", {"targets": Y.to("meta")}),
         (ValueError, "no gradient to targets", {"targets": LEAF}),
         (ValueError, "gamma must be >= 0", {"gamma": -0.1}),
@@ -503,8 +626,16 @@ LEAF = torch.full((2, 3), 0.5, requires_grad=True)
         (ValueError, "weight must be one tensor or one per level", {"weight": [Y, Y]}),
         (ValueError, "no gradient to weight", {"weight": LEAF}),
         (ValueError, "weight must be on cpu", {"weight": Y.to("meta")}),
-        (ValueError, 'normalizer goes with reduction "mean"', {"normalizer": 3.0, "reduction": "sum"}),
-        (ValueError, "normalizer must be a number or a real 0-d tensor", {"normalizer": torch.ones(1)}),
+        (
+            ValueError,
+            'normalizer goes with reduction "mean"',
+            {"normalizer": 3.0, "reduction": "sum"},
+        ),
+        (
+            ValueError,
+            "normalizer must be a number or a real 0-d tensor",
+            {"normalizer": torch.ones(1)},
+        ),
         (ValueError, "normalizer must be finite", {"normalizer": math.nan}),
         (TypeError, "normalizer must be a number", {"normalizer": "3"}),
         (ValueError, "no gradient to normalizer", {"normalizer": LEAF.sum()}),
@@ -513,7 +644,11 @@ LEAF = torch.full((2, 3), 0.5, requires_grad=True)
         (TypeError, "mix must be a pair", {"mix": (0.5, INDEX)}),
         (ValueError, "mix needs logits", {"mix": (LAM[:1], INDEX)}),
         (ValueError, "mix needs logits", {"mix": (LAM, INDEX[:1])}),
-        (ValueError, "mix needs logits", {"logits": X[0, 0], "targets": Y[0, 0], "mix": (LAM, INDEX)}),
+        (
+            ValueError,
+            "mix needs logits",
+            {"logits": X[0, 0], "targets": Y[0, 0], "mix": (LAM, INDEX)},
+        ),
         (TypeError, "mix index must be int64", {"mix": (LAM, INDEX.int())}),
         (TypeError, "mix lam must be float16", {"mix": (INDEX, INDEX)}),
         (ValueError, "mix index must be on cpu", {"mix": (LAM, INDEX.to("meta"))}),
@@ -536,7 +671,9 @@ def test_takes_numbers_of_numpy(kind):
 @pytest.mark.parametrize("bad", [-1, 2])
 def test_mix_index_out_of_range_is_an_error(path, bad):
     if path.device.type == "cuda":
-        pytest.skip("a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process")
+        pytest.skip(
+            "a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process"
+        )
     with pytest.raises((AssertionError, ValueError)):
         soft_target_focal_loss(X, Y, mix=(LAM, INDEX + bad))
 
@@ -590,10 +727,14 @@ def make_strided(shape, layout, *arguments):
 
 
 def check_case(case, device="cpu"):
-    shapes = [[*case["shape"][:1], *[n + i for n in case["shape"][1:]]] for i in range(case["levels"] or 1)]
+    shapes = [
+        [*case["shape"][:1], *[n + i for n in case["shape"][1:]]]
+        for i in range(case["levels"] or 1)
+    ]
     kinds = case["dtype"], case["target_dtype"], device
     pairs = [
-        make_strided(shape, case["layout"], *kinds, case["seed"] + i, case["spread"]) for i, shape in enumerate(shapes)
+        make_strided(shape, case["layout"], *kinds, case["seed"] + i, case["spread"])
+        for i, shape in enumerate(shapes)
     ]
     logits, targets = map(list, zip(*pairs, strict=True))
     generator = torch.Generator().manual_seed(case["seed"])
@@ -601,10 +742,15 @@ def check_case(case, device="cpu"):
     alpha0, alpha1 = case["alphas"]
     arguments = {"alpha0": alpha0, "alpha1": alpha1, "reduction": case["reduction"]}
     if case["reduction"] == "normalized":
-        arguments |= {"reduction": "mean", "normalizer": torch.rand((), generator=generator).to(device) * 9}
+        arguments |= {
+            "reduction": "mean",
+            "normalizer": torch.rand((), generator=generator).to(device) * 9,
+        }
     if case["weight"]:
         sizes = (
-            shapes if case["weight"] == "element" else [[n if d == 0 else 1 for d, n in enumerate(s)] for s in shapes]
+            shapes
+            if case["weight"] == "element"
+            else [[n if d == 0 else 1 for d, n in enumerate(s)] for s in shapes]
         )
         arguments["weight"] = [torch.rand(size, generator=generator).to(device) for size in sizes]
     if case["mixed"] and batch:
@@ -617,7 +763,9 @@ def check_case(case, device="cpu"):
     clear = away_from_the_cusp(case["gamma"], logits, targets, arguments)
     arguments["gamma"] = case["gamma"]
     loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, **arguments)
-    expected, exact, _ = run(reference.soft_target_focal_loss, logits, targets, upstream, **arguments)
+    expected, exact, _ = run(
+        reference.soft_target_focal_loss, logits, targets, upstream, **arguments
+    )
     if case["reduction"] == "none":
         for ours, theirs, chosen in zip(*map(_as_list, (loss, expected)), clear, strict=True):
             assert_close(ours[chosen], theirs[chosen])
@@ -640,4 +788,7 @@ def away_from_the_cusp(gamma, logits, targets, arguments):
         )
         for g in (0.0, 1.0)
     )
-    return [b >= (0.01 * a if gamma < 2 else 0) for a, b in zip(_as_list(without), _as_list(linear), strict=True)]
+    return [
+        b >= (0.01 * a if gamma < 2 else 0)
+        for a, b in zip(_as_list(without), _as_list(linear), strict=True)
+    ]

@@ -14,10 +14,17 @@ pytestmark = pytest.mark.skipif(on_gpu(), reason="needs the interpreter")
 LAUNCH = launch_parameters("soft_target_focal_loss", torch.device("cpu"))
 N = 3 * LAUNCH.block + 5
 ONE = torch.ones(())
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "uint8", torch.float16: "float16"}
+NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.uint8: "uint8",
+    torch.float16: "float16",
+}
 
 
-def traffic_of_a_step(dtype, target_dtype, *, mean=False, normalizer=None, with_gradient=True, upstream=1.0):
+def traffic_of_a_step(
+    dtype, target_dtype, *, mean=False, normalizer=None, with_gradient=True, upstream=1.0
+):
     """Bytes read and written per element by forward and backward, the few scalars and partial sums left out."""
     logits, targets = torch.randn(N).to(dtype), torch.rand(N).mul(1.2).sub(0.2).to(target_dtype)
     with checked() as report:
@@ -54,7 +61,9 @@ def test_no_race_and_nothing_left_unwritten(shuffle):
     mix = torch.rand(4), torch.tensor([3, 0, 0, 1])
     formula = 4, 0.05, 0.95, 1.5
     with checked(shuffle=shuffle) as report:
-        _, divisor, gradients = kernels.launch_sum(logits, targets, weights, None, *mix, *formula, True, True)
+        _, divisor, gradients = kernels.launch_sum(
+            logits, targets, weights, None, *mix, *formula, True, True
+        )
         kernels.launch_scale(gradients, ONE * 2, divisor)
     assert all(report.never_written(f"grad[{i}]") == 0 for i in range(3))
     with checked(shuffle=shuffle) as report:
@@ -67,7 +76,9 @@ def test_offsets_beyond_two_to_the_31():
     logits, targets = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.uint8)
     logits[-3:], targets[-3:] = 1.5, 1
     with checked(programs=[-1]):
-        (losses,) = kernels.launch_elementwise([logits], [targets], [], [], None, None, None, 1, 0.05, 0.95, 2.0)
+        (losses,) = kernels.launch_elementwise(
+            [logits], [targets], [], [], None, None, None, 1, 0.05, 0.95, 2.0
+        )
     expected = soft_target_focal_loss(logits[-3:], targets[-3:], reduction="none")
     assert torch.equal(losses[-3:], expected)
     tiles = LAUNCH.tiles(n)

@@ -21,19 +21,31 @@ SOURCE = Path(tuning.__file__)
 DEFAULT_ROW, OTHER, THIRD = Launch(1024, 4), Launch(512, 4), Launch(2048, 8)
 
 
-def timing(launch: Launch, *times: float, rounds: int = 50, noise: float = 0.005, seed: int = 0) -> Timing:
+def timing(
+    launch: Launch, *times: float, rounds: int = 50, noise: float = 0.005, seed: int = 0
+) -> Timing:
     """A time for each workload, give or take some noise, of the same rounds for all settings of one seed."""
     generator = np.random.default_rng((seed, launch.block))
-    return Timing(launch, np.array(times)[:, None] * (1 + noise * generator.standard_normal((len(times), rounds))))
+    return Timing(
+        launch,
+        np.array(times)[:, None] * (1 + noise * generator.standard_normal((len(times), rounds))),
+    )
 
 
 def test_the_table_in_use_is_as_it_would_be_written():
-    assert rewritten(SOURCE.read_text(encoding="utf-8"), TABLE) == SOURCE.read_text(encoding="utf-8")
+    assert rewritten(SOURCE.read_text(encoding="utf-8"), TABLE) == SOURCE.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_written_table_reads_back_is_stable_and_formatted():
     pytest.importorskip("ruff")
-    table = with_row(TABLE, "mixup3d", "sm_90", Launch(256, 8, max_registers=64, max_tiles=16, enough_programs=65536))
+    table = with_row(
+        TABLE,
+        "mixup3d",
+        "sm_90",
+        Launch(256, 8, max_registers=64, max_tiles=16, enough_programs=65536),
+    )
     table = with_row(table, "object_mixup3d", "sm_100", OTHER)
     source = rewritten(SOURCE.read_text(encoding="utf-8"), table)
     assert rewritten(source, table) == source
@@ -52,7 +64,10 @@ def test_a_written_table_reads_back_is_stable_and_formatted():
 def test_other_rows_stay_and_a_row_goes_with_its_reason():
     table = with_row(with_row(TABLE, "mixup3d", "sm_90", OTHER), "mixup3d", "sm_80", THIRD)
     assert table["mixup3d"] == {DEFAULT: TABLE["mixup3d"][DEFAULT], "sm_80": THIRD, "sm_90": OTHER}
-    assert with_row(table, "mixup3d", "sm_90", None)["mixup3d"] == {DEFAULT: TABLE["mixup3d"][DEFAULT], "sm_80": THIRD}
+    assert with_row(table, "mixup3d", "sm_90", None)["mixup3d"] == {
+        DEFAULT: TABLE["mixup3d"][DEFAULT],
+        "sm_80": THIRD,
+    }
     assert TABLE["mixup3d"].keys() == {DEFAULT}
 
 
@@ -116,7 +131,9 @@ def test_a_tuning_run(monkeypatch):
 
     monkeypatch.setitem(bench_predict_targets.PROVIDERS, "fmkernels", call)
     monkeypatch.setattr(
-        tune.Run, "round", lambda _: {"forward": (0.0, 1.0 / (8 - TABLE["predict_targets"][DEFAULT].num_warps))}
+        tune.Run,
+        "round",
+        lambda _: {"forward": (0.0, 1.0 / (8 - TABLE["predict_targets"][DEFAULT].num_warps))},
     )
     before = {op: dict(rows) for op, rows in TABLE.items()}
     table, record = tune.tune([sweep], TABLE, "sm_90", limit=60)
@@ -136,8 +153,14 @@ def test_without_time_the_row_in_use_is_still_held_to_the_default(monkeypatch):
     monkeypatch.setattr(tune, "ROUNDS", 12)
     table = with_row(TABLE, "predict_targets", "sm_90", Launch(512, 2))
     _, record = tune.tune([SMALL], table, "sm_90", limit=0)
-    assert [row["block"] for row in record["ops"]["predict_targets"]["settings"]] == [1024, 512, 1024]
-    assert {row["reason"] for row in record["ops"]["predict_targets"]["left_out"]} == {"no time was left"}
+    assert [row["block"] for row in record["ops"]["predict_targets"]["settings"]] == [
+        1024,
+        512,
+        1024,
+    ]
+    assert {row["reason"] for row in record["ops"]["predict_targets"]["left_out"]} == {
+        "no time was left"
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -158,7 +181,9 @@ def _calls():
         fmkernels.soft_target_focal_loss(logits, torch.zeros(5000), reduction="sum").backward()
 
     def crop(gradient: bool):
-        result = fmkernels.crop_and_resize3d(volumes.clone().requires_grad_(gradient), boxes, (16, 16, 16))
+        result = fmkernels.crop_and_resize3d(
+            volumes.clone().requires_grad_(gradient), boxes, (16, 16, 16)
+        )
         if gradient:
             result.sum().backward()
 
@@ -186,7 +211,9 @@ def _calls():
 def test_a_kernel_takes_every_setting_of_its_row(sweep, monkeypatch):
     """Down to the launch, on a device of the row's architecture; the kernels themselves do not run."""
     taken = []
-    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **options: taken.append((kernel, options)))
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda kernel, *_, **options: taken.append((kernel, options))
+    )
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     for cpu, name, launch in launches():
         monkeypatch.setattr(cpu, name, launch)

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 def test_the_type_checker_finds_nothing():
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed; the extra fmkernels[dev] brings it")
-    done = subprocess.run([sys.executable, "-m", "mypy", "--no-incremental"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

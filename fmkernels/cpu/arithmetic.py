@@ -22,10 +22,15 @@ STRICT = {"forceinline": True, "fastmath": {"contract", "nsz"}}
 """The same, of functions whose sums and products must be taken in the order written."""
 
 _LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693145751953125), np.float32(1.4286068203094172e-06)  # high times 2^8 is exact
+_LN2_HIGH, _LN2_LOW = (
+    np.float32(0.693145751953125),
+    np.float32(1.4286068203094172e-06),
+)  # high times 2^8 is exact
 _ROUNDER = np.float32(1.5 * 2**23)  # added, it leaves the nearest integer in the last bits
 # e^r = 1 + r + r^2 P(r) for |r| <= log(2) / 2, relative error 3e-9 (minimax fit, degree 4)
-_P0, _P1, _P2, _P3, _P4 = map(np.float32, (0.49999994, 0.16666521, 0.04166839, 0.0083687454, 0.0013814539))
+_P0, _P1, _P2, _P3, _P4 = map(
+    np.float32, (0.49999994, 0.16666521, 0.04166839, 0.0083687454, 0.0013814539)
+)
 # log(1 + f) = f - s (f - s^2 R(s^2)), s = f / (2 + f), for f in [-0.3, 1], relative error 5e-9 (degree 3)
 _R0, _R1, _R2, _R3 = map(np.float32, (0.6666642, 0.40021533, 0.28001678, 0.28012666))
 
@@ -161,7 +166,9 @@ def _log(x):
     def log_float32(x):
         tiny = x < np.float32(2.0**-126)
         bits = bits_of(x * np.float32(2.0**23) if tiny else x)
-        power = np.int32(np.int32(bits - 0x3F3504F3) >> 23)  # the fraction lies in [sqrt(1/2), sqrt(2))
+        power = np.int32(
+            np.int32(bits - 0x3F3504F3) >> 23
+        )  # the fraction lies in [sqrt(1/2), sqrt(2))
         f = float_of(bits - (power << 23)) - np.float32(1)
         n = np.float32(power) - np.float32(23 if tiny else 0)
         result = n * _LN2_HIGH + _log_series(f, n * _LN2_LOW)

@@ -25,7 +25,8 @@ infinities was NaN; with reciprocals for quotients, what was to be copied was re
 
 
 _STAMP = tuple(
-    (file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(__file__).parent.glob("*.py"))
+    (file.name, file.stat().st_mtime_ns, file.stat().st_size)
+    for file in sorted(Path(__file__).parent.glob("*.py"))
 )
 """What is kept is of these files; Numba itself looks at that alone which a loop stands in, not at what it calls."""
 
@@ -36,7 +37,10 @@ def compiled(function: Callable) -> Callable:
     try:
         loop = numba.njit(function, cache=True, **options)
         loop._cache._cache_file._source_stamp = _STAMP
-    except (RuntimeError, AttributeError):  # no folder to keep it in can be written; another Numba names it otherwise
+    except (
+        RuntimeError,
+        AttributeError,
+    ):  # no folder to keep it in can be written; another Numba names it otherwise
         return numba.njit(function, **options)
     return loop
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
 from fmkernels.cpu.sampling import axis_of, box_of, is_usable, new_axis, place, sample
-from fmkernels.cpu.voxels import ZEROS, elements, load_block, located, own_kind, store_block, window_of
+from fmkernels.cpu.voxels import (
+    ZEROS,
+    elements,
+    load_block,
+    located,
+    own_kind,
+    store_block,
+    window_of,
+)
 from fmkernels.dtypes import compute_dtype
 
 LEAST = 1 << 15  # samples for which another thread is worth its while
@@ -53,7 +61,13 @@ def _take_layers(upstream, start, z, voxel, layer, block):
     one = layer.dtype.type(1)
     taken = False
     for i in range(z.weight.size):
-        share = one - z.weight[i] if z.below[i] == voxel else z.weight[i] if z.above[i] == voxel else one - one
+        share = (
+            one - z.weight[i]
+            if z.below[i] == voxel
+            else z.weight[i]
+            if z.above[i] == voxel
+            else one - one
+        )
         if share > 0:
             load_block(upstream[0], upstream[1], start + i * layer.size, 1, block)
             for j in range(layer.size):

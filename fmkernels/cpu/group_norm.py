@@ -15,7 +15,13 @@ _SPAN = 256  # elements of an inner loop, about
 
 
 def normalize(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """ReLU(group_norm(x) + residual), the last two where asked for.
 
@@ -94,7 +100,11 @@ def _normalize(first, last, x, out, residual, has_residual, weight, bias, moment
     for n in range(first, last):
         for c in range(channels):
             pivot[c] = load(x[n], c)  # near the mean, against cancellation
-        pivots, sums, squares = _tiled(pivot, step), np.zeros(step, np.float32), np.zeros(step, np.float32)
+        pivots, sums, squares = (
+            _tiled(pivot, step),
+            np.zeros(step, np.float32),
+            np.zeros(step, np.float32),
+        )
         for i in range(0, size, step):
             _add_moments(x[n, i : i + step], pivots, sums, squares)
         total, total_squares = _folded(sums, channels), _folded(squares, channels)
@@ -105,7 +115,9 @@ def _normalize(first, last, x, out, residual, has_residual, weight, bias, moment
                 mean += (pivot[c] + total[c] / places) / width
             for c in own:
                 off = pivot[c] + total[c] / places - mean
-                variance += (total_squares[c] / places - (total[c] / places) ** 2 + off * off) / width
+                variance += (
+                    total_squares[c] / places - (total[c] / places) ** 2 + off * off
+                ) / width
             inverse = 1 / np.sqrt(max(variance, 0.0) + eps)
             moments[n, 0, group], moments[n, 1, group] = mean, inverse
             for c in own:
@@ -114,7 +126,12 @@ def _normalize(first, last, x, out, residual, has_residual, weight, bias, moment
         for i in range(0, size, step):
             if has_residual:
                 _apply_and_add(
-                    x[n, i : i + step], scales, shifts, residual[n, i : i + step], least, out[n, i : i + step]
+                    x[n, i : i + step],
+                    scales,
+                    shifts,
+                    residual[n, i : i + step],
+                    least,
+                    out[n, i : i + step],
                 )
             else:
                 _apply(x[n, i : i + step], scales, shifts, least, out[n, i : i + step])
@@ -130,7 +147,11 @@ def _differentiate(first, last, upstream, x, out, has_relu, passed, to_x, weight
     for n in range(first, last):
         for c in range(channels):
             middle[c] = moments[n, 0, c // width]
-        means, gradients, products = _tiled(middle, step), np.zeros(step, np.float32), np.zeros(step, np.float32)
+        means, gradients, products = (
+            _tiled(middle, step),
+            np.zeros(step, np.float32),
+            np.zeros(step, np.float32),
+        )
         for i in range(0, size, step):
             if has_relu:
                 _pass(upstream[n, i : i + step], out[n, i : i + step], passed[n, i : i + step])
@@ -150,7 +171,13 @@ def _differentiate(first, last, upstream, x, out, has_relu, passed, to_x, weight
         by_passeds, by_xs, rests = _tiled(by_passed, step), _tiled(by_x, step), _tiled(rest, step)
         for i in range(0, size, step):
             _combine(
-                passed[n, i : i + step], by_passeds, x[n, i : i + step], means, by_xs, rests, to_x[n, i : i + step]
+                passed[n, i : i + step],
+                by_passeds,
+                x[n, i : i + step],
+                means,
+                by_xs,
+                rests,
+                to_x[n, i : i + step],
             )
 
 
@@ -196,4 +223,8 @@ def _add_products(gradient, x, mean, sums, products):
 @compiled
 def _combine(gradient, by_gradient, x, mean, by_x, rest, out):
     for i in range(x.size):
-        store(out, i, load(gradient, i) * by_gradient[i] + ((load(x, i) - mean[i]) * by_x[i] + rest[i]))
+        store(
+            out,
+            i,
+            load(gradient, i) * by_gradient[i] + ((load(x, i) - mean[i]) * by_x[i] + rest[i]),
+        )

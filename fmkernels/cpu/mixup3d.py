@@ -26,11 +26,17 @@ from fmkernels.cpu.voxels import (
 from fmkernels.dtypes import compute_dtype
 
 BOX = 1024  # voxels of a box, at most
-SCRATCH = 1 << 16  # voxels kept of a box, of all samples and mirror images, unless boxes would become too small
+SCRATCH = (
+    1 << 16
+)  # voxels kept of a box, of all samples and mirror images, unless boxes would become too small
 SMALLEST_BOX = 64
 LEAST = 1 << 16  # voxels of all samples for which another thread is worth its while
 
-_AS_THEY_LIE = {torch.float32, torch.float64, torch.int16}  # mixed from where they are, if nothing overwrites them
+_AS_THEY_LIE = {
+    torch.float32,
+    torch.float64,
+    torch.int16,
+}  # mixed from where they are, if nothing overwrites them
 _NEVER = (0, 0, 0, 0)  # axes of volumes that are not flipped
 
 
@@ -86,7 +92,9 @@ def _load_box(volumes, row, corner, lengths, sizes, axes, flip, block):
     step = -1 if flip & axes[3] else 1
     for j in range(rows):
         i = (rows - 1 - j if flip & axes[2] else j) * n
-        load_block(address, kind, start + (i + n - 1 if step < 0 else i), step, block[j * n : (j + 1) * n])
+        load_block(
+            address, kind, start + (i + n - 1 if step < 0 else i), step, block[j * n : (j + 1) * n]
+        )
 
 
 @compiled
@@ -107,7 +115,10 @@ def _mix(own, donor, share, window, block):
     rest = dtype(1) - share
     if windowed:
         for i in range(block.size):
-            a, b = window_voxel(dtype(own[i]), low, scale), window_voxel(dtype(donor[i]), low, scale)
+            a, b = (
+                window_voxel(dtype(own[i]), low, scale),
+                window_voxel(dtype(donor[i]), low, scale),
+            )
             block[i] = share * a + rest * b
     else:
         for i in range(block.size):
@@ -115,7 +126,9 @@ def _mix(own, donor, share, window, block):
 
 
 @compiled
-def _mix_boxes(first, last, volumes, donors, out, lam, index, batch, pool, cut, images, kept, window, zero):
+def _mix_boxes(
+    first, last, volumes, donors, out, lam, index, batch, pool, cut, images, kept, window, zero
+):
     """Boxes number ``first`` to ``last`` of all samples. Tensors are addresses, with the kind of their elements."""
     sizes, axes, extents, longest = cut
     partners, shares = elements(index, batch, np.int64), np.full(batch, zero)
@@ -140,7 +153,16 @@ def _mix_boxes(first, last, volumes, donors, out, lam, index, batch, pool, cut, 
                 for image in range(images if needed[row] else 0):
                     if not image & same:
                         place = _image(corner, lengths, sizes, axes, image ^ flip)
-                        _load_box(donors, row, place, lengths, sizes, axes, flip, sources[slots[row], image, :n])
+                        _load_box(
+                            donors,
+                            row,
+                            place,
+                            lengths,
+                            sizes,
+                            axes,
+                            flip,
+                            sources[slots[row], image, :n],
+                        )
         for b in range(batch):
             if kept and not alone:
                 flip = _flip(volumes[2], b)
@@ -161,16 +183,43 @@ def _mix_boxes(first, last, volumes, donors, out, lam, index, batch, pool, cut, 
                     other = _place(partners[b], corner, sizes)
                     if volumes[1] == INT16:
                         own = elements(volumes[0] + 2 * start, n, np.int16)
-                        _mix(own, elements(donors[0] + 2 * other, n, np.int16), shares[b], window, block)
+                        _mix(
+                            own,
+                            elements(donors[0] + 2 * other, n, np.int16),
+                            shares[b],
+                            window,
+                            block,
+                        )
                     else:
                         own = elements(volumes[0] + size * start, n, compute)
-                        _mix(own, elements(donors[0] + size * other, n, compute), shares[b], window, block)
+                        _mix(
+                            own,
+                            elements(donors[0] + size * other, n, compute),
+                            shares[b],
+                            window,
+                            block,
+                        )
                 if not at_once:
                     store_block(block, out[0], out[1], start)
 
 
 @compiled
-def _gradient_boxes(first, last, upstream, windowed, gradient, lam, index, batch, rows, cut, window, own, donor, zero):
+def _gradient_boxes(
+    first,
+    last,
+    upstream,
+    windowed,
+    gradient,
+    lam,
+    index,
+    batch,
+    rows,
+    cut,
+    window,
+    own,
+    donor,
+    zero,
+):
     """Boxes number ``first`` to ``last`` of all sources. Tensors are addresses, with the kind of their elements."""
     sizes, axes, extents, longest = cut
     partners = elements(index, batch, np.int64)
@@ -179,7 +228,11 @@ def _gradient_boxes(first, last, upstream, windowed, gradient, lam, index, batch
     one = zero + shares.dtype.type(1)
     voxels = longest[0] * longest[1]
     totals, blocks = np.full(voxels, zero), np.full(voxels, zero)
-    low, high, scale = shares.dtype.type(window[0]), shares.dtype.type(window[1]), shares.dtype.type(window[2])
+    low, high, scale = (
+        shares.dtype.type(window[0]),
+        shares.dtype.type(window[1]),
+        shares.dtype.type(window[2]),
+    )
     for number in range(first, last):
         corner, lengths = _box(number, extents, longest)
         n = lengths[0] * lengths[1]
@@ -190,7 +243,9 @@ def _gradient_boxes(first, last, upstream, windowed, gradient, lam, index, batch
             total[:] = zero
             for b in range(-1 if own else 0, batch if donor else 0):
                 if b < 0 or partners[b] == row:
-                    _load_box(upstream, row if b < 0 else b, place, lengths, sizes, axes, flip, block)
+                    _load_box(
+                        upstream, row if b < 0 else b, place, lengths, sizes, axes, flip, block
+                    )
                     share = shares[row] if b < 0 else one - shares[b]
                     for i in range(n):
                         total[i] += share * block[i]

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
 from fmkernels.cpu.sampling import box_of, new_axis, place, sample
-from fmkernels.cpu.voxels import ZEROS, elements, load_block, located, own_kind, store_block, window_block, window_of
+from fmkernels.cpu.voxels import (
+    ZEROS,
+    elements,
+    load_block,
+    located,
+    own_kind,
+    store_block,
+    window_block,
+    window_of,
+)
 from fmkernels.dtypes import compute_dtype
 
 BLOCK = 1 << 12  # voxels outside of boxes that pass through the nearest cache together
@@ -99,7 +108,9 @@ def _store_box(box, out, start, strides, line):
     for i in range(box.shape[0]):
         for j in range(box.shape[1]):
             row = start + i * strides[2] + j * strides[3]
-            voxels = elements(address + line.itemsize * row, line.size, line.dtype) if as_it_is else line
+            voxels = (
+                elements(address + line.itemsize * row, line.size, line.dtype) if as_it_is else line
+            )
             for n in range(box.shape[2]):
                 voxels[n] = box[i, j, n]
             if strides[4] == 1 and not as_it_is:
@@ -156,8 +167,16 @@ def _mix(
         for c in range(C):
             layers = _layers(patches, targets[k], c, begin, end)
             start = int(sources[k, 0]) * donor_strides[0] + c * donor_strides[1]
-            sample(donors, start, donor_strides, donor_window, z, y, x, begin - z1, end - z1, layers)
-            start = b * strides[0] + c * strides[1] + begin * strides[2] + y1 * strides[3] + x1 * strides[4]
+            sample(
+                donors, start, donor_strides, donor_window, z, y, x, begin - z1, end - z1, layers
+            )
+            start = (
+                b * strides[0]
+                + c * strides[1]
+                + begin * strides[2]
+                + y1 * strides[3]
+                + x1 * strides[4]
+            )
             _load_box(volumes, start, strides, window, line[: x2 - x1], own)
             _take_earlier(targets, k, begin, c, patches, own)
             _mixed(own.reshape(-1), shares[k], layers.reshape(-1))
@@ -174,7 +193,13 @@ def _write(first, last, out, shape, strides, targets, patches):
         if b < 0 or begin >= end:
             continue
         for c in range(C):
-            start = b * strides[0] + c * strides[1] + begin * strides[2] + y1 * strides[3] + x1 * strides[4]
+            start = (
+                b * strides[0]
+                + c * strides[1]
+                + begin * strides[2]
+                + y1 * strides[3]
+                + x1 * strides[4]
+            )
             layers = _layers(patches, target, c, begin, end).reshape(end - begin, y2 - y1, x2 - x1)
             _store_box(layers, out, start, strides, line[: x2 - x1])
 
@@ -221,11 +246,21 @@ def launch_object_mixup_into(
     if not out.numel():
         return
     donors = volumes if donors is None else donors
-    same = volumes.data_ptr() == out.data_ptr() and volumes.stride() == out.stride() and volumes.dtype == out.dtype
+    same = (
+        volumes.data_ptr() == out.data_ptr()
+        and volumes.stride() == out.stride()
+        and volumes.dtype == out.dtype
+    )
     unchanged = window is None and volumes.dtype == out.dtype
-    if not (same if unchanged else _match(volumes, out)) and not (unchanged and _apart(volumes, out)):
+    if not (same if unchanged else _match(volumes, out)) and not (
+        unchanged and _apart(volumes, out)
+    ):
         dense = volumes.contiguous()
-        out.copy_(launch_object_mixup(dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype))
+        out.copy_(
+            launch_object_mixup(
+                dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype
+            )
+        )
         return
     K, shape, strides, zero = (
         boxes.shape[0],

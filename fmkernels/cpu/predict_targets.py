@@ -28,18 +28,26 @@ def _gather(x, origin, shape, strides, flip, first, logit):
     d, h = divmod(line, height)
     done = 0
     while done < logit.size:
-        row = origin + (depth - 1 - d if flip & 1 else d) * stride_d + (height - 1 - h if flip & 2 else h) * stride_h
+        row = (
+            origin
+            + (depth - 1 - d if flip & 1 else d) * stride_d
+            + (height - 1 - h if flip & 2 else h) * stride_h
+        )
         size = min(logit.size - done, width * inner - place)
         if inner == 1 and stride_w == 1 and flip & 4:
             for i in range(size):
-                logit[done + i] = load(x, np.uint64(row + width - 1 - place - i))  # unsigned: no index from the end
+                logit[done + i] = load(
+                    x, np.uint64(row + width - 1 - place - i)
+                )  # unsigned: no index from the end
         elif inner == 1 and stride_w == 1:
             for i in range(size):
                 logit[done + i] = load(x, np.uint64(row + place + i))
         else:
             w, a = divmod(place, inner)
             for i in range(size):
-                logit[done + i] = load(x, np.uint64(row + (width - 1 - w if flip & 4 else w) * stride_w + a * stride_i))
+                logit[done + i] = load(
+                    x, np.uint64(row + (width - 1 - w if flip & 4 else w) * stride_w + a * stride_i)
+                )
                 a += 1
                 if a == inner:
                     w, a = w + 1, 0
@@ -93,7 +101,9 @@ def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
         _sharpen(total, dtype(views), inverse_temperature, target)
 
 
-def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, temperature: float) -> list[Tensor]:
+def launch_predict_targets(
+    view_logits: Sequence[Tensor], flips: Tensor, temperature: float
+) -> list[Tensor]:
     """As fmkernels.kernels.predict_targets.launch_predict_targets."""
     masks, results = stored(flips), []
     for x in view_logits:
@@ -102,7 +112,9 @@ def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, tempera
         if not out.numel():
             continue
         x = x.float() if x.dtype == torch.float16 else x
-        inverse = np.float64(1 / temperature) if x.dtype == torch.float64 else np.float32(1 / temperature)
+        inverse = (
+            np.float64(1 / temperature) if x.dtype == torch.float64 else np.float32(1 / temperature)
+        )
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         memory = stored(x.as_strided((span,), (1,)))
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)

@@ -57,7 +57,11 @@ def box_of(boxes, k):
 @compiled
 def is_usable(box, shape):
     """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and its extents are finite."""
-    finite = abs(box[4] - box[1]) < np.inf and abs(box[5] - box[2]) < np.inf and abs(box[6] - box[3]) < np.inf
+    finite = (
+        abs(box[4] - box[1]) < np.inf
+        and abs(box[5] - box[2]) < np.inf
+        and abs(box[6] - box[3]) < np.inf
+    )
     return finite and 0 <= box[0] < shape[0] and shape[2] > 0 and shape[3] > 0 and shape[4] > 0
 
 
@@ -107,7 +111,17 @@ def sample(volumes, start, strides, window, z, y, x, first, last, layers):
             if voxel == (odd if voxel & 1 else even):
                 continue
             odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
-            _sample_plane(volumes, start + voxel * strides[2], strides, window, y, x, line, rows, planes[voxel & 1])
+            _sample_plane(
+                volumes,
+                start + voxel * strides[2],
+                strides,
+                window,
+                y,
+                x,
+                line,
+                rows,
+                planes[voxel & 1],
+            )
         below, above, weight = z.below[i] & 1, z.above[i] & 1, z.weight[i]
         for j in range(h * w):
             between = flat[below, j] * (one - weight) + flat[above, j] * weight

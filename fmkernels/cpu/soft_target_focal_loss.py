@@ -21,7 +21,10 @@ LEAST = 8  # blocks for which a thread of their own pays
 LARGEST = np.finfo(np.float32).max
 NOTHING, LOSSES, GRADIENTS = range(3)  # what is written for every element
 ZERO, ONE, TWO = map(np.float32, range(3))
-NO_NUMBERS: dict[torch.dtype, np.ndarray] = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}
+NO_NUMBERS: dict[torch.dtype, np.ndarray] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0),
+}
 NO_INDEX = np.empty(0, np.int64)
 TARGETS = {
     torch.float32: (torch.float32, torch.uint8, torch.bool),
@@ -53,7 +56,9 @@ def soft_target_focal(x, y, alpha0, alpha1, gamma, gamma_is_2):
     else:
         power = scale * (exp(gamma * log(abs(d))) if gamma > ZERO else ONE)
         loss = power * cross_entropy
-        gradient = power * (gamma * (p * q / d * cross_entropy) + d) if d != ZERO else ZERO  # the cusp of gamma < 1
+        gradient = (
+            power * (gamma * (p * q / d * cross_entropy) + d) if d != ZERO else ZERO
+        )  # the cusp of gamma < 1
     return ZERO if y < ZERO else loss, ZERO if y < ZERO else gradient
 
 
@@ -110,7 +115,9 @@ def _weigh(weight, inner, first, target, values):
 
 
 @compiled
-def _run(start, end, x, y, weight, lam, index, upstream, factor, alpha0, alpha1, gamma, what, out, sums):
+def _run(
+    start, end, x, y, weight, lam, index, upstream, factor, alpha0, alpha1, gamma, what, out, sums
+):
     """Blocks ``start`` to ``end`` of one level.
 
     Args:
@@ -121,13 +128,21 @@ def _run(start, end, x, y, weight, lam, index, upstream, factor, alpha0, alpha1,
         sums: float64 [blocks, 2], written: losses of a block, and how many of its elements count.
     """
     dtype = weight.dtype.type
-    targets, losses, gradients = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
+    targets, losses, gradients = (
+        np.empty(BLOCK, dtype),
+        np.empty(BLOCK, dtype),
+        np.empty(BLOCK, dtype),
+    )
     formula, factor = (dtype(alpha0), dtype(alpha1), dtype(gamma)), dtype(factor)
     mixed, direct = lam.size > 0, what == GRADIENTS and weight.size == 0 and upstream.size == 0
     for block in range(start, end):
         first = block * BLOCK
         size = min(BLOCK, x.size - first)
-        logit, own, result = x[first : first + size], y[first : first + size], out[first : first + size]
+        logit, own, result = (
+            x[first : first + size],
+            y[first : first + size],
+            out[first : first + size],
+        )
         target, loss, gradient = targets[:size], losses[:size], gradients[:size]
         if mixed:
             _mix_targets(y, lam, index, first, target)
@@ -215,7 +230,11 @@ def _run_levels(
         level_total, level_count = _add(sums)
         total += level_total
         count += level_count
-    return [r if r.dtype == logits[0].dtype else r.to(logits[0].dtype) for r in results], total, count
+    return (
+        [r if r.dtype == logits[0].dtype else r.to(logits[0].dtype) for r in results],
+        total,
+        count,
+    )
 
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:

@@ -93,7 +93,9 @@ def _copy(source, step, block):
             block[i] = source[i]
     elif step == -1:
         for i in range(block.size):
-            block[i] = source[np.uint64(block.size - 1 - i)]  # unsigned: no index that counts from the end
+            block[i] = source[
+                np.uint64(block.size - 1 - i)
+            ]  # unsigned: no index that counts from the end
     else:
         first = 0 if step > 0 else source.size - 1
         for i in range(block.size):
@@ -133,7 +135,9 @@ def _encode_float16(block, target):
         bits = bits_of(block[i])
         magnitude = bits & 0x7FFFFFFF
         normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
-        subnormal = bits_of(float_of(magnitude) + np.float32(0.5)) - 0x3F000000  # rounded by the sum
+        subnormal = (
+            bits_of(float_of(magnitude) + np.float32(0.5)) - 0x3F000000
+        )  # rounded by the sum
         finite = normal if magnitude >= 113 << 23 else subnormal
         special = 0x7C00 if magnitude <= 0x7F800000 else 0x7E00
         target[i] = ((bits >> 16) & 0x8000) | (finite if magnitude < 0x47800000 else special)
@@ -143,7 +147,9 @@ def _encode_float16(block, target):
 def _round(block, low, high, target):
     dtype = block.dtype.type
     for i in range(block.size):
-        target[i] = np.rint(min(max(block[i], dtype(low)), dtype(high))) if block[i] == block[i] else 0
+        target[i] = (
+            np.rint(min(max(block[i], dtype(low)), dtype(high))) if block[i] == block[i] else 0
+        )
 
 
 @compiled

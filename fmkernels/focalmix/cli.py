@@ -42,18 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"fmkernels: {error.name} is not installed; the extra fmkernels[train] brings it", file=sys.stderr)
+        print(
+            f"fmkernels: {error.name} is not installed; the extra fmkernels[train] brings it",
+            file=sys.stderr,
+        )
         return 2
     except FloatingPointError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
-        print("fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers", file=sys.stderr)
+        print(
+            "fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers",
+            file=sys.stderr,
+        )
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(f"fmkernels: not enough memory ({first_line(error)}); try smaller patches or batches", file=sys.stderr)
+        print(
+            f"fmkernels: not enough memory ({first_line(error)}); try smaller patches or batches",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as error:
         print(f"\nfmkernels: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -67,7 +76,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="fmkernels", description="Lung-nodule detection on CT in LUNA16's format.")
+    parser = _Parser(
+        prog="fmkernels", description="Lung-nodule detection on CT in LUNA16's format."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add, text in (
         ("phantom", _add_phantom, "write a synthetic data set in LUNA16's layout"),
@@ -75,7 +86,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         ("compare", _add_compare, "train both methods over seeds and print the paper's table"),
         ("detect", _add_detect, "find nodules in scans with a trained detector"),
         ("evaluate", _add_evaluate, "compute FROC and CPM of candidates by LUNA16's rules"),
-        ("doctor", _add_doctor, "say what is installed and which path each operation takes here, and test each"),
+        (
+            "doctor",
+            _add_doctor,
+            "say what is installed and which path each operation takes here, and test each",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         # The options of train come from its configuration, whose import is slow: only where they are asked for.
@@ -92,9 +107,13 @@ def _add_phantom(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.data.phantom import SIZES
 
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument("--size", choices=SIZES, default="demo", help="of the scans (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="demo", help="of the scans (default: %(default)s)"
+    )
     parser.add_argument("--scans", type=_at_least(1), help="how many (default: as the size has)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of all randomness (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of all randomness (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=_at_least(1), help="processes (default: one per core)")
     parser.set_defaults(run=_phantom)
 
@@ -116,10 +135,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.config import PRESETS
 
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
-    parser.add_argument("--out", metavar="RUN", type=Path, help="the folder of the run (default: runs/METHOD)")
-    parser.add_argument("--preset", choices=PRESETS, help="settings that the options below change (default: demo)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
-    parser.add_argument("--profile", action="store_true", help="wait for the GPU at every stage, to time each")
+    parser.add_argument(
+        "--out", metavar="RUN", type=Path, help="the folder of the run (default: runs/METHOD)"
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="settings that the options below change (default: demo)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in RUN from its checkpoint"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="wait for the GPU at every stage, to time each"
+    )
     _add_settings(parser)
     parser.set_defaults(run=_train)
 
@@ -128,7 +155,9 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
     """The fields of a configuration as options, which leave nothing behind where they are not given."""
     from fmkernels.focalmix.config import Config
 
-    settings = parser.add_argument_group("settings", "Lists are separated by commas, those of three are z,y,x.")
+    settings = parser.add_argument_group(
+        "settings", "Lists are separated by commas, those of three are z,y,x."
+    )
     hints = typing.get_type_hints(Config)
     for option in (option for option in fields(Config) if option.name not in without):
         default = "none" if option.default is None else _written(option.default)
@@ -152,7 +181,11 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     from fmkernels.focalmix.config import Config
 
-    return {option.name: value for option in fields(Config) if (value := vars(arguments).get(option.name)) is not None}
+    return {
+        option.name: value
+        for option in fields(Config)
+        if (value := vars(arguments).get(option.name)) is not None
+    }
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -165,7 +198,9 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs", given.get("method", "supervised"))
     stored = load_config(out) if arguments.resume and arguments.preset is None else None
     config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
-    evaluation = train(config, arguments.data, out, resume=arguments.resume, profile=arguments.profile)
+    evaluation = train(
+        config, arguments.data, out, resume=arguments.resume, profile=arguments.profile
+    )
     if evaluation is not None and int(os.environ.get("RANK", 0)) == 0:
         print(evaluation)
     return 0
@@ -183,14 +218,26 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/compare"),
         help="of runs and tables (default: %(default)s)",
     )
-    parser.add_argument("--labeled", metavar="N", type=_at_least(1), nargs="+", required=True, help="labelled scans")
     parser.add_argument(
-        "--seeds", metavar="N", type=_at_least(1), default=5, help="seeds of each (default: %(default)s)"
+        "--labeled", metavar="N", type=_at_least(1), nargs="+", required=True, help="labelled scans"
     )
     parser.add_argument(
-        "--without", choices=ABLATIONS, nargs="+", default=[], help="parts to leave out, a row for each"
+        "--seeds",
+        metavar="N",
+        type=_at_least(1),
+        default=5,
+        help="seeds of each (default: %(default)s)",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings that the options below change")
+    parser.add_argument(
+        "--without",
+        choices=ABLATIONS,
+        nargs="+",
+        default=[],
+        help="parts to leave out, a row for each",
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="demo", help="settings that the options below change"
+    )
     _add_settings(parser, without=("labeled", "seed", "method"))
     parser.set_defaults(run=_compare)
 
@@ -210,15 +257,24 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     print(as_text(rows), end="")
     if arguments.seeds < 3:
-        print("fmkernels: from so few seeds the intervals do not tell how much training itself varies", file=sys.stderr)
+        print(
+            "fmkernels: from so few seeds the intervals do not tell how much training itself varies",
+            file=sys.stderr,
+        )
     return 0
 
 
 def _add_detect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run")
-    parser.add_argument("scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files, or folders of such")
-    parser.add_argument("--out", metavar="CSV", type=Path, help="default: RUN/detections.csv, if not yet there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument(
+        "scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files, or folders of such"
+    )
+    parser.add_argument(
+        "--out", metavar="CSV", type=Path, help="default: RUN/detections.csv, if not yet there"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)"
+    )
     parser.set_defaults(run=_detect)
 
 
@@ -267,10 +323,15 @@ def _scans(given: Sequence[Path]) -> list[Path]:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "candidates", metavar="CANDIDATES", type=Path, help="seriesuid,coordX,coordY,coordZ,probability"
+        "candidates",
+        metavar="CANDIDATES",
+        type=Path,
+        help="seriesuid,coordX,coordY,coordZ,probability",
     )
     parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
-    parser.add_argument("--subsets", type=_reader(tuple[int, ...]), help="such as 8,9 (default: all)")
+    parser.add_argument(
+        "--subsets", type=_reader(tuple[int, ...]), help="such as 8,9 (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the curve")
     parser.set_defaults(run=_evaluate)
@@ -281,14 +342,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.evaluation.froc import read_candidates
 
     data = LUNA16(arguments.data)
-    chosen = [uid for uid in data.series if arguments.subsets is None or data.subset(uid) in arguments.subsets]
+    chosen = [
+        uid
+        for uid in data.series
+        if arguments.subsets is None or data.subset(uid) in arguments.subsets
+    ]
     if not chosen:
-        raise InputError(f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, found none")
+        raise InputError(
+            f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, found none"
+        )
     elsewhere = set(data.series) - set(chosen)
     candidates = read_candidates(arguments.candidates)
     if unknown := sorted(set(candidates) - set(data.series)):
-        raise InputError(f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}")
-    result = data.evaluate({uid: rows for uid, rows in candidates.items() if uid not in elsewhere}, chosen)
+        raise InputError(
+            f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}"
+        )
+    result = data.evaluate(
+        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere}, chosen
+    )
     print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
     if arguments.plot:
         from fmkernels.focalmix.evaluation.figures import draw_froc
@@ -320,7 +391,9 @@ def _read_tuple(kind: type, text: str) -> tuple:
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}s separated by commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected {kind.__name__}s separated by commas, got {text!r}"
+        ) from None
 
 
 def _written(value: Any) -> str:

@@ -94,16 +94,23 @@ def compare(
     for part in without:
         name, changes = ABLATIONS[part]
         if replace(config, **changes) == config:
-            raise InputError(f"{part}: expected a part that the settings have, it is left out of all rows")
+            raise InputError(
+                f"{part}: expected a part that the settings have, it is left out of all rows"
+            )
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
     data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
-    for count, seed in itertools.product(labeled, range(seeds)):  # an impossible draw is told before hours of training
+    for count, seed in itertools.product(
+        labeled, range(seeds)
+    ):  # an impossible draw is told before hours of training
         draw_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
     runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
     results: dict[tuple[int, str], list[froc.Froc]] = {}
     for number, (count, name, seed) in enumerate(runs, start=1):
-        folders = {method: out / f"labeled-{count}" / own / f"seed-{seed}" for method, (own, _) in methods.items()}
+        folders = {
+            method: out / f"labeled-{count}" / own / f"seed-{seed}"
+            for method, (own, _) in methods.items()
+        }
         tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
         chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
         finished = load_config(folders[name]) if (folders[name] / EVALUATION).exists() else None
@@ -111,13 +118,26 @@ def compare(
             if chosen.method == "focalmix":
                 _share_burn_in(folders[BASELINE], folders[name])
             train(chosen, root, folders[name], resume=True)
-        results.setdefault((count, name), []).append(_evaluate(chosen, root, folders[name], bootstraps))
+        results.setdefault((count, name), []).append(
+            _evaluate(chosen, root, folders[name], bootstraps)
+        )
     means = {key: froc.average(runs) for key, runs in results.items()}
-    rows = [_row(count, name, means[count, name], means[count, BASELINE]) for count in labeled for name in methods]
-    for name, text in {"table.txt": as_text(rows), "table.md": as_markdown(rows), "table.csv": as_csv(rows)}.items():
+    rows = [
+        _row(count, name, means[count, name], means[count, BASELINE])
+        for count in labeled
+        for name in methods
+    ]
+    for name, text in {
+        "table.txt": as_text(rows),
+        "table.md": as_markdown(rows),
+        "table.csv": as_csv(rows),
+    }.items():
         with atomic_write(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    points = {name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name] for name in methods}
+    points = {
+        name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name]
+        for name in methods
+    }
     figures.draw_comparison(out / "cpm.png", points)
     for count in labeled:
         curves = {name: means[count, name] for name in (BASELINE, FOCALMIX)}
@@ -149,18 +169,43 @@ def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
         gains = np.divide(drawn, below, out=np.full_like(drawn, np.inf), where=below > 0) - 1
         lower, upper = np.quantile(gains, (0.025, 0.975), method="inverted_cdf").tolist()
         gain_interval = (lower, upper)
-    return Row(labeled, name, ours.operating_sensitivities, ours.cpm, ours.interval, gain, gain_interval)
+    return Row(
+        labeled, name, ours.operating_sensitivities, ours.cpm, ours.interval, gain, gain_interval
+    )
 
 
-_HEAD = ("labelled", "method", "1/8", "1/4", "1/2", "1", "2", "4", "8", "CPM", "95 %", "gain", "95 % of the gain")
+_HEAD = (
+    "labelled",
+    "method",
+    "1/8",
+    "1/4",
+    "1/2",
+    "1",
+    "2",
+    "4",
+    "8",
+    "CPM",
+    "95 %",
+    "gain",
+    "95 % of the gain",
+)
 
 
 def _cells(row: Row) -> list[str]:
     percent = [f"{100 * value:.1f}" for value in (*row.sensitivities, row.cpm)]
-    cells = [str(row.labeled), row.method, *percent, "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval))]
+    cells = [
+        str(row.labeled),
+        row.method,
+        *percent,
+        "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval)),
+    ]
     if row.gain is None or row.gain_interval is None:
         return [*cells, "", ""]
-    return [*cells, f"{100 * row.gain:+.1f} %", "{:+.1f} to {:+.1f} %".format(*(100 * v for v in row.gain_interval))]
+    return [
+        *cells,
+        f"{100 * row.gain:+.1f} %",
+        "{:+.1f} to {:+.1f} %".format(*(100 * v for v in row.gain_interval)),
+    ]
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -183,9 +228,17 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     bounds = ("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper")
     writer.writerow(
-        ["labeled", "method", *(f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS), "cpm", *bounds]
+        [
+            "labeled",
+            "method",
+            *(f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS),
+            "cpm",
+            *bounds,
+        ]
     )
     for row in rows:
         gains = (row.gain, *(row.gain_interval or (None, None)))
-        writer.writerow([row.labeled, row.method, *row.sensitivities, row.cpm, *row.interval, *gains])
+        writer.writerow(
+            [row.labeled, row.method, *row.sensitivities, row.cpm, *row.interval, *gains]
+        )
     return text.getvalue()

@@ -19,7 +19,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"device: expected auto, cpu or cuda, got {name!r} ({first_line(error)})") from None
+        raise InputError(
+            f"device: expected auto, cpu or cuda, got {name!r} ({first_line(error)})"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device: expected auto, cpu or cuda, got {name!r}")
     if device.type == "cuda":

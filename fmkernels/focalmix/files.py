@@ -53,7 +53,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def _temporary(path: Path) -> Iterator[Path]:
     """A new hidden file beside ``path``, gone afterwards; its name tells whose it is."""
     _remove_orphans(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_OWN}{os.getpid()}-", suffix=f"-{path.name}")
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{_OWN}{os.getpid()}-", suffix=f"-{path.name}"
+    )
     os.close(handle)
     try:
         yield Path(name)
@@ -94,9 +96,13 @@ def own_folder(folder: Path) -> Iterator[None]:
             if sys.platform == "win32":
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
             else:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it too
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # not flock: forked workers would hold it too
         except (BlockingIOError, PermissionError):
-            raise InputError(f"{folder}: expected a folder of its own, another process is at work in it") from None
+            raise InputError(
+                f"{folder}: expected a folder of its own, another process is at work in it"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield

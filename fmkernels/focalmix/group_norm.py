@@ -21,7 +21,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if _is_fused(x, residual, self.num_channels):
-            return _Fused.apply(x, self.weight, self.bias, residual, self.num_groups, self.eps, self.relu)
+            return _Fused.apply(
+                x, self.weight, self.bias, residual, self.num_groups, self.eps, self.relu
+            )
         y = super().forward(x)
         y = y if residual is None else y + residual
         return F.relu(y, inplace=True) if self.relu else y
@@ -31,7 +33,13 @@ def _is_fused(x: Tensor, residual: Tensor | None, channels: int) -> bool:
     """Whether the loops can take it: plain tensors, and nobody who traces or transforms what torch does."""
     given = (x,) if residual is None else (x, residual)
     return (
-        all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == x.dtype and t.shape == x.shape for t in given)
+        all(
+            type(t) is Tensor
+            and t.device.type == "cpu"
+            and t.dtype == x.dtype
+            and t.shape == x.shape
+            for t in given
+        )
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() == 5
         and x.shape[1] == channels
@@ -55,10 +63,14 @@ class _Fused(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        from fmkernels.cpu.group_norm import normalize  # when first needed: a GPU needs no compiler for the CPU
+        from fmkernels.cpu.group_norm import (
+            normalize,
+        )  # when first needed: a GPU needs no compiler for the CPU
 
         x, residual = _channels_last(x), None if residual is None else _channels_last(residual)
-        out, moments = normalize(x, weight.detach().float(), bias.detach().float(), residual, groups, eps, relu)
+        out, moments = normalize(
+            x, weight.detach().float(), bias.detach().float(), residual, groups, eps, relu
+        )
         ctx.save_for_backward(x, weight, moments, out if relu else None)
         ctx.residual = residual is not None
         return out
@@ -70,7 +82,9 @@ class _Fused(torch.autograd.Function):
 
         x, weight, moments, out = ctx.saved_tensors
         upstream = _channels_last(upstream.to(x.dtype))
-        to_x, *to_weights, to_residual = differentiate(upstream, x, out, weight.float(), moments, ctx.residual)
+        to_x, *to_weights, to_residual = differentiate(
+            upstream, x, out, weight.float(), moments, ctx.residual
+        )
         return to_x, *(g.to(weight.dtype) for g in to_weights), to_residual, None, None, None
 
 

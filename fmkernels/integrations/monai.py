@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from fmkernels import functional
 from fmkernels.nn import SoftTargetFocalLoss
 
-__all__ = ["MixUpBoxd", "ObjectMixUpBoxd", "SoftTargetRetinaNetDetector", "from_monai_boxes", "to_monai_boxes"]
+__all__ = [
+    "MixUpBoxd",
+    "ObjectMixUpBoxd",
+    "SoftTargetRetinaNetDetector",
+    "from_monai_boxes",
+    "to_monai_boxes",
+]
 
 Item = dict[Any, Any]
 Mode: TypeAlias = "str | BoxMode | type[BoxMode]"
@@ -117,7 +123,9 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.spatial_dims != 3:
-            raise ValueError(f"SoftTargetRetinaNetDetector: spatial_dims must be 3, got {self.spatial_dims}")
+            raise ValueError(
+                f"SoftTargetRetinaNetDetector: spatial_dims must be 3, got {self.spatial_dims}"
+            )
         self.set_cls_loss(SoftTargetFocalLoss())
 
     def compute_loss(
@@ -136,16 +144,25 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             num_anchor_locs_per_level: places of each level.
         """
         if self.fg_bg_sampler is not None:
-            raise ValueError("SoftTargetRetinaNetDetector: trains on all anchors, expected no sampler to be set")
+            raise ValueError(
+                "SoftTargetRetinaNetDetector: trains on all anchors, expected no sampler to be set"
+            )
         logits = convert_to_tensor(head_outputs_reshape[self.cls_key], track_meta=False)
         deltas = convert_to_tensor(head_outputs_reshape[self.box_reg_key], track_meta=False)
         soft: list[Tensor] = []
         regressed: list[tuple] = []
         positives = logits.new_zeros((), dtype=torch.int64)
-        for target, own_logits, own_deltas, own_anchors in zip(targets, logits, deltas, anchors, strict=True):
-            y, ignored = self._anchor_targets(target, own_logits), logits.new_zeros(len(own_logits), dtype=torch.bool)
+        for target, own_logits, own_deltas, own_anchors in zip(
+            targets, logits, deltas, anchors, strict=True
+        ):
+            y, ignored = (
+                self._anchor_targets(target, own_logits),
+                logits.new_zeros(len(own_logits), dtype=torch.bool),
+            )
             for weight, group in self._groups(target, logits.device):
-                (matched,) = self.compute_anchor_matched_idxs([own_anchors], [group], num_anchor_locs_per_level)
+                (matched,) = self.compute_anchor_matched_idxs(
+                    [own_anchors], [group], num_anchor_locs_per_level
+                )
                 found = matched >= 0
                 y[found, group[self.target_label_key][matched[found]]] += weight
                 ignored |= matched == self.proposal_matcher.BETWEEN_THRESHOLDS
@@ -154,9 +171,14 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
                     regressed.append((group, own_deltas, own_anchors, matched))
             soft.append(y.clamp(max=1).masked_fill(ignored[:, None], -1))
 
-        weights = [torch.as_tensor(target.get(_IMAGE_WEIGHT, 1.0), dtype=torch.float32) for target in targets]
+        weights = [
+            torch.as_tensor(target.get(_IMAGE_WEIGHT, 1.0), dtype=torch.float32)
+            for target in targets
+        ]
         of_images = torch.stack([w.to(logits.device) for w in weights])[:, None, None]
-        classification = self.cls_loss_func(logits, torch.stack(soft), weight=of_images, normalizer=positives)
+        classification = self.cls_loss_func(
+            logits, torch.stack(soft), weight=of_images, normalizer=positives
+        )
         if regressed:
             groups, group_deltas, group_anchors, matches = map(list, zip(*regressed, strict=True))
             box = self.compute_box_loss(group_deltas, groups, group_anchors, matches)
@@ -176,7 +198,9 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             )
         return given.detach().to(logits.device, torch.float32, copy=True)
 
-    def _groups(self, target: Mapping[str, Any], device: torch.device) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    def _groups(
+        self, target: Mapping[str, Any], device: torch.device
+    ) -> Iterator[tuple[float, dict[str, Tensor]]]:
         """Boxes and labels of each weight above 0."""
         boxes = convert_to_tensor(target[self.target_box_key], track_meta=False, device=device)
         labels = convert_to_tensor(target[self.target_label_key], track_meta=False, device=device)
@@ -220,13 +244,17 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             ValueError: flips that do not begin with 0, or a value that fits no function below.
         """
         if not flips or flips[0] != 0:
-            raise ValueError(f"predict_targets: flips must begin with 0, the image as it is, got {tuple(flips)}")
+            raise ValueError(
+                f"predict_targets: flips must begin with 0, the image as it is, got {tuple(flips)}"
+            )
         if not 0 <= confidence <= 1:
             raise ValueError(f"predict_targets: confidence must be in [0, 1], got {confidence}")
         padded, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
         padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
         masks = torch.tensor(flips, dtype=torch.uint8, device=padded.device)
-        views = torch.cat([padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips])
+        views = torch.cat(
+            [padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips]
+        )
         predictor = self.network if network is None else network
         with _evaluating(predictor):
             outputs = predictor(views)
@@ -236,14 +264,18 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         else:
             ensure_dict_value_to_list_(outputs)
         targets = functional.predict_targets(
-            [level.unflatten(0, (len(flips), batch)) for level in outputs[self.cls_key]], masks, temperature=temperature
+            [level.unflatten(0, (len(flips), batch)) for level in outputs[self.cls_key]],
+            masks,
+            temperature=temperature,
         )
         self.generate_anchors(padded, {self.cls_key: targets})
         flat = self._reshape_maps(targets)
         found = self.postprocess_detections(
             {
                 self.cls_key: flat.masked_fill(flat < confidence, 0).logit(),
-                self.box_reg_key: self._reshape_maps([level[:batch] for level in outputs[self.box_reg_key]]),
+                self.box_reg_key: self._reshape_maps(
+                    [level[:batch] for level in outputs[self.box_reg_key]]
+                ),
             },
             self.anchors,
             sizes,
@@ -272,7 +304,13 @@ class _BatchTransform(Randomizable, Transform, ReduceTrait):
         eta: float = 0.2,
         window: tuple[float, float] | None = None,
     ) -> None:
-        self.image_key, self.box_key, self.label_key, self.eta, self.window = image_key, box_key, label_key, eta, window
+        self.image_key, self.box_key, self.label_key, self.eta, self.window = (
+            image_key,
+            box_key,
+            label_key,
+            eta,
+            window,
+        )
 
     def randomize(self, data: Any | None = None) -> None:
         self._generator = torch.Generator().manual_seed(int(self.R.randint(_MAX_SEED)))
@@ -289,7 +327,12 @@ class _BatchTransform(Randomizable, Transform, ReduceTrait):
     def _with_images(self, batch: Sequence[Mapping[Any, Any]], images: Tensor) -> list[Item]:
         """Copies of the dictionaries with these images, each of the kind and with the meta data of the former one."""
         return [
-            {**item, self.image_key: convert_to_dst_type(image, item[self.image_key], dtype=image.dtype)[0]}
+            {
+                **item,
+                self.image_key: convert_to_dst_type(image, item[self.image_key], dtype=image.dtype)[
+                    0
+                ],
+            }
             for item, image in zip(batch, images, strict=True)
         ]
 
@@ -329,17 +372,26 @@ class MixUpBoxd(_BatchTransform):
         self.randomize()
         images = self._images(batch)
         lam, index = functional.sample_mixup(len(batch), eta=self.eta, generator=self._generator)
-        mixed = functional.mixup3d(images, lam.to(images.device), index.to(images.device), window=self.window)
+        mixed = functional.mixup3d(
+            images, lam.to(images.device), index.to(images.device), window=self.window
+        )
         items = self._with_images(batch, mixed)
-        for item, own, share, partner in zip(items, batch, lam.tolist(), index.tolist(), strict=True):
+        for item, own, share, partner in zip(
+            items, batch, lam.tolist(), index.tolist(), strict=True
+        ):
             other = batch[partner]
             if other is own:
                 continue
             boxes, other_boxes = _boxes(own[self.box_key]), _boxes(other[self.box_key])
-            labels = [convert_to_tensor(source[self.label_key], track_meta=False).flatten() for source in (own, other)]
+            labels = [
+                convert_to_tensor(source[self.label_key], track_meta=False).flatten()
+                for source in (own, other)
+            ]
             item[self.box_key] = torch.cat([boxes, other_boxes])
             item[self.label_key] = torch.cat(labels)
-            item[_BOX_WEIGHTS] = torch.cat([share * _weights(own, boxes), (1 - share) * _weights(other, other_boxes)])
+            item[_BOX_WEIGHTS] = torch.cat(
+                [share * _weights(own, boxes), (1 - share) * _weights(other, other_boxes)]
+            )
             parts = [
                 part * source[_ANCHOR_TARGETS]
                 for part, source in ((share, own), (1 - share, other))
@@ -387,13 +439,22 @@ class ObjectMixUpBoxd(_BatchTransform):
         if not batch:
             return []
         if objects is not None and len(objects) != len(batch):
-            raise ValueError(f"ObjectMixUpBoxd: objects must be of the {len(batch)} images, got {len(objects)}")
+            raise ValueError(
+                f"ObjectMixUpBoxd: objects must be of the {len(batch)} images, got {len(objects)}"
+            )
         self.randomize()
         sources = batch if objects is None else objects
         images = self._images(batch)
         donors = None if objects is None else self._images(objects)
-        boxes = from_monai_boxes([item[self.box_key] for item in sources], self.mode).to(images.device)
-        labels = torch.cat([convert_to_tensor(item[self.label_key], track_meta=False).flatten() for item in sources])
+        boxes = from_monai_boxes([item[self.box_key] for item in sources], self.mode).to(
+            images.device
+        )
+        labels = torch.cat(
+            [
+                convert_to_tensor(item[self.label_key], track_meta=False).flatten()
+                for item in sources
+            ]
+        )
         lam, _ = functional.sample_mixup(len(boxes), eta=self.eta, generator=self._generator)
         mixed = functional.object_mixup3d(
             images,
@@ -410,7 +471,9 @@ class ObjectMixUpBoxd(_BatchTransform):
         if not len(boxes):
             return boxes
         wish = torch.rand(len(boxes), len(boxes), generator=self._generator).to(boxes.device)
-        other = (labels[:, None] == labels) & ~torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
+        other = (labels[:, None] == labels) & ~torch.eye(
+            len(boxes), dtype=torch.bool, device=boxes.device
+        )
         best, donor = wish.masked_fill(~other, -1.0).max(1)
         return boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
@@ -445,5 +508,7 @@ def _weights(item: Mapping[Any, Any], boxes: Tensor) -> Tensor:
         return torch.ones(len(boxes), device=boxes.device)
     weights = convert_to_tensor(weights, track_meta=False, dtype=torch.float32, device=boxes.device)
     if weights.shape != (len(boxes),):
-        raise ValueError(f"{_BOX_WEIGHTS} must be one for each of {len(boxes)} boxes, got {tuple(weights.shape)}")
+        raise ValueError(
+            f"{_BOX_WEIGHTS} must be one for each of {len(boxes)} boxes, got {tuple(weights.shape)}"
+        )
     return weights

@@ -48,7 +48,9 @@ def log2(a):
     else:
         bits = a.to(tl.int32, bitcast=True)
         fraction = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-        exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + 127
+        exponent = ((bits >> 23) | 0x4B000000).to(
+            tl.float32, bitcast=True
+        ) - 8388735.0  # 2^23 + 127
         result = _log1p_by(fraction, LOG2E) * fraction + exponent
     return result
 

@@ -17,14 +17,36 @@ from fmkernels.kernels.tuning import launch_parameters
 from fmkernels.kernels.voxels import to_storage
 
 LANES, SMALLEST_LANES = 128, 32  # positions of a layer that a program of the forward owns
-BRICK_Y, BRICK_X = 8, 16  # voxels that a program of the backward owns; along z as many as the block allows
+BRICK_Y, BRICK_X = (
+    8,
+    16,
+)  # voxels that a program of the backward owns; along z as many as the block allows
 BOXES = 128  # that one test of a brick takes
-NARROW = 2**29  # samples of a crop that int32 counts, with those beyond its end that the backward looks at
+NARROW = (
+    2**29
+)  # samples of a crop that int32 counts, with those beyond its end that the backward looks at
 MARGIN = tl.constexpr(1e-3)  # samples: more than float32 errs where a sample is found for a voxel,
 MARGIN_PER_SAMPLE = tl.constexpr(1e-6)  # which grows with their number
-FLAT = tl.constexpr(1e-30)  # voxels from one sample to the next, below which all are taken from one place
+FLAT = tl.constexpr(
+    1e-30
+)  # voxels from one sample to the next, below which all are taken from one place
 
-_SIZES = ("K", "B", "D", "H", "W", "stride_b", "stride_c", "stride_z", "stride_y", "stride_x", "C", "d", "h", "w")
+_SIZES = (
+    "K",
+    "B",
+    "D",
+    "H",
+    "W",
+    "stride_b",
+    "stride_c",
+    "stride_z",
+    "stride_y",
+    "stride_x",
+    "C",
+    "d",
+    "h",
+    "w",
+)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -64,13 +86,23 @@ def crop_kernel(
         corner = origin + x_origin.to(tl.int64) * stride_x + (y + x)
         for j in tl.static_range(DEPTH):
             layer = chunk * DEPTH + j
-            z, dz, fz = taps(place(tl.minimum(layer, d - 1), z_first, z_step, z_low, z_high), stride_z, T)
+            z, dz, fz = taps(
+                place(tl.minimum(layer, d - 1), z_first, z_step, z_low, z_high), stride_z, T
+            )
             value = trilinear(corner + z, dz, dy, dx, fz, fy, fx, low, scale, WINDOW)
-            tl.store(target + layer.to(tl.int64) * plane, to_storage(value, TYPE), (lane < plane) & (layer < d))
+            tl.store(
+                target + layer.to(tl.int64) * plane,
+                to_storage(value, TYPE),
+                (lane < plane) & (layer < d),
+            )
     else:
         for j in tl.static_range(DEPTH):
             layer = chunk * DEPTH + j
-            tl.store(target + layer.to(tl.int64) * plane, tl.zeros([LANES], TYPE), (lane < plane) & (layer < d))
+            tl.store(
+                target + layer.to(tl.int64) * plane,
+                tl.zeros([LANES], TYPE),
+                (lane < plane) & (layer < d),
+            )
 
 
 @triton.jit
@@ -108,7 +140,9 @@ def _share(voxel, sample, samples, first, step, low, high, T: tl.constexpr):
 
 
 @triton.jit
-def _gather(crop, z, y, x, start, end, D, H, W, d, h, w, total, CLAMP_BOX: tl.constexpr, INDEX: tl.constexpr):
+def _gather(
+    crop, z, y, x, start, end, D, H, W, d, h, w, total, CLAMP_BOX: tl.constexpr, INDEX: tl.constexpr
+):
     """``total`` [Z, Y, X], and what the samples of one crop [d, h, w] have taken from the voxels at z, y and x."""
     T: tl.constexpr = total.dtype
     z_origin, z_first, z_step, z_low, z_high = place_samples(start[0], end[0], D, d, CLAMP_BOX)
@@ -129,7 +163,10 @@ def _gather(crop, z, y, x, start, end, D, H, W, d, h, w, total, CLAMP_BOX: tl.co
             for _ in range(0, x_most):
                 x_share = _share(x, x_sample, w, x_first, x_step, x_low, x_high, T)[None, None, :]
                 taken = share * x_share
-                total += tl.load(crop + (line + x_sample[None, None, :]), taken > 0.0, other=0.0).to(T) * taken
+                total += (
+                    tl.load(crop + (line + x_sample[None, None, :]), taken > 0.0, other=0.0).to(T)
+                    * taken
+                )
                 x_sample += 1
             y_sample += 1
         z_sample += 1
@@ -156,14 +193,22 @@ def gradient_kernel(
     volume = layer // layers
     b = volume // C
     c = volume - b * C
-    z0, y0, x0 = (layer - volume * layers) * Z, (row - layer * rows) * Y, (program - row * columns) * X
+    z0, y0, x0 = (
+        (layer - volume * layers) * Z,
+        (row - layer * rows) * Y,
+        (program - row * columns) * X,
+    )
     z, y, x = z0 + tl.arange(0, Z), y0 + tl.arange(0, Y), x0 + tl.arange(0, X)
     total = tl.zeros([Z, Y, X], T)
     for group in range(0, K, BOXES):
         candidate = group + tl.arange(0, BOXES)
         batch, start, end = load_box(boxes, candidate, candidate < K)
         hit = is_usable(batch, start, end, B, D, H, W) & (batch.to(tl.int32) == b)
-        hit = hit & _touches(start[0], end[0], D, z0, z0 + (Z - 1)) & _touches(start[1], end[1], H, y0, y0 + (Y - 1))
+        hit = (
+            hit
+            & _touches(start[0], end[0], D, z0, z0 + (Z - 1))
+            & _touches(start[1], end[1], H, y0, y0 + (Y - 1))
+        )
         hit = hit & _touches(start[2], end[2], W, x0, x0 + (X - 1))
         k = tl.min(tl.where(hit, candidate, K), 0)
         while k < K:

@@ -26,7 +26,9 @@ from fmkernels.kernels.voxels import to_storage, window_voxels
 
 VECTOR_BYTES = 16
 RUN_BYTES = 64  # of a row of a tile: shorter ones only where the batch is too large for them
-LARGEST_TILE = 4096  # vectors that a program may own in place, all samples and mirror images together
+LARGEST_TILE = (
+    4096  # vectors that a program may own in place, all samples and mirror images together
+)
 MOST_WARPS = 16  # of a program: 1024 threads on AMD
 WIDE_FROM = 1 << 30  # vectors of a volume from which positions are counted in int64
 
@@ -69,7 +71,11 @@ def _mirrored(place, ways, flip, IMAGE: tl.constexpr, AXES: tl.constexpr):
     place = place[None, :]
     for axis in tl.static_range(4):
         if AXES[axis]:
-            there = 0 if flip is None else tl.where((flip & AXES[axis])[:, None] != 0, ways[axis][None, :], 0)
+            there = (
+                0
+                if flip is None
+                else tl.where((flip & AXES[axis])[:, None] != 0, ways[axis][None, :], 0)
+            )
             place += ways[axis][None, :] - there if IMAGE & AXES[axis] else there
     return place
 
@@ -95,7 +101,9 @@ def _load_flipped(
 ):  # fmt: skip
     """[ROWS, VECTORS, V]: a tile of volumes that begin at ``first`` [ROWS], flipped by their masks, windowed."""
     T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.load(x + _offsets(first, _mirrored(place, ways, flip, IMAGE, AXES), V), mask, other=0)
+    value = tl.load(
+        x + _offsets(first, _mirrored(place, ways, flip, IMAGE, AXES), V), mask, other=0
+    )
     if flip is not None:
         value = _reversed(value, flip, AXES, V)
     return window_voxels(value, low.to(T), scale.to(T)) if WINDOW else value.to(T)
@@ -143,8 +151,12 @@ def mixup_kernel(
     mixed = ()
     for image in tl.static_range(8 if ORBITS else 1):
         mask = (there[:, None] & ((at < positions) & ((middle & image) == 0))[None, :])[:, :, None]
-        own = _load_flipped(volumes, first, own_flip, place, ways, mask, low, scale, image, AXES, V, WINDOW)
-        donor = _load_flipped(donors, partner, flip, place, ways, mask, low, scale, image, AXES, V, WINDOW)
+        own = _load_flipped(
+            volumes, first, own_flip, place, ways, mask, low, scale, image, AXES, V, WINDOW
+        )
+        donor = _load_flipped(
+            donors, partner, flip, place, ways, mask, low, scale, image, AXES, V, WINDOW
+        )
         part = share.to(own.dtype)
         value = tl.fma(tl.broadcast_to(part, own.shape), own, (1.0 - part) * donor)
         mixed = mixed + (to_storage(value, out.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
@@ -152,7 +164,9 @@ def mixup_kernel(
         tl.debug_barrier()
     for image in tl.static_range(8 if ORBITS else 1):
         mask = (there[:, None] & ((at < positions) & ((middle & image) == 0))[None, :])[:, :, None]
-        tl.store(out + _offsets(first, _mirrored(place, ways, None, image, AXES), V), mixed[image], mask)
+        tl.store(
+            out + _offsets(first, _mirrored(place, ways, None, image, AXES), V), mixed[image], mask
+        )
 
 
 @triton.jit(do_not_specialize=["sources", "batch", "n0", "n1", "n2", "n3"])
@@ -188,7 +202,9 @@ def gradient_kernel(
     image = _offsets(tl.zeros([1], tl.int64), place, V)
     total = tl.zeros([1, VECTORS, V], T)
     if OWN:
-        total += tl.load(lam + row).to(T) * tl.load(upstream + row.to(tl.int64) * size * V + image, mask, other=0).to(T)
+        total += tl.load(lam + row).to(T) * tl.load(
+            upstream + row.to(tl.int64) * size * V + image, mask, other=0
+        ).to(T)
     if DONOR:
         for sample in range(batch):
             if tl.load(index + sample) == row:
@@ -216,7 +232,9 @@ class _Geometry(NamedTuple):
         sizes = tuple(shape[1:]) if flipped else (1, 1, 1, math.prod(shape[1:]))
         v = math.gcd(sizes[3], VECTOR_BYTES // itemsize)
         wide = math.prod(sizes) // v >= WIDE_FROM
-        return _Geometry(v, (*sizes[:3], sizes[3] // v), tuple(axes) if flipped else (0, 0, 0, 0), wide)
+        return _Geometry(
+            v, (*sizes[:3], sizes[3] // v), tuple(axes) if flipped else (0, 0, 0, 0), wide
+        )
 
     @property
     def vectors(self) -> int:
@@ -225,7 +243,9 @@ class _Geometry(NamedTuple):
     @property
     def orbits(self) -> int:
         """Vectors in the first half of every axis that can be flipped."""
-        return math.prod((n + 1) // 2 if bit else n for n, bit in zip(self.sizes, self.axes, strict=True))
+        return math.prod(
+            (n + 1) // 2 if bit else n for n, bit in zip(self.sizes, self.axes, strict=True)
+        )
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -271,7 +291,9 @@ def launch_mixup_into(
         donors, donor_flips = volumes, flips
     batch = volumes.shape[0]
     flipped = flips is not None or donor_flips is not None
-    geometry = _Geometry.of(volumes.shape, axes, flipped, max(volumes.element_size(), out.element_size()))
+    geometry = _Geometry.of(
+        volumes.shape, axes, flipped, max(volumes.element_size(), out.element_size())
+    )
     over_donors = _same_memory(out, donors)
     orbits = flipped and (over_donors or _same_memory(out, volumes))
     op = "mixup3d_in_place_flipped" if orbits else "mixup3d_in_place" if over_donors else "mixup3d"
@@ -279,7 +301,9 @@ def launch_mixup_into(
     samples = triton.next_power_of_2(batch) if over_donors else 1
     rows = samples * (8 if orbits else 1)
     if rows > LARGEST_TILE:
-        out.copy_(launch_mixup(volumes, donors, lam, index, flips, donor_flips, axes, window, out.dtype))
+        out.copy_(
+            launch_mixup(volumes, donors, lam, index, flips, donor_flips, axes, window, out.dtype)
+        )
         return
     run = triton.next_power_of_2(triton.cdiv(RUN_BYTES, geometry.v * volumes.element_size()))
     vectors = min(max(launch.block // rows, run), LARGEST_TILE // rows)

@@ -25,7 +25,10 @@ from fmkernels.kernels.voxels import to_storage, window_voxels
 LANES = 128  # positions of a slice of a box that a program takes at a time
 BOXES = 128  # that are tested at once
 PROGRAMS = 2048  # for all boxes together, about
-COPY, COPY_PART = 4096, 512  # voxels in no box that a program writes: all at once, or where a box is near
+COPY, COPY_PART = (
+    4096,
+    512,
+)  # voxels in no box that a program writes: all at once, or where a box is near
 WIDE_FROM = 1 << 31  # voxels from which they are counted in int64
 INFINITY = tl.constexpr(float("inf"))
 
@@ -51,7 +54,9 @@ def _load_target(boxes, donor_boxes, k, shape, donor_shape):
     usable = (batch >= 0) & (batch < shape[0]) & (donor_batch >= 0) & (donor_batch < donor_shape[0])
     for axis in tl.static_range(3):
         usable = usable & (tl.abs(start[axis]) < INFINITY) & (tl.abs(end[axis]) < INFINITY)
-        usable = usable & (tl.abs(donor_start[axis]) < INFINITY) & (tl.abs(donor_end[axis]) < INFINITY)
+        usable = (
+            usable & (tl.abs(donor_start[axis]) < INFINITY) & (tl.abs(donor_end[axis]) < INFINITY)
+        )
         size = donor_shape[1 + axis]
         usable = usable & (_clipped(donor_start[axis], size) < _clipped(donor_end[axis], size))
     z = _first_centre(_clipped(start[0], shape[1]))
@@ -95,7 +100,9 @@ def _inside(z, y, x, first, stop):
 @triton.jit
 def _voxel(b, c, z, y, x, strides):
     """Offset of a voxel."""
-    plane = z.to(tl.int64) * strides[2] + (y.to(tl.int64) * strides[3] + x.to(tl.int64) * strides[4])
+    plane = z.to(tl.int64) * strides[2] + (
+        y.to(tl.int64) * strides[3] + x.to(tl.int64) * strides[4]
+    )
     return b.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1] + plane
 
 
@@ -106,15 +113,40 @@ def _loaded(pointer, mask, low, scale, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _sample(donors, donor_boxes, k, c, z, y, x, first, stop, shape, strides, low, scale, WINDOW: tl.constexpr):
+def _sample(
+    donors,
+    donor_boxes,
+    k,
+    c,
+    z,
+    y,
+    x,
+    first,
+    stop,
+    shape,
+    strides,
+    low,
+    scale,
+    WINDOW: tl.constexpr,
+):
     """The donor of pair ``k`` at the voxels z [DEPTH, 1], y and x [1, LANES]; at an edge for voxels outside the box."""
     T: tl.constexpr = low.dtype
     batch, start, end = load_box(donor_boxes, k)
-    start = (_clipped(start[0], shape[1]), _clipped(start[1], shape[2]), _clipped(start[2], shape[3]))
+    start = (
+        _clipped(start[0], shape[1]),
+        _clipped(start[1], shape[2]),
+        _clipped(start[2], shape[3]),
+    )
     end = (_clipped(end[0], shape[1]), _clipped(end[1], shape[2]), _clipped(end[2], shape[3]))
-    z_origin, z_first, z_step, z_low, z_high = place_samples(start[0], end[0], shape[1], stop[0] - first[0], True)
-    y_origin, y_first, y_step, y_low, y_high = place_samples(start[1], end[1], shape[2], stop[1] - first[1], True)
-    x_origin, x_first, x_step, x_low, x_high = place_samples(start[2], end[2], shape[3], stop[2] - first[2], True)
+    z_origin, z_first, z_step, z_low, z_high = place_samples(
+        start[0], end[0], shape[1], stop[0] - first[0], True
+    )
+    y_origin, y_first, y_step, y_low, y_high = place_samples(
+        start[1], end[1], shape[2], stop[1] - first[1], True
+    )
+    x_origin, x_first, x_step, x_low, x_high = place_samples(
+        start[2], end[2], shape[3], stop[2] - first[2], True
+    )
     origin = donors + batch.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1]
     origin += z_origin.to(tl.int64) * strides[2] + y_origin.to(tl.int64) * strides[3]
     origin += x_origin.to(tl.int64) * strides[4]
@@ -162,11 +194,16 @@ def object_mixup_kernel(
         k = program // programs
         tile = (program - k * programs).to(INDEX)
         tiles = tile + 1
-        while tile < tiles:  # the box is loaded again for every tile: few boxes have more than one for a program
+        while (
+            tile < tiles
+        ):  # the box is loaded again for every tile: few boxes have more than one for a program
             usable, b, first, stop = _load_target(boxes, donor_boxes, k, shape, donor_shape)
             columns = tl.maximum(stop[2] - first[2], 0).to(INDEX)
             plane = tl.maximum(stop[1] - first[1], 0).to(INDEX) * columns
-            across, layers = tl.cdiv(plane, LANES), tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH)
+            across, layers = (
+                tl.cdiv(plane, LANES),
+                tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH),
+            )
             tiles = tl.where(usable, across * layers * C, 0)
             if tile < tiles:
                 layer = tile // across
@@ -175,7 +212,10 @@ def object_mixup_kernel(
                 row = lane // columns
                 x = first[2] + (lane - row * columns).to(tl.int32)[None, :]
                 y = first[1] + row.to(tl.int32)[None, :]
-                z = first[0] + ((layer - c * layers) * DEPTH + tl.arange(0, DEPTH)).to(tl.int32)[:, None]
+                z = (
+                    first[0]
+                    + ((layer - c * layers) * DEPTH + tl.arange(0, DEPTH)).to(tl.int32)[:, None]
+                )
                 mask = (z < stop[0]) & (lane < plane)[None, :]
                 donor_strides = (donor_b, donor_c, donor_z, donor_y, donor_x)
                 value = tl.zeros([DEPTH, LANES], T)
@@ -187,7 +227,9 @@ def object_mixup_kernel(
                         mask = mask & ~inside
                     elif not MIXED:
                         if j == k:
-                            at = _voxel(b, c, z, y, x, (stride_b, stride_c, stride_z, stride_y, stride_x))
+                            at = _voxel(
+                                b, c, z, y, x, (stride_b, stride_c, stride_z, stride_y, stride_x)
+                            )
                             value = _loaded(volumes + at, mask, low, scale, WINDOW)
                         if applied:
                             donor = _sample(
@@ -195,12 +237,16 @@ def object_mixup_kernel(
                                 DONOR_WINDOW,
                             )  # fmt: skip
                             part = tl.load(lam + j).to(T)
-                            mixed = tl.fma(tl.broadcast_to(part, value.shape), value, (1.0 - part) * donor)
+                            mixed = tl.fma(
+                                tl.broadcast_to(part, value.shape), value, (1.0 - part) * donor
+                            )
                             value = tl.where(inside, mixed, value)
                     j = _next_neighbour(boxes, j, K, k, BOXES)
                 at = _voxel(b, c, z, y, x, (out_b, out_c, out_z, out_y, out_x))
                 if MIXED:
-                    tl.store(out + at, tl.load(donors + _voxel(b, c, z, y, x, donor_strides), mask), mask)
+                    tl.store(
+                        out + at, tl.load(donors + _voxel(b, c, z, y, x, donor_strides), mask), mask
+                    )
                 else:
                     tl.store(out + at, to_storage(value, TYPE), mask)
             tile += programs
@@ -213,7 +259,10 @@ def object_mixup_kernel(
         first_plane, last_plane = first_row // H, last_row // H
         first_volume, last_volume = first_plane // D, last_plane // D
         outer = C // inner
-        batch, last_batch = (first_volume // outer).to(tl.float32), (last_volume // outer).to(tl.float32)
+        batch, last_batch = (
+            (first_volume // outer).to(tl.float32),
+            (last_volume // outer).to(tl.float32),
+        )
         one_volume, one_plane = first_volume == last_volume, first_plane == last_plane
         start = (
             tl.where(one_volume, first_plane - first_volume * D, 0).to(tl.float32),
@@ -228,7 +277,9 @@ def object_mixup_kernel(
         nearest = _next_near(boxes, -1, K, batch, last_batch, start, end, BOXES)
         if (nearest == K) & (last - begin == COPY - 1):
             here = begin.to(tl.int64) + tl.arange(0, COPY)
-            tl.store(out + here, to_storage(_loaded(volumes + here, None, low, scale, WINDOW), TYPE))
+            tl.store(
+                out + here, to_storage(_loaded(volumes + here, None, low, scale, WINDOW), TYPE)
+            )
         else:
             for piece in range(0, last - begin + 1, COPY_PART):
                 at = begin + piece + tl.arange(0, COPY_PART)
@@ -240,10 +291,16 @@ def object_mixup_kernel(
                 free = at <= last
                 k = nearest
                 while k < K:
-                    applied, b_box, from_, to = _load_target(boxes, donor_boxes, k, shape, donor_shape)
+                    applied, b_box, from_, to = _load_target(
+                        boxes, donor_boxes, k, shape, donor_shape
+                    )
                     free = free & ~(applied & (b == b_box) & _inside(z, y, x, from_, to))
                     k = _next_near(boxes, k, K, batch, last_batch, start, end, BOXES)
-                tl.store(out + at, to_storage(_loaded(volumes + at, free, low, scale, WINDOW), TYPE), free)
+                tl.store(
+                    out + at,
+                    to_storage(_loaded(volumes + at, free, low, scale, WINDOW), TYPE),
+                    free,
+                )
 
 
 def _same_voxels(a: Tensor, b: Tensor) -> bool:
@@ -306,11 +363,26 @@ def launch_object_mixup_into(
     inner = None if only_boxes else _inner_channels(volumes)
     if not only_boxes and (inner is None or volumes.stride() != out.stride()):
         dense = volumes.contiguous() if inner is None else volumes
-        out.copy_(launch_object_mixup(dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype))
+        out.copy_(
+            launch_object_mixup(
+                dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype
+            )
+        )
     elif donors.numel() and _share_memory(donors, out):
         scratch = torch.empty_like(out, memory_format=torch.contiguous_format)
         _launch(volumes, donors, boxes, donor_boxes, lam, window, donor_window, scratch)
-        _launch(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out, inner=inner, mixed=scratch)
+        _launch(
+            volumes,
+            donors,
+            boxes,
+            donor_boxes,
+            lam,
+            window,
+            donor_window,
+            out,
+            inner=inner,
+            mixed=scratch,
+        )
     else:
         _launch(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out, inner=inner)
 

@@ -110,8 +110,15 @@ def predict_targets_kernel(
     p, q, denominator = 0.0, 0.0, 1.0
     for k in tl.static_range(K):
         flip = tl.load(flips + k).to(tl.int32)
-        view = offset + (flip & 1) * mirror_d + ((flip >> 1) & 1) * mirror_h + ((flip >> 2) & 1) * mirror_w
-        logit = tl.load(x + (first + k * stride_k.to(tl.int64)) * V + _lanes(view, V), mask, other=0.0)
+        view = (
+            offset
+            + (flip & 1) * mirror_d
+            + ((flip >> 1) & 1) * mirror_h
+            + ((flip >> 2) & 1) * mirror_w
+        )
+        logit = tl.load(
+            x + (first + k * stride_k.to(tl.int64)) * V + _lanes(view, V), mask, other=0.0
+        )
         if V > 1 and not ANCHORS_LAST:
             logit = tl.where((flip & 4) != 0, _reverse(logit, V), logit)
         p, q, denominator = _add_view(logit.to(T), p, q, denominator, k == 0)
@@ -126,12 +133,20 @@ def predict_targets_kernel(
 def _vector(x: Tensor, innermost: int) -> int:
     """Elements per 16 bytes where vectors of so many keep whole and aligned in every view; else 1."""
     width = 16 // x.element_size()
-    others = [stride for dim, stride in enumerate(x.stride()) if dim != innermost and x.shape[dim] > 1]
-    fits = x.stride(innermost) == 1 and x.shape[innermost] % width == 0 and not any(s % width for s in others)
+    others = [
+        stride for dim, stride in enumerate(x.stride()) if dim != innermost and x.shape[dim] > 1
+    ]
+    fits = (
+        x.stride(innermost) == 1
+        and x.shape[innermost] % width == 0
+        and not any(s % width for s in others)
+    )
     return width if fits else 1
 
 
-def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, temperature: float) -> list[Tensor]:
+def launch_predict_targets(
+    view_logits: Sequence[Tensor], flips: Tensor, temperature: float
+) -> list[Tensor]:
     """Targets [B, A, D, H, W, I], float32, contiguous, of levels [K, B, A, D, H, W, I] of any strides."""
     launch = launch_parameters("predict_targets", flips.device)
     targets = [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
@@ -143,7 +158,10 @@ def launch_predict_targets(view_logits: Sequence[Tensor], flips: Tensor, tempera
             vector = _vector(x, innermost)
             views, batch, *sizes = x.shape
             sizes[innermost - 2] //= vector
-            strides = [1 if dim == innermost and vector > 1 else s // vector for dim, s in enumerate(x.stride())]
+            strides = [
+                1 if dim == innermost and vector > 1 else s // vector
+                for dim, s in enumerate(x.stride())
+            ]
             length = out[0, 0].numel()
             span = sum((n - 1) * s for n, s in zip(x.shape[3:], x.stride()[3:], strict=True))
             tiles = triton.cdiv(length, launch.block)

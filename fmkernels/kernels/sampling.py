@@ -19,8 +19,16 @@ def load_box(boxes, k, mask=None):
     row = boxes + k.to(tl.int64) * 7
     OTHER: tl.constexpr = None if mask is None else -1.0
     batch = tl.load(row, mask, other=OTHER)
-    z1, y1, x1 = tl.load(row + 1, mask, OTHER), tl.load(row + 2, mask, OTHER), tl.load(row + 3, mask, OTHER)
-    z2, y2, x2 = tl.load(row + 4, mask, OTHER), tl.load(row + 5, mask, OTHER), tl.load(row + 6, mask, OTHER)
+    z1, y1, x1 = (
+        tl.load(row + 1, mask, OTHER),
+        tl.load(row + 2, mask, OTHER),
+        tl.load(row + 3, mask, OTHER),
+    )
+    z2, y2, x2 = (
+        tl.load(row + 4, mask, OTHER),
+        tl.load(row + 5, mask, OTHER),
+        tl.load(row + 6, mask, OTHER),
+    )
     return batch, (z1, y1, x1), (z2, y2, x2)
 
 
@@ -59,7 +67,9 @@ def place_samples(start, end, size, samples, CLAMP_BOX: tl.constexpr):
         low = tl.maximum(start_floor + tl.where(start - start_floor > 0.5, 1.0, 0.0), 0.0)
         high = tl.minimum(end_floor - tl.where(end - end_floor > 0.5, 0.0, 1.0), edge)
         nearest = tl.floor(0.5 * start + 0.5 * end)
-        nearest -= tl.where(end - nearest < nearest - start, 1.0, 0.0)  # the sum may have rounded up
+        nearest -= tl.where(
+            end - nearest < nearest - start, 1.0, 0.0
+        )  # the sum may have rounded up
         nearest = tl.minimum(tl.maximum(nearest, 0.0), edge)
         empty = low > high
         low = tl.where(empty, nearest, low) - origin
@@ -84,7 +94,11 @@ def taps(position, stride, T: tl.constexpr):
     """
     below = tl.floor(position)
     fraction = position - below
-    return below.to(tl.int64) * stride, tl.where(fraction > 0.0, stride, 0).to(tl.int64), fraction.to(T)
+    return (
+        below.to(tl.int64) * stride,
+        tl.where(fraction > 0.0, stride, 0).to(tl.int64),
+        fraction.to(T),
+    )
 
 
 @triton.jit

@@ -45,7 +45,9 @@ def soft_target_focal(x, y, factor, gamma, GAMMA_IS_2: tl.constexpr):
     else:
         d = divide(t, 1.0 + e)
         zero = tl.abs(d) < (SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST)
-        power = factor * tl.exp2(gamma * tl.where(zero, -1e30, log2(tl.abs(d))))  # 0^gamma is 0, and 1 for gamma = 0
+        power = factor * tl.exp2(
+            gamma * tl.where(zero, -1e30, log2(tl.abs(d)))
+        )  # 0^gamma is 0, and 1 for gamma = 0
         slope = tl.where(zero, 0.0, divide(divide(e, 1.0 + e), t))  # p (1 - p) / d
         loss = power * ce
         grad = power * (gamma * (slope * ce) + d)
@@ -131,16 +133,33 @@ def _sum_tile(
 ):  # fmt: skip
     """Store the tile's gradients where wanted; return sums of 4 losses each, and how many of the 4 count."""
     offset, logit, target, factor, ignored = _load_tile(
-        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1], ROWS, WEIGHT_PER_ROW
+        x,
+        y,
+        weight,
+        lam,
+        index,
+        row,
+        length,
+        rows,
+        column,
+        mask,
+        formula[0],
+        formula[1],
+        ROWS,
+        WEIGHT_PER_ROW,
     )
-    logit = tl.where(ignored, 0.0, logit)  # cleared here and not in the results: a quarter fewer registers
+    logit = tl.where(
+        ignored, 0.0, logit
+    )  # cleared here and not in the results: a quarter fewer registers
     target = tl.where(ignored, 0.0, target)
     factor = tl.where(ignored, 0.0, factor)
     loss, grad = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
     if grad_out is not None:
         tl.store(grad_out + offset, grad * scale, mask)
     FOURS: tl.constexpr = loss.shape[0] // 4  # which one thread holds
-    return tl.sum(loss.reshape(FOURS, 4), axis=1), tl.sum((1 - ignored.to(tl.int32)).reshape(FOURS, 4), axis=1)
+    return tl.sum(loss.reshape(FOURS, 4), axis=1), tl.sum(
+        (1 - ignored.to(tl.int32)).reshape(FOURS, 4), axis=1
+    )
 
 
 @triton.jit
@@ -234,7 +253,20 @@ def _elementwise_tile(
 ):  # fmt: skip
     """Store the tile's losses; or, where there is an upstream gradient, its gradients times that and ``scale``."""
     offset, logit, target, factor, ignored = _load_tile(
-        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1], ROWS, WEIGHT_PER_ROW
+        x,
+        y,
+        weight,
+        lam,
+        index,
+        row,
+        length,
+        rows,
+        column,
+        mask,
+        formula[0],
+        formula[1],
+        ROWS,
+        WEIGHT_PER_ROW,
     )
     loss, grad = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
     if upstream is None:
@@ -242,7 +274,10 @@ def _elementwise_tile(
     elif UPSTREAM_IS_SCALAR:
         result = grad * scale
     else:
-        result = grad * (tl.load(upstream + offset, mask, other=None if mask is None else 0).to(grad.dtype) * scale)
+        result = grad * (
+            tl.load(upstream + offset, mask, other=None if mask is None else 0).to(grad.dtype)
+            * scale
+        )
     tl.store(out + offset, tl.where(ignored, 0.0, result), mask)
 
 

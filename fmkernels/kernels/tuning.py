@@ -21,7 +21,9 @@ class Launch:
     num_warps: int
     max_registers: int | None = None
     max_tiles: int = 1
-    enough_programs: int = 4096  # a program takes more tiles only where at least so many programs are left
+    enough_programs: int = (
+        4096  # a program takes more tiles only where at least so many programs are left
+    )
 
     def tiles(self, elements: int) -> int:
         """Tiles per program for so many elements."""

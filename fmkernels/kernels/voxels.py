@@ -24,7 +24,9 @@ def to_storage(value, TYPE: tl.constexpr):
         LOW: tl.constexpr = -(2 ** (TYPE.primitive_bitwidth - 1)) if TYPE.is_int_signed() else 0
         HIGH: tl.constexpr = LOW + 2**TYPE.primitive_bitwidth - 1
         value = tl.clamp(tl.where(value == value, value, 0.0), LOW * 1.0, HIGH * 1.0)
-        if value.dtype == tl.float64:  # added to 1.5 * 2^52 or 2^23, the whole number stands in the lowest bits
+        if (
+            value.dtype == tl.float64
+        ):  # added to 1.5 * 2^52 or 2^23, the whole number stands in the lowest bits
             bits = (value + 6755399441055744.0).to(tl.int64, bitcast=True)
         else:
             bits = (value + 12582912.0).to(tl.int32, bitcast=True)

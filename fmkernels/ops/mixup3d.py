@@ -9,10 +9,22 @@ from torch.autograd.function import once_differentiable
 from fmkernels.ops.library import define, fake
 
 _MODULE = "mixup3d"
-_INPUTS = "Tensor volumes, Tensor? donors, Tensor lam, Tensor index, Tensor? flips, Tensor? donor_flips"
+_INPUTS = (
+    "Tensor volumes, Tensor? donors, Tensor lam, Tensor index, Tensor? flips, Tensor? donor_flips"
+)
 
-define("mixup3d", f"({_INPUTS}, int[] axes, float[]? window, ScalarType dtype) -> Tensor", _MODULE, "launch_mixup")
-define("mixup3d_into", f"({_INPUTS}, int[] axes, float[]? window, Tensor(a!) out) -> ()", _MODULE, "launch_mixup_into")
+define(
+    "mixup3d",
+    f"({_INPUTS}, int[] axes, float[]? window, ScalarType dtype) -> Tensor",
+    _MODULE,
+    "launch_mixup",
+)
+define(
+    "mixup3d_into",
+    f"({_INPUTS}, int[] axes, float[]? window, Tensor(a!) out) -> ()",
+    _MODULE,
+    "launch_mixup_into",
+)
 define(
     "mixup3d_gradient",
     "(Tensor upstream, Tensor? windowed, Tensor lam, Tensor index, Tensor? flips, int[] axes, float[]? window, "
@@ -57,7 +69,17 @@ class _Mixup(torch.autograd.Function):
 
         def gradient(windowed, masks, sources, own, donor):
             return _ops.mixup3d_gradient(
-                upstream, windowed, lam, index, masks, ctx.axes, ctx.window, sources, ctx.dtype, own, donor
+                upstream,
+                windowed,
+                lam,
+                index,
+                masks,
+                ctx.axes,
+                ctx.window,
+                sources,
+                ctx.dtype,
+                own,
+                donor,
             )
 
         to_volumes = to_donors = None

@@ -11,7 +11,9 @@ _INPUTS = (
 )
 
 define("object_mixup3d", f"({_INPUTS}, ScalarType dtype) -> Tensor", _MODULE, "launch_object_mixup")
-define("object_mixup3d_into", f"({_INPUTS}, Tensor(a!) out) -> ()", _MODULE, "launch_object_mixup_into")
+define(
+    "object_mixup3d_into", f"({_INPUTS}, Tensor(a!) out) -> ()", _MODULE, "launch_object_mixup_into"
+)
 
 
 @fake("object_mixup3d")

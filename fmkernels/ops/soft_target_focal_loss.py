@@ -38,9 +38,26 @@ define(
 
 
 @fake("soft_target_focal_loss_sum")
-def _(logits, targets, weights, normalizer, lam, index, rows, alpha0, alpha1, gamma, mean, with_gradient):
+def _(
+    logits,
+    targets,
+    weights,
+    normalizer,
+    lam,
+    index,
+    rows,
+    alpha0,
+    alpha1,
+    gamma,
+    mean,
+    with_gradient,
+):
     scalar = logits[0].new_empty((), dtype=compute_dtype(logits[0].dtype))
-    return scalar, torch.empty_like(scalar), [torch.empty_like(x) for x in logits] if with_gradient else []
+    return (
+        scalar,
+        torch.empty_like(scalar),
+        [torch.empty_like(x) for x in logits] if with_gradient else [],
+    )
 
 
 @fake("soft_target_focal_loss_elementwise")
@@ -60,7 +77,9 @@ Formula = tuple[int, float, float, float]
 """What does not depend on the elements: rows, alpha0, alpha1, gamma."""
 
 
-def _split(tensors: Sequence[Tensor], levels: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def _split(
+    tensors: Sequence[Tensor], levels: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     return tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
 
 
@@ -87,7 +106,15 @@ class _Reduced(torch.autograd.Function):
     def forward(ctx, formula, mean, levels, normalizer, lam, index, *tensors):
         logits, targets, weights = _split(tensors, levels)
         loss, divisor, gradients = _ops.soft_target_focal_loss_sum(
-            logits, targets, weights, normalizer, lam, index, *formula, mean, logits[0].dtype != torch.float16
+            logits,
+            targets,
+            weights,
+            normalizer,
+            lam,
+            index,
+            *formula,
+            mean,
+            logits[0].dtype != torch.float16,
         )
         ctx.formula, ctx.mean, ctx.levels, ctx.inputs = formula, mean, levels, len(tensors)
         if torch.compiler.is_compiling():
@@ -123,7 +150,9 @@ class _Elementwise(torch.autograd.Function):
         logits, targets, weights = _split(tensors, levels)
         ctx.formula, ctx.levels = formula, levels
         ctx.save_for_backward(lam, index, *tensors)
-        losses = _ops.soft_target_focal_loss_elementwise(logits, targets, weights, [], None, lam, index, *formula)
+        losses = _ops.soft_target_focal_loss_elementwise(
+            logits, targets, weights, [], None, lam, index, *formula
+        )
         return tuple(losses)
 
     @staticmethod
@@ -151,7 +180,9 @@ def reduced(
 ) -> Tensor:
     """The sum or mean over all levels; tensors dense and in the same order, see launch_sum."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in logits):
-        return _Reduced.apply(formula, mean, len(logits), normalizer, lam, index, *logits, *targets, *weights)
+        return _Reduced.apply(
+            formula, mean, len(logits), normalizer, lam, index, *logits, *targets, *weights
+        )
     return _ops.soft_target_focal_loss_sum.default(
         logits, targets, weights, normalizer, lam, index, *formula, mean, False
     )[0]  # fmt: skip

@@ -56,7 +56,9 @@ class Fault:
 NOTHING = Fault()
 
 
-def start(job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault = NOTHING) -> "Running":
+def start(
+    job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault = NOTHING
+) -> "Running":
     """Start a job whose events are those in the folder."""
     ours, theirs = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_child, args=(job, arguments, folder, fault, theirs))
@@ -81,7 +83,11 @@ class Running:
         if code is None:
             self.process.kill()
         assert code is not None, "the process hangs"
-        lines = [line for line in text.decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in text.decode(errors="replace").replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
         events = int(lines.pop()) if lines and lines[-1].isdecimal() else 0
         return Ended(code, lines, events)
 
@@ -97,7 +103,9 @@ class Ended:
     events: int
 
 
-def run(job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault = NOTHING) -> Ended:
+def run(
+    job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault = NOTHING
+) -> Ended:
     """Run a job to its end."""
     return start(job, arguments, folder, fault).end()
 
@@ -168,7 +176,11 @@ def _draw(path: Path, *_: object) -> None:
 
 
 def _child(
-    job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault, output: Connection
+    job: Callable[..., int],
+    arguments: Sequence[object],
+    folder: Path,
+    fault: Fault,
+    output: Connection,
 ) -> None:
     multiprocessing.set_start_method(None, force=True)  # as in a process that is no server's
     os.dup2(output.fileno(), 2)
@@ -193,7 +205,11 @@ def _child(
         events[0] += 1
         if fault.kill_at == events[0]:
             os.kill(parent, signal.SIGKILL)
-        if fault.refuse_from is not None and events[0] >= fault.refuse_from and event != "os.remove":
+        if (
+            fault.refuse_from is not None
+            and events[0] >= fault.refuse_from
+            and event != "os.remove"
+        ):
             raise OSError(fault.error, os.strerror(fault.error), str(arguments[0]))
 
     parent = os.getpid()

@@ -82,7 +82,9 @@ def refuses(capsys, argv, *words) -> None:
 def test_the_readme_s_commands_are_understood():
     """With the number of processes that torchrun is given, too."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
-    commands = re.findall(r"^(?:torchrun --nproc-per-node (\d+) -m )?fmkernels ([^#\n]+)", text, re.M)
+    commands = re.findall(
+        r"^(?:torchrun --nproc-per-node (\d+) -m )?fmkernels ([^#\n]+)", text, re.M
+    )
     assert len(commands) >= 8 and any(world for world, _ in commands)
     for world, command in commands:
         arguments = cli._parse(command.split())
@@ -108,7 +110,11 @@ def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch):
 
 
 def test_options_are_written_out(capsys):
-    refuses(capsys, ["compare", "data", "--labeled", "4", "--seed", "7"], "unrecognized arguments: --seed 7")
+    refuses(
+        capsys,
+        ["compare", "data", "--labeled", "4", "--seed", "7"],
+        "unrecognized arguments: --seed 7",
+    )
 
 
 def train_arguments(data, out):
@@ -118,17 +124,33 @@ def train_arguments(data, out):
 def test_from_phantoms_to_a_score(tmp_path, capsys):
     data, run = tmp_path / "phantoms", tmp_path / "run"
     assert main(["phantom", str(data), "--size=tiny", "--scans=10", "--workers=1"]) == 0
-    settings = ["--spacing=4,4,4", "--diameters=8,16", "--test-subsets=8,9", "--train-subsets=0,1,2,3,4,5,6,7"]
+    settings = [
+        "--spacing=4,4,4",
+        "--diameters=8,16",
+        "--test-subsets=8,9",
+        "--train-subsets=0,1,2,3,4,5,6,7",
+    ]
     assert main(["train", str(data), "--out", str(run), *SETTINGS, *settings]) == 0
     assert "CPM" in capsys.readouterr().out
     scans = [str(data / "subset8"), str(data / "subset9")]
-    assert main(["detect", str(run), *scans, "--out", str(tmp_path / "found.csv"), "--device=cpu"]) == 0
+    assert (
+        main(["detect", str(run), *scans, "--out", str(tmp_path / "found.csv"), "--device=cpu"])
+        == 0
+    )
     ours, theirs = read_candidates(tmp_path / "found.csv"), read_candidates(run / "candidates.csv")
     assert ours.keys() == theirs.keys()
     for uid in ours:  # detect reads the scans themselves, train the cache
         assert np.allclose(ours[uid], theirs[uid], atol=1e-4)
     plot = tmp_path / "froc.png"
-    arguments = ["evaluate", str(run / "candidates.csv"), str(data), "--subsets=8,9", "--json", "--plot", str(plot)]
+    arguments = [
+        "evaluate",
+        str(run / "candidates.csv"),
+        str(data),
+        "--subsets=8,9",
+        "--json",
+        "--plot",
+        str(plot),
+    ]
     capsys.readouterr()
     assert main(arguments) == 0
     evaluation = json.loads(capsys.readouterr().out)
@@ -141,8 +163,14 @@ def test_detect_does_not_replace_what_is_there(run, data, capsys):
     assert main(["detect", str(run), str(scan), "--device=cpu"]) == 0
     capsys.readouterr()
     refuses(capsys, ["detect", run, scan, "--device=cpu"], "detections.csv", "--out")
-    refuses(capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected the name of a file")
-    refuses(capsys, ["detect", run, run, "--device=cpu", "--out=x.csv"], "expected scans (.mhd) in this folder")
+    refuses(
+        capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected the name of a file"
+    )
+    refuses(
+        capsys,
+        ["detect", run, run, "--device=cpu", "--out=x.csv"],
+        "expected scans (.mhd) in this folder",
+    )
 
 
 def test_detect_checks_every_scan_before_it_searches_one(run, copy, tmp_path, capsys):
@@ -154,7 +182,12 @@ def test_detect_checks_every_scan_before_it_searches_one(run, copy, tmp_path, ca
 
 
 def test_a_list_may_begin_with_a_negative_number(run, data, capsys):
-    refuses(capsys, [*train_arguments(data, run), "--resume", "--window", "-1000,300"], "window: expected", "-1000.0")
+    refuses(
+        capsys,
+        [*train_arguments(data, run), "--resume", "--window", "-1000,300"],
+        "window: expected",
+        "-1000.0",
+    )
 
 
 def test_a_failed_start_leaves_no_run_behind(data, tmp_path, capsys):
@@ -170,7 +203,9 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
 
 def test_help_and_the_program_itself():
     for argv in (["--help"], ["train", "--help"], ["phantom", "--help"]):
-        done = subprocess.run([sys.executable, "-m", "fmkernels", *argv], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "fmkernels", *argv], capture_output=True, text=True, cwd=ROOT
+        )
         assert done.returncode == 0 and done.stdout.startswith("usage: fmkernels")
 
 
@@ -216,11 +251,16 @@ def make_flat(folder):
 
 
 def make_rgb(folder):
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 9, 9, 3), np.uint8), isVector=True), str(first_scan(folder)))
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.zeros((4, 9, 9, 3), np.uint8), isVector=True),
+        str(first_scan(folder)),
+    )
 
 
 def make_float(folder):
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 9, 9), np.float32)), str(first_scan(folder)))
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.zeros((4, 9, 9), np.float32)), str(first_scan(folder))
+    )
 
 
 def edit_row(field: int, value: str):
@@ -239,7 +279,9 @@ def drop_column(folder):
 
 
 def exclude_a_stranger(folder):
-    (folder / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3.4,0,0,0,5\n")
+    (folder / "annotations_excluded.csv").write_text(
+        "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3.4,0,0,0,5\n"
+    )
 
 
 def empty(folder):
@@ -256,7 +298,10 @@ def empty(folder):
         (make_rgb, (f"{FIRST}.mhd",)),
         (make_float, (f"{FIRST}.mhd", "MET_FLOAT")),
         (lambda folder: edit_header(folder, "DimSize = 44", "DimSize = 44000000"), (f"{FIRST}",)),
-        (lambda folder: edit_header(folder, f"{FIRST}.raw", "../../secret.raw"), (f"{FIRST}.mhd", "ElementDataFile")),
+        (
+            lambda folder: edit_header(folder, f"{FIRST}.raw", "../../secret.raw"),
+            (f"{FIRST}.mhd", "ElementDataFile"),
+        ),
         (drop_column, ("annotations.csv", "diameter_mm")),
         (edit_row(1, "nan"), ("annotations.csv", "2", "coordX")),
         (edit_row(2, "left"), ("annotations.csv", "2", "coordY")),
@@ -276,7 +321,14 @@ def test_damaged_data(copy, tmp_path, capsys, damage, words):
 
 def test_a_run_folder_with_another_configuration(run, data, capsys):
     before = (run / "checkpoint.pt").read_bytes()
-    refuses(capsys, [*train_arguments(data, run), "--resume", "--gamma=3"], "config.json", "gamma", "2.0", "3.0")
+    refuses(
+        capsys,
+        [*train_arguments(data, run), "--resume", "--gamma=3"],
+        "config.json",
+        "gamma",
+        "2.0",
+        "3.0",
+    )
     refuses(capsys, train_arguments(data, run), "--resume")
     assert (run / "checkpoint.pt").read_bytes() == before
 

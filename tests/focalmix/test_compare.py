@@ -11,7 +11,15 @@ import pytest
 
 from fmkernels.focalmix import compare as comparison
 from fmkernels.focalmix.cli import main
-from fmkernels.focalmix.compare import ABLATIONS, BASELINE, FOCALMIX, as_csv, as_markdown, as_text, compare
+from fmkernels.focalmix.compare import (
+    ABLATIONS,
+    BASELINE,
+    FOCALMIX,
+    as_csv,
+    as_markdown,
+    as_text,
+    compare,
+)
 from fmkernels.focalmix.config import load_config
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import average, evaluate
@@ -21,7 +29,15 @@ from tests.focalmix.conftest import SCANS, write_luna
 from tests.focalmix.training.test_loop import TINY, assert_same_weights, metrics
 
 CONFIG = replace(
-    TINY, train_subsets=(0, 1, 2), steps=2, unlabeled_batch_size=2, burn_in=0, ramp=0, objects=1, views=2, warmup=0
+    TINY,
+    train_subsets=(0, 1, 2),
+    steps=2,
+    unlabeled_batch_size=2,
+    burn_in=0,
+    ramp=0,
+    objects=1,
+    views=2,
+    warmup=0,
 )
 
 
@@ -44,8 +60,14 @@ def trained(monkeypatch):
 
 
 def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
-    rows = compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, without=["views"], bootstraps=50)
-    assert [(row.labeled, row.method) for row in rows] == [(2, BASELINE), (2, FOCALMIX), (2, "K = 1")]
+    rows = compare(
+        CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, without=["views"], bootstraps=50
+    )
+    assert [(row.labeled, row.method) for row in rows] == [
+        (2, BASELINE),
+        (2, FOCALMIX),
+        (2, "K = 1"),
+    ]
     assert [(c.method, c.seed, c.views, c.labeled) for c in trained] == [
         *[("supervised", 0, 2, 2), ("focalmix", 0, 2, 2), ("focalmix", 0, 1, 2)],
         *[("supervised", 1, 2, 2), ("focalmix", 1, 2, 2), ("focalmix", 1, 1, 2)],
@@ -88,31 +110,52 @@ def test_the_burn_in_is_trained_once_and_changes_nothing(luna_folder, tmp_path, 
         return stock(chosen, root, folder, **named)
 
     monkeypatch.setattr(comparison, "train", train_from)
-    compare(config, luna_folder, tmp_path / "both", labeled=[2], seeds=1, without=["soft-loss"], bootstraps=10)
+    compare(
+        config,
+        luna_folder,
+        tmp_path / "both",
+        labeled=[2],
+        seeds=1,
+        without=["soft-loss"],
+        bootstraps=10,
+    )
     assert begun == [("soft", False), ("soft", True), ("hard", True)]
     train(replace(config, method="focalmix", labeled=2), luna_folder, tmp_path / "alone")
     shared = tmp_path / "both" / "labeled-2" / "focalmix" / "seed-0"
     assert_same_weights(shared, tmp_path / "alone")
     assert metrics(shared) == metrics(tmp_path / "alone")
-    for run in (shared, tmp_path / "alone"):  # only FocalMix's own steps are timed, wherever the others were trained
+    for run in (
+        shared,
+        tmp_path / "alone",
+    ):  # only FocalMix's own steps are timed, wherever the others were trained
         assert json.loads((run / "timing.json").read_text())["steps"] == 2
 
 
 def test_another_configuration_is_refused(luna_folder, tmp_path):
     compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
     with pytest.raises(InputError, match=r"gamma: expected 2.0 as in the run it holds, got 1.0"):
-        compare(replace(CONFIG, gamma=1.0), luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10)
+        compare(
+            replace(CONFIG, gamma=1.0), luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10
+        )
     with pytest.raises(InputError, match="test_subsets: expected at least one"):
         compare(replace(CONFIG, test_subsets=()), luna_folder, tmp_path, labeled=[2], seeds=1)
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
-    [({"views": 1}, "views"), ({"loss": "hard"}, "soft-loss"), ({"image_mixup": False}, "image-mixup")],
+    [
+        ({"views": 1}, "views"),
+        ({"loss": "hard"}, "soft-loss"),
+        ({"image_mixup": False}, "image-mixup"),
+    ],
 )
-def test_a_part_that_is_missing_already_cannot_be_left_out(luna_folder, tmp_path, trained, changes, part):
+def test_a_part_that_is_missing_already_cannot_be_left_out(
+    luna_folder, tmp_path, trained, changes, part
+):
     with pytest.raises(InputError, match=f"{part}: expected a part that the settings have"):
-        compare(replace(CONFIG, **changes), luna_folder, tmp_path, labeled=[2], seeds=1, without=[part])
+        compare(
+            replace(CONFIG, **changes), luna_folder, tmp_path, labeled=[2], seeds=1, without=[part]
+        )
     assert not trained
 
 
@@ -124,7 +167,9 @@ def test_a_burn_in_of_all_steps_is_no_focalmix(luna_folder, tmp_path, trained):
 
 def test_an_impossible_draw_is_told_before_any_training(luna_folder, tmp_path, trained):
     """Of the four training scans one has no nodule; the first seed that draws it alone is not the first seed."""
-    bare = next(seed for seed in itertools.count() if np.random.default_rng(seed).permutation(4)[0] == 3)
+    bare = next(
+        seed for seed in itertools.count() if np.random.default_rng(seed).permutation(4)[0] == 3
+    )
     assert bare > 0
     with pytest.raises(InputError, match=f"found none in the scans that seed {bare} draws"):
         compare(CONFIG, luna_folder, tmp_path, labeled=[1], seeds=bare + 1)
@@ -155,7 +200,9 @@ def test_gains_are_paired():
 def test_a_gain_over_nothing_has_no_upper_end():
     """One nodule of 20: a third of the draws of scans miss it."""
     row = comparison._row(4, FOCALMIX, average([froc(3)]), average([froc(1)]))
-    assert row.gain == pytest.approx(2) and row.gain_interval[0] < 2 and row.gain_interval[1] == np.inf
+    assert (
+        row.gain == pytest.approx(2) and row.gain_interval[0] < 2 and row.gain_interval[1] == np.inf
+    )
     assert "inf %" in as_text([row])
 
 
@@ -166,7 +213,9 @@ def test_one_process_compares(luna_folder, tmp_path, monkeypatch):
 
 
 def test_seeds_are_drawn_too():
-    apart = comparison._row(4, FOCALMIX, average([froc(20), froc(0)]), average([froc(10), froc(10)]))
+    apart = comparison._row(
+        4, FOCALMIX, average([froc(20), froc(0)]), average([froc(10), froc(10)])
+    )
     assert np.allclose(apart.interval, (0, 1))
 
 
@@ -184,11 +233,39 @@ def test_tables_say_the_same():
 
 
 def test_command(luna_folder, tmp_path, capsys):
-    settings = ["--patch-size=16,16,16", "--strides=2,4", "--diameters=6,12", "--widths=4,8", "--blocks=0,1"]
-    settings += ["--channels=4", "--batch-size=2", "--unlabeled-batch-size=2", "--steps=1", "--burn-in=0", "--views=2"]
-    settings += ["--train-subsets=0,1,2", "--validation-subsets=", "--test-subsets=9", "--overlap=4", "--workers=0"]
+    settings = [
+        "--patch-size=16,16,16",
+        "--strides=2,4",
+        "--diameters=6,12",
+        "--widths=4,8",
+        "--blocks=0,1",
+    ]
+    settings += [
+        "--channels=4",
+        "--batch-size=2",
+        "--unlabeled-batch-size=2",
+        "--steps=1",
+        "--burn-in=0",
+        "--views=2",
+    ]
+    settings += [
+        "--train-subsets=0,1,2",
+        "--validation-subsets=",
+        "--test-subsets=9",
+        "--overlap=4",
+        "--workers=0",
+    ]
     settings += ["--search-size=16,16,16", "--spacing=2.5,2,2", "--device=cpu"]
-    command = ["compare", str(luna_folder), "--out", str(tmp_path / "out"), "--seeds=1", "--labeled", "2", *settings]
+    command = [
+        "compare",
+        str(luna_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds=1",
+        "--labeled",
+        "2",
+        *settings,
+    ]
     assert main([*command, "--without", *ABLATIONS]) == 0
     table = capsys.readouterr().out
     assert table.endswith("\n" + (tmp_path / "out" / "table.txt").read_text())

@@ -33,7 +33,14 @@ from tests.focalmix.faults import Fault, run  # noqa: E402
 from tests.focalmix.test_cli import SETTINGS  # noqa: E402
 
 KILLS = int(os.environ.get("FMKERNELS_FAULTS", "2"))
-TRAIN = [*SETTINGS, "--steps=8", "--checkpoint-every=2", "--log-every=1", "--burn-in=2", "--amp=off"]
+TRAIN = [
+    *SETTINGS,
+    "--steps=8",
+    "--checkpoint-every=2",
+    "--log-every=1",
+    "--burn-in=2",
+    "--amp=off",
+]
 UNLABELED = ["--train-subsets=0,1,2", "--unlabeled-batch-size=2", "--ramp=2", "--objects=2"]
 FOCALMIX = [*TRAIN, *UNLABELED, "--method=focalmix", "--labeled=2"]
 
@@ -48,8 +55,14 @@ def data(tmp_path_factory) -> Path:
 
 
 JOBS = {
-    "supervised": lambda data, out: (faults.command, ["train", data, "--out", out / "run", "--resume", *TRAIN]),
-    "focalmix": lambda data, out: (faults.command, ["train", data, "--out", out / "run", "--resume", *FOCALMIX]),
+    "supervised": lambda data, out: (
+        faults.command,
+        ["train", data, "--out", out / "run", "--resume", *TRAIN],
+    ),
+    "focalmix": lambda data, out: (
+        faults.command,
+        ["train", data, "--out", out / "run", "--resume", *FOCALMIX],
+    ),
     "prepare": lambda data, out: (faults.prepare, [data, out, 1]),
     "detect": lambda data, out: (
         faults.command,
@@ -57,7 +70,17 @@ JOBS = {
     ),
     "compare": lambda data, out: (
         faults.command,
-        ["compare", data, "--out", out / "table", "--labeled", "2", "--seeds=1", *TRAIN, *UNLABELED],
+        [
+            "compare",
+            data,
+            "--out",
+            out / "table",
+            "--labeled",
+            "2",
+            "--seeds=1",
+            *TRAIN,
+            *UNLABELED,
+        ],
     ),
     "phantom": lambda data, out: (
         faults.command,
@@ -72,7 +95,9 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items() if name not in ("seconds", "workers")}
+        return {
+            name: plain(part) for name, part in value.items() if name not in ("seconds", "workers")
+        }
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -92,7 +117,9 @@ def read(path: Path):
             with open(path, newline="") as file:
                 rows = list(csv.DictReader(file))
             assert all(None not in row and None not in row.values() for row in rows)
-            return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+            return [
+                {name: value for name, value in row.items() if name != "seconds"} for row in rows
+            ]
         if path.name in ("candidates.csv", "found.csv"):
             read_candidates(path)
     return content
@@ -100,13 +127,21 @@ def read(path: Path):
 
 def hidden(folder: Path) -> set[Path]:
     """What killed processes left: hidden files, and all that is in hidden folders."""
-    roots = [path for path in folder.rglob(".*") if path.name != ".lock" and not path.name.startswith(".cache-")]
+    roots = [
+        path
+        for path in folder.rglob(".*")
+        if path.name != ".lock" and not path.name.startswith(".cache-")
+    ]
     return {path for root in roots for path in (root, *root.rglob("*"))}
 
 
 def written(folder: Path) -> dict[str, object]:
     """What all files say but hidden ones, the events of TensorBoard and timings."""
-    aside = hidden(folder) | {*folder.rglob(".lock"), *folder.rglob("events.*"), *folder.rglob("timing.json")}
+    aside = hidden(folder) | {
+        *folder.rglob(".lock"),
+        *folder.rglob("events.*"),
+        *folder.rglob("timing.json"),
+    }
     paths = [path for path in folder.rglob("*") if path.is_file() and path not in aside]
     return {str(path.relative_to(folder)): read(path) for path in paths}
 
@@ -118,7 +153,10 @@ def whole_meanwhile(folder: Path, finished: dict[str, object]) -> None:
     for name, content in files.items():
         if name.endswith("metrics.csv"):
             step = files.get(name.replace("metrics.csv", "checkpoint.pt"), {"step": 0})["step"]
-            ours, final = ([row for row in rows if int(row["step"]) <= step] for rows in (content, finished[name]))
+            ours, final = (
+                [row for row in rows if int(row["step"]) <= step]
+                for rows in (content, finished[name])
+            )
             assert ours == final
         elif not name.endswith(("checkpoint.pt", "burn_in.pt")):
             assert content == finished[name], name
@@ -298,7 +336,10 @@ def test_a_rank_that_dies(data, tmp_path):
 
     def ranks(folder: str, second=faults.rank) -> list[int]:
         port, argv = free_port(), ["train", data, "--resume", *TRAIN, "--out", tmp_path / folder]
-        pair = [faults.start(job, [k, port, *argv], tmp_path) for k, job in enumerate((faults.rank, second))]
+        pair = [
+            faults.start(job, [k, port, *argv], tmp_path)
+            for k, job in enumerate((faults.rank, second))
+        ]
         return [running.end().code for running in pair]
 
     first, second = ranks("run", faults.mortal_rank)
@@ -317,7 +358,9 @@ def free_port() -> int:
 def test_orphans_are_removed_and_files_in_use_are_not(tmp_path):
     """And nothing else, hidden though it may be."""
     name = "import os; from fmkernels.focalmix.files import _OWN; print(f'{_OWN}{os.getpid()}-12345678-b.txt')"
-    left = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True, check=True).stdout.strip()
+    left = subprocess.run(
+        [sys.executable, "-c", name], capture_output=True, text=True, check=True
+    ).stdout.strip()
     path, orphan, foreign = tmp_path / "a.txt", tmp_path / left, tmp_path / ".thesis.partial.txt"
     orphan.write_text("half")
     foreign.write_text("the only copy")

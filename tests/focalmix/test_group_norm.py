@@ -7,7 +7,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmkernels.focalmix.group_norm import GroupNorm
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest value; bfloat16 is rounded between the two
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+}  # of the largest value; bfloat16 is rounded between the two
 
 
 def make(dtype: torch.dtype, shape: tuple[int, ...], *, relu: bool, residual: bool):
@@ -17,14 +20,20 @@ def make(dtype: torch.dtype, shape: tuple[int, ...], *, relu: bool, residual: bo
         norm.weight.normal_(generator=generator)
         norm.bias.normal_(generator=generator)
     x, other, upstream = (
-        torch.randn(shape, generator=generator).mul(3).add(5).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        torch.randn(shape, generator=generator)
+        .mul(3)
+        .add(5)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last_3d)
         for _ in range(3)
     )
     return norm, x.requires_grad_(), other.requires_grad_() if residual else None, upstream
 
 
 def plain(norm: GroupNorm, x, residual):
-    y = F.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    y = F.group_norm(
+        x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps
+    )
     y = y if residual is None else y + residual.double()
     return F.relu(y) if norm.relu else y
 
@@ -37,9 +46,12 @@ def close(got, expected, dtype, *, besides=None):
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 16, 6, 5, 4), (2, 4, 1, 1, 1), (1, 48, 3, 3, 3), (2, 260, 2, 3, 2), (1, 8, 30, 9, 7)]
+    "shape",
+    [(3, 16, 6, 5, 4), (2, 4, 1, 1, 1), (1, 48, 3, 3, 3), (2, 260, 2, 3, 2), (1, 8, 30, 9, 7)],
 )
-@pytest.mark.parametrize(("relu", "residual"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("relu", "residual"), [(True, False), (True, True), (False, True), (False, False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients(dtype, shape, relu, residual):
     norm, x, other, upstream = make(dtype, shape, relu=relu, residual=residual)
@@ -48,7 +60,11 @@ def test_values_and_gradients(dtype, shape, relu, residual):
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last_3d)
     expected = plain(norm, x, other)
     assert close(out, expected, dtype)
-    at_the_kink = (expected.abs() < 0.05) & (expected != 0) if relu else torch.zeros_like(expected, dtype=torch.bool)
+    at_the_kink = (
+        (expected.abs() < 0.05) & (expected != 0)
+        if relu
+        else torch.zeros_like(expected, dtype=torch.bool)
+    )
     upstream = upstream.masked_fill(at_the_kink | ((out > 0) != (expected > 0)), 0)
     got = torch.autograd.grad(out, inputs, upstream)
     wanted = torch.autograd.grad(expected, inputs, upstream.double())
@@ -63,7 +79,9 @@ def test_a_mean_far_from_zero_costs_no_digits(mean, deviation):
     x = (x * deviation + mean).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     norm = GroupNorm(2, 8, relu=False)
     out, expected = norm(x), plain(norm, x, None)
-    assert (out - expected).abs().max() < 1e-6 * (1 + mean / deviation)  # what rounding x * scale + shift costs
+    assert (out - expected).abs().max() < 1e-6 * (
+        1 + mean / deviation
+    )  # what rounding x * scale + shift costs
     ours, theirs = (torch.autograd.grad(y, x, upstream.to(y.dtype))[0] for y in (out, expected))
     assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
 
@@ -87,7 +105,9 @@ def test_any_layout_gives_the_same():
     for layout in (torch.channels_last_3d, torch.contiguous_format):
         given = x.detach().contiguous(memory_format=layout).requires_grad_()
         out = norm(given)
-        results.append((out, *torch.autograd.grad(out, given, upstream.contiguous(memory_format=layout))))
+        results.append(
+            (out, *torch.autograd.grad(out, given, upstream.contiguous(memory_format=layout)))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -98,7 +118,9 @@ def test_the_number_of_threads_changes_nothing():
         torch.set_num_threads(threads)
         try:
             out = norm(x, other)
-            results.append([out, *torch.autograd.grad(out, [x, other, norm.weight, norm.bias], upstream)])
+            results.append(
+                [out, *torch.autograd.grad(out, [x, other, norm.weight, norm.bias], upstream)]
+            )
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -110,9 +132,12 @@ def test_without_loops_it_is_the_same(monkeypatch):
     fused = norm(x, other)
     monkeypatch.setattr("fmkernels.focalmix.group_norm._is_fused", lambda *_: False)
     composed = norm(x, other)
-    assert "_Fused" in type(fused.grad_fn).__name__ and "_Fused" not in type(composed.grad_fn).__name__
+    assert (
+        "_Fused" in type(fused.grad_fn).__name__ and "_Fused" not in type(composed.grad_fn).__name__
+    )
     for a, b in zip(
-        *(torch.autograd.grad(y, [x, other, norm.weight], upstream) for y in (fused, composed)), strict=True
+        *(torch.autograd.grad(y, [x, other, norm.weight], upstream) for y in (fused, composed)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

@@ -55,7 +55,10 @@ class Network(nn.Module):
     def forward(self, images):
         fine = self.stem(images).relu()
         levels = [fine, F.avg_pool3d(fine, 2)]
-        return {self.cls_key: [self.cls(x) for x in levels], self.box_reg_key: [0.1 * self.reg(x) for x in levels]}
+        return {
+            self.cls_key: [self.cls(x) for x in levels],
+            self.box_reg_key: [0.1 * self.reg(x) for x in levels],
+        }
 
 
 def detector_of(kind):
@@ -73,7 +76,9 @@ def batch_of(size=3, side=16):
         corner = torch.randint(0, side // 2, (2, 3), generator=generator).float()
         box = torch.cat([corner, corner + torch.randint(3, 7, (2, 3), generator=generator)], 1)
         image = torch.rand(1, side, side, side, generator=generator)
-        items.append({"image": image, "box": box[: index + 1], "label": torch.tensor([0, 1])[: index + 1]})
+        items.append(
+            {"image": image, "box": box[: index + 1], "label": torch.tensor([0, 1])[: index + 1]}
+        )
     return items
 
 
@@ -86,7 +91,11 @@ def head_outputs(detector, images):
     maps = detector.network(torch.stack(list(images)))
     detector.generate_anchors(torch.stack(list(images)), maps)
     places = [level.shape[2:].numel() for level in maps[detector.cls_key]]
-    return {key: detector._reshape_maps(levels) for key, levels in maps.items()}, detector.anchors, places
+    return (
+        {key: detector._reshape_maps(levels) for key, levels in maps.items()},
+        detector.anchors,
+        places,
+    )
 
 
 def hard_targets(detector, batch):
@@ -125,7 +134,9 @@ def test_axes_are_those_of_monai():
     x1, y1, z1, x2, y2, z2 = BOXES[0].int().tolist()
     expected = image[:, x1:x2, y1:y2, z1:z2]
     size = (x2 - x1, y2 - y1, z2 - z1)
-    torch.testing.assert_close(crop_and_resize3d(image[None], from_monai_boxes([BOXES[:1]]), size)[0], expected)
+    torch.testing.assert_close(
+        crop_and_resize3d(image[None], from_monai_boxes([BOXES[:1]]), size)[0], expected
+    )
     flipped = flip_boxes(BOXES[:1], image.shape[1:], flip_axes=0)
     crop = crop_and_resize3d(image.flip(1)[None], from_monai_boxes([flipped]), size)[0]
     torch.testing.assert_close(crop, expected.flip(1))
@@ -161,7 +172,9 @@ def test_mixup_mixes_images_and_carries_boxes_labels_and_weights():
         own_weights, weights = own.get("box_weights", torch.ones(count)), item["box_weights"]
         share = weights[0] / own_weights[0]
         assert 0.5 <= share < 1
-        torch.testing.assert_close(item["image"], share * own["image"] + (1 - share) * other["image"])
+        torch.testing.assert_close(
+            item["image"], share * own["image"] + (1 - share) * other["image"]
+        )
         torch.testing.assert_close(item["box"][:count], own["box"])
         torch.testing.assert_close(item["label"], torch.cat([own["label"], other["label"]]))
         others = other.get("box_weights", torch.ones(len(other["box"])))
@@ -173,7 +186,11 @@ def test_mixup_mixes_targets_of_anchors():
     batch = batch_of(2)
     batch[1] |= {"anchor_targets": torch.rand(7, 2), "image_weight": 4.0}
     mixup = MixUpBoxd(eta=1.0)
-    mixed = next(m for m in (mixup.set_random_state(seed)(batch) for seed in range(20)) if len(m[0]["box"]) == 3)
+    mixed = next(
+        m
+        for m in (mixup.set_random_state(seed)(batch) for seed in range(20))
+        if len(m[0]["box"]) == 3
+    )
     own, other = mixed[1]["box_weights"][0], mixed[0]["box_weights"][1]
     torch.testing.assert_close(mixed[1]["anchor_targets"], own * batch[1]["anchor_targets"])
     torch.testing.assert_close(mixed[0]["anchor_targets"], other * batch[1]["anchor_targets"])
@@ -251,8 +268,13 @@ def test_objects_of_the_batch_before_and_their_mode():
         {"image": torch.full((1, 12, 12, 12), value), "box": box, "label": torch.tensor([0])}
         for value, box in zip((2.0, 4.0), boxes, strict=True)
     ]
-    mixed = [item | {"image": torch.zeros(1, 12, 12, 12), "box": torch.cat(boxes)} for item in before]
-    centred = [item | {"box": box_utils.convert_box_mode(item["box"], "xyzxyz", "cccwhd")} for item in before]
+    mixed = [
+        item | {"image": torch.zeros(1, 12, 12, 12), "box": torch.cat(boxes)} for item in before
+    ]
+    centred = [
+        item | {"box": box_utils.convert_box_mode(item["box"], "xyzxyz", "cccwhd")}
+        for item in before
+    ]
     result = ObjectMixUpBoxd(eta=1.0).set_random_state(4)(mixed, objects=before)
     again = ObjectMixUpBoxd(eta=1.0, mode="cccwhd").set_random_state(4)(mixed, objects=centred)
     for item, same, own, donor in zip(result, again, before, (4.0, 2.0), strict=True):
@@ -294,13 +316,21 @@ def test_mixed_images_have_the_mixed_targets_of_their_parts(matcher):
     if matcher == "atss":
         detector.set_atss_matcher(num_candidates=4)
     y = hard_targets(detector, batch)
-    batch[3] |= {"anchor_targets": torch.rand_like(y[3]) * 0.9, "box_weights": torch.zeros(2), "image_weight": 4.0}
+    batch[3] |= {
+        "anchor_targets": torch.rand_like(y[3]) * 0.9,
+        "box_weights": torch.zeros(2),
+        "image_weight": 4.0,
+    }
     y[3] = batch[3]["anchor_targets"]
     mixed = MixUpBoxd(eta=1.0).set_random_state(3)(batch)
     lam, index = torch.ones(4), torch.arange(4)
     for b, (item, own) in enumerate(zip(mixed, batch, strict=True)):
         if len(item["box"]) > len(own["box"]):
-            index[b] = next(i for i, x in enumerate(batch) if torch.equal(x["box"], item["box"][len(own["box"]) :]))
+            index[b] = next(
+                i
+                for i, x in enumerate(batch)
+                if torch.equal(x["box"], item["box"][len(own["box"]) :])
+            )
             own_weight = item["box_weights"][0]
             lam[b] = own_weight if b < 3 else 1 - item["box_weights"][-1]
     assert (index != torch.arange(4)).sum() >= 2
@@ -314,12 +344,18 @@ def test_mixed_images_have_the_mixed_targets_of_their_parts(matcher):
     )
     losses = detector.compute_loss(outputs, mixed, anchors, places)
     torch.testing.assert_close(losses["classification"], expected)
-    regressed = detector.compute_loss(outputs, [*batch[:3], batch[3]], anchors, places)["box_regression"]
-    torch.testing.assert_close(losses["box_regression"], regressed)  # of the own boxes, whatever is mixed in
+    regressed = detector.compute_loss(outputs, [*batch[:3], batch[3]], anchors, places)[
+        "box_regression"
+    ]
+    torch.testing.assert_close(
+        losses["box_regression"], regressed
+    )  # of the own boxes, whatever is mixed in
 
 
 @with_torchvision
-@pytest.mark.parametrize("box", [torch.empty(0, 6), torch.tensor([[0.0, 0, 0, 16, 16, 1]])], ids=["none", "unmatched"])
+@pytest.mark.parametrize(
+    "box", [torch.empty(0, 6), torch.tensor([[0.0, 0, 0, 16, 16, 1]])], ids=["none", "unmatched"]
+)
 @pytest.mark.filterwarnings("ignore:No anchor is matched")
 def test_images_without_boxes_train_and_reach_every_parameter(box):
     detector = detector_of(SoftTargetRetinaNetDetector)
@@ -336,7 +372,9 @@ def test_images_without_boxes_train_and_reach_every_parameter(box):
 def test_what_the_detector_refuses():
     detector, batch = detector_of(SoftTargetRetinaNetDetector), batch_of(2)
     batch[0]["anchor_targets"] = torch.zeros(5, 2)
-    with pytest.raises(ValueError, match=r"anchor_targets must have the shape .* \(1152, 2\), got \(5, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"anchor_targets must have the shape .* \(1152, 2\), got \(5, 2\)"
+    ):
         detector(images_of(batch), batch)
     detector.set_hard_negative_sampler(batch_size_per_image=8, positive_fraction=0.5)
     with pytest.raises(ValueError, match="all anchors"):
@@ -353,7 +391,9 @@ def test_what_the_detector_refuses():
 
 @with_torchvision
 def test_inference_is_that_of_monai():
-    theirs, ours = (detector_of(kind).eval() for kind in (RetinaNetDetector, SoftTargetRetinaNetDetector))
+    theirs, ours = (
+        detector_of(kind).eval() for kind in (RetinaNetDetector, SoftTargetRetinaNetDetector)
+    )
     with torch.no_grad():
         for a, b in zip(theirs(images_of(batch_of(2))), ours(images_of(batch_of(2))), strict=True):
             assert len(a["box"]) and all(torch.equal(a[key], b[key]) for key in a)
@@ -372,7 +412,9 @@ def test_targets_are_the_sharpened_mean_of_the_views(side):
     with torch.no_grad():
         for flip in flips:
             axes = [axis + 2 for axis in range(3) if flip >> axis & 1]
-            for level, logits in zip(levels, detector.network(padded.flip(axes))["classification"], strict=True):
+            for level, logits in zip(
+                levels, detector.network(padded.flip(axes))["classification"], strict=True
+            ):
                 level.append(logits.flip(axes).sigmoid())
     mean = detector._reshape_maps([torch.stack(level).mean(0) for level in levels])
     expected = mean**2 / (mean**2 + (1 - mean) ** 2)
@@ -390,7 +432,10 @@ def test_another_network_predicts():
     teacher = copy.deepcopy(detector.network)
     nn.init.constant_(teacher.cls.bias, 3.0)
     images = torch.rand(1, 1, 16, 16, 16)
-    (student,), (mean,) = detector.predict_targets(images), detector.predict_targets(images, network=teacher)
+    (student,), (mean,) = (
+        detector.predict_targets(images),
+        detector.predict_targets(images, network=teacher),
+    )
     assert mean["anchor_targets"].mean() > student["anchor_targets"].mean() and len(mean["box"])
 
 
@@ -404,7 +449,9 @@ def test_objects_are_what_is_predicted_with_confidence():
     for confidence in (0.0, 0.5, 0.8, 1.0):
         found = detector.predict_targets(images, confidence=confidence)
         counts.append(sum(len(own["box"]) for own in found))
-        confident = sum((own["anchor_targets"] >= max(confidence, 1e-6)).sum().item() for own in found)
+        confident = sum(
+            (own["anchor_targets"] >= max(confidence, 1e-6)).sum().item() for own in found
+        )
         assert counts[-1] == confident or not confidence
     assert counts[0] > counts[1] > counts[2] > counts[3]
     assert sum(len(own["box"]) for own in detector.predict_targets(images)) == counts[2]
@@ -421,12 +468,15 @@ def test_predicting_leaves_the_network_as_it_was(own):
     """It evaluates: statistics and dropout rest; afterwards each module trains that did, also where it has failed."""
     detector = detector_of(SoftTargetRetinaNetDetector)
     network = detector.network if own else copy.deepcopy(detector.network)
-    network.stem = nn.Sequential(network.stem, nn.BatchNorm3d(4), nn.Dropout(0.5), nn.BatchNorm3d(4))
+    network.stem = nn.Sequential(
+        network.stem, nn.BatchNorm3d(4), nn.Dropout(0.5), nn.BatchNorm3d(4)
+    )
     network.train().stem[3].eval()
     modes = [module.training for module in network.modules()]
     state, images = copy.deepcopy(network.state_dict()), torch.rand(2, 1, 16, 16, 16)
     (first, _), (second, _), (expected, _) = (
-        detector.predict_targets(images, network=of) for of in (network, network, copy.deepcopy(network).eval())
+        detector.predict_targets(images, network=of)
+        for of in (network, network, copy.deepcopy(network).eval())
     )
     for key in first:
         assert torch.equal(first[key], second[key]) and torch.equal(first[key], expected[key])
@@ -442,15 +492,22 @@ def test_predicting_leaves_the_network_as_it_was(own):
 def test_a_pipeline_of_monai_trains():
     detector = detector_of(SoftTargetRetinaNetDetector)
     optimizer = torch.optim.Adam(detector.network.parameters(), lr=0.02)
-    scan = {"image": torch.full((1, 40, 40, 40), -900.0), "box": torch.tensor([[10.0, 10, 10, 15, 15, 15]])}
+    scan = {
+        "image": torch.full((1, 40, 40, 40), -900.0),
+        "box": torch.tensor([[10.0, 10, 10, 15, 15, 15]]),
+    }
     scan["image"][:, 10:15, 10:15, 10:15] = 100
     scan["label"] = torch.zeros(1, dtype=torch.long)
     keys = {"image_keys": ["image"], "box_keys": ["box"], "box_ref_image_keys": ["image"]}
     pipeline = Compose(
         [
             EnsureTyped(keys=["image", "box"], dtype=torch.float32),
-            ScaleIntensityRanged(keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True),
-            RandCropBoxByPosNegLabeld(["image"], "box", "label", [16] * 3, whole_box=True, num_samples=4, pos=1, neg=0),
+            ScaleIntensityRanged(
+                keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True
+            ),
+            RandCropBoxByPosNegLabeld(
+                ["image"], "box", "label", [16] * 3, whole_box=True, num_samples=4, pos=1, neg=0
+            ),
             RandFlipBoxd(**keys, prob=0.5, spatial_axis=0),
             MixUpBoxd(),
             ObjectMixUpBoxd(),

@@ -20,7 +20,9 @@ def whole(shape):
     return torch.tensor([[0.0, 0, 0, 0, *shape[2:]]])
 
 
-def crop(name: str, dtype, result=None, *, window=None, clamp_box=True, size=CUBE, shape=(1, 1, *CUBE)) -> Case:
+def crop(
+    name: str, dtype, result=None, *, window=None, clamp_box=True, size=CUBE, shape=(1, 1, *CUBE)
+) -> Case:
     volumes, boxes, result = torch.zeros(shape, dtype=dtype), whole(shape), result or dtype
 
     def call():
@@ -31,12 +33,16 @@ def crop(name: str, dtype, result=None, *, window=None, clamp_box=True, size=CUB
     return Case(name, call, samples, floor)
 
 
-def gradient(name: str, dtype, *, window=None, clamp_box=True, size=BRICKS, shape=(1, 1, *BRICKS)) -> Case:
+def gradient(
+    name: str, dtype, *, window=None, clamp_box=True, size=BRICKS, shape=(1, 1, *BRICKS)
+) -> Case:
     upstream, boxes = torch.ones((1, shape[1], *size), dtype=dtype), whole(shape)
     windowed = torch.zeros(shape, dtype=dtype) if window else None
 
     def call():
-        return kernels.launch_crop_and_resize3d_gradient(upstream, boxes, windowed, shape, clamp_box, window, dtype)
+        return kernels.launch_crop_and_resize3d_gradient(
+            upstream, boxes, windowed, shape, clamp_box, window, dtype
+        )
 
     floor = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
     return Case(name, call, torch.Size(shape).numel(), floor)
@@ -50,5 +56,7 @@ def cases() -> Iterator[Case]:
     yield crop("crop, clamped at the volume, window float32", F32, window=WINDOW, clamp_box=False)
     yield crop("small crop float32", F32, size=(4, 4, 4))
     yield gradient("gradient float32", F32)
-    yield gradient("gradient, clamped at the volume, window float16", F16, window=WINDOW, clamp_box=False)
+    yield gradient(
+        "gradient, clamped at the volume, window float16", F16, window=WINDOW, clamp_box=False
+    )
     yield gradient("gradient, window float64", F64, window=WINDOW, size=(16, 16, 8))

@@ -17,7 +17,9 @@ SHAPE = (8, 1, 32, 32, 64)
 class Mixup:
     """Arguments of the launch functions for one batch of zeros."""
 
-    def __init__(self, dtype, *, shape=SHAPE, flips=False, axes=CHANNELS_FIRST, window=None, donors=0):
+    def __init__(
+        self, dtype, *, shape=SHAPE, flips=False, axes=CHANNELS_FIRST, window=None, donors=0
+    ):
         batch = shape[0]
         self.volumes, self.axes, self.window = torch.zeros(shape, dtype=dtype), axes, window
         self.donors = torch.zeros((donors, *shape[1:]), dtype=dtype) if donors else None
@@ -56,23 +58,43 @@ def cases() -> Iterator[Case]:
     yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
     yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
     yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
-    yield case("window, flips int16 bfloat16", Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16), floor=4)
-    yield case("window, flips int16 float32", Mixup(I16, flips=True, window=WINDOW).out_of_place(F32), floor=6)
+    yield case(
+        "window, flips int16 bfloat16",
+        Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16),
+        floor=4,
+    )
+    yield case(
+        "window, flips int16 float32",
+        Mixup(I16, flips=True, window=WINDOW).out_of_place(F32),
+        floor=6,
+    )
     yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
     into_donors = Mixup(F32, flips=True, donors=8)
     yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
     last = (8, 64, 64, 64, 4)
-    yield case("channels last, flips float32", Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).in_place(), last)
+    yield case(
+        "channels last, flips float32",
+        Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).in_place(),
+        last,
+    )
     odd = (8, 1, 33, 31, 35)
     yield case(
-        "odd size, flips int16 bfloat16", Mixup(I16, shape=odd, flips=True, window=WINDOW).out_of_place(BF16), odd
+        "odd size, flips int16 bfloat16",
+        Mixup(I16, shape=odd, flips=True, window=WINDOW).out_of_place(BF16),
+        odd,
     )
     yield case("odd size, in place float32", Mixup(F32, shape=odd).in_place(), odd)
     for batch in (1, 4096):
         shape = (batch, 1, 8, 16, 16)
         yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
     shape = (512, 1, 8, 16, 16)
-    yield case("in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape)
+    yield case(
+        "in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape
+    )
     yield case("gradient float32", Mixup(F32).gradient(True, True), floor=8)
-    yield case("gradient, window, flips bfloat16", Mixup(BF16, flips=True, window=WINDOW).gradient(True, True), floor=6)
+    yield case(
+        "gradient, window, flips bfloat16",
+        Mixup(BF16, flips=True, window=WINDOW).gradient(True, True),
+        floor=6,
+    )
     yield case("gradient to donors float32", Mixup(F32, donors=8).gradient(False, True))

@@ -7,7 +7,16 @@ import torch
 from tests.plans.mixup3d import Mixup, case
 from tests.support.driver import Case
 
-SIZES = [(8, 8, 8), (16, 16, 16), (24, 40, 48), (48, 48, 48), (64, 64, 64), (80, 96, 112), (96, 96, 96), (1, 1, 4)]
+SIZES = [
+    (8, 8, 8),
+    (16, 16, 16),
+    (24, 40, 48),
+    (48, 48, 48),
+    (64, 64, 64),
+    (80, 96, 112),
+    (96, 96, 96),
+    (1, 1, 4),
+]
 ODD_SIZES = [(1, 1, 1), (3, 5, 7), (17, 31, 33), (10, 10, 50), (9, 10, 102)]
 
 
@@ -16,4 +25,6 @@ def cases() -> Iterator[Case]:
         shape = (8, 1, *size)
         kind = "odd" if size in ODD_SIZES else "even"
         yield case(f"in place, {kind} {size}", Mixup(torch.float32, shape=shape).in_place(), shape)
-        yield case(f"flips, {kind} {size}", Mixup(torch.float32, shape=shape, flips=True).in_place(), shape)
+        yield case(
+            f"flips, {kind} {size}", Mixup(torch.float32, shape=shape, flips=True).in_place(), shape
+        )

@@ -23,8 +23,13 @@ class Objects:
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)
         self.donors = torch.empty(donors, dtype=donor_dtype or dtype) if donors else None
-        self.boxes = torch.tensor([[k, 0, 0, 0, *shape[2:]] for k in range(pairs)], dtype=torch.float32).reshape(-1, 7)
-        self.lam, self.windows = torch.ones(pairs), (window if donor_dtype is None else None, window)
+        self.boxes = torch.tensor(
+            [[k, 0, 0, 0, *shape[2:]] for k in range(pairs)], dtype=torch.float32
+        ).reshape(-1, 7)
+        self.lam, self.windows = (
+            torch.ones(pairs),
+            (window if donor_dtype is None else None, window),
+        )
 
     def arguments(self):
         donor_boxes = self.boxes.roll(1, 0)
@@ -50,8 +55,14 @@ def cases() -> Iterator[Case]:
     yield Objects(F32).in_place("in place float32", 12)
     yield Objects(F32, window=WINDOW).in_place("window, in place float32")
     yield Objects(F32, shape=LARGE, pairs=0).new("new, no box float32", F32, 8)
-    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new("new, no box, window int16 bfloat16", BF16, 4)
-    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new("new, no box, window int16 float32", F32, 6)
+    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(
+        "new, no box, window int16 bfloat16", BF16, 4
+    )
+    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(
+        "new, no box, window int16 float32", F32, 6
+    )
     yield Objects(F32, shape=(3, 2, 31, 33, 35), pairs=3).new("new, odd size float32", F32)
     yield Objects(F32, shape=(3000, 1, 2, 2, 2), pairs=3000).in_place("3000 boxes float32")
-    yield Objects(U8, shape=(3, 1, 1024, 1024, 1024), pairs=3, donors=CUBES).in_place("past 2^31 uint8")
+    yield Objects(U8, shape=(3, 1, 1024, 1024, 1024), pairs=3, donors=CUBES).in_place(
+        "past 2^31 uint8"
+    )

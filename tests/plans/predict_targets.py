@@ -24,4 +24,6 @@ def cases() -> Iterator[Case]:
         yield Case(f"channels last {name}", call(dtype, 16, anchors_last=True), 16 * 16**3, floor)
         yield Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, floor)
     yield Case("vectors float64", call(torch.float64, 16), 16 * 16**3, 36)
-    yield Case("4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20)
+    yield Case(
+        "4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20
+    )

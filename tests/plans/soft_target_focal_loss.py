@@ -16,7 +16,11 @@ ONE = torch.ones(())
 def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None):
     logits = [torch.zeros(rows * inner, dtype=dtype) for _ in range(levels)]
     targets = [torch.zeros(rows * inner, dtype=target) for _ in range(levels)]
-    weights = [torch.zeros(rows if weight == "row" else rows * inner) for _ in range(levels)] if weight else []
+    weights = (
+        [torch.zeros(rows if weight == "row" else rows * inner) for _ in range(levels)]
+        if weight
+        else []
+    )
     mix = (torch.ones(rows), torch.zeros(rows, dtype=torch.int64)) if rows > 1 else (None, None)
     return logits, targets, weights, mix, rows
 
@@ -28,7 +32,9 @@ def step(dtype, target, gamma=2.0, normalizer=None, mean=False, **shape):
 
     def call():
         saved = dtype != F16
-        _, divisor, gradients = kernels.launch_sum(logits, targets, weights, normalizer, *common, mean, saved)
+        _, divisor, gradients = kernels.launch_sum(
+            logits, targets, weights, normalizer, *common, mean, saved
+        )
         if saved:
             kernels.launch_scale(gradients, ONE, divisor)
         else:
@@ -39,12 +45,16 @@ def step(dtype, target, gamma=2.0, normalizer=None, mean=False, **shape):
 
 def forward(dtype, target, **shape):
     logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    return lambda: kernels.launch_sum(logits, targets, weights, None, *mix, rows, 0.05, 0.95, 2.0, False, False)
+    return lambda: kernels.launch_sum(
+        logits, targets, weights, None, *mix, rows, 0.05, 0.95, 2.0, False, False
+    )
 
 
 def elementwise(dtype, target, upstream, **shape):
     logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    return lambda: kernels.launch_elementwise(logits, targets, weights, upstream, None, *mix, rows, 0.05, 0.95, 2.0)
+    return lambda: kernels.launch_elementwise(
+        logits, targets, weights, upstream, None, *mix, rows, 0.05, 0.95, 2.0
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -58,11 +68,21 @@ def cases() -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
         yield Case(f"any gamma {name}", step(dtype, dtype, gamma=1.5), N, both)
         yield Case(f"64M elements {name}", step(dtype, dtype, inner=LARGE), LARGE, both)
-        yield Case(f"64M elements, any gamma {name}", step(dtype, dtype, gamma=1.5, inner=LARGE), LARGE, both)
+        yield Case(
+            f"64M elements, any gamma {name}",
+            step(dtype, dtype, gamma=1.5, inner=LARGE),
+            LARGE,
+            both,
+        )
     yield Case("mean, device normalizer", step(F32, F32, mean=True, normalizer=ONE), N, 12)
     yield Case("mean of those not ignored", step(F32, F32, mean=True), N, 12)
     yield Case("3 levels", step(F32, F32, levels=3), 3 * N, 12)
-    yield Case("3 levels, mixed", step(BF16, F32, rows=4, inner=24_000, levels=3, weight="row"), 12 * 24_000, 8)
+    yield Case(
+        "3 levels, mixed",
+        step(BF16, F32, rows=4, inner=24_000, levels=3, weight="row"),
+        12 * 24_000,
+        8,
+    )
     yield Case("weighted", step(F32, F32, weight="element"), N, 16)
     yield Case("losses", elementwise(F32, F32, []), N, 12)
     yield Case("gradient of losses", elementwise(F32, F32, [torch.zeros(N)]), N, 16)

@@ -58,12 +58,16 @@ class Compiled:
     instructions: int  # of all paths
     loads: dict[int, int]  # of all paths: bits a thread moves -> number of instructions
     stores: dict[int, int]
-    main: MainPath | None  # None on AMD: an exec mask and not the control flow tells the paths apart there
+    main: (
+        MainPath | None
+    )  # None on AMD: an exec mask and not the control flow tells the paths apart there
 
     def narrow(self, bits: int = 128) -> int:
         """Loads and stores that move fewer bits per thread: of the main path, or of all paths where it is not known."""
         path = self.main or self
-        return sum(n for widths in (path.loads, path.stores) for width, n in widths.items() if width < bits)
+        return sum(
+            n for widths in (path.loads, path.stores) for width, n in widths.items() if width < bits
+        )
 
     @classmethod
     def from_json(cls, data: dict) -> Compiled:
@@ -101,7 +105,9 @@ def _nvidia(kernel) -> Compiled:
         sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     code = parse(sass, _sass)
-    spills = Counter(i.op for i in code if isinstance(i, Instruction) and i.op.startswith(("LDL", "STL")))
+    spills = Counter(
+        i.op for i in code if isinstance(i, Instruction) and i.op.startswith(("LDL", "STL"))
+    )
     return _result(
         kernel,
         code,
@@ -150,7 +156,10 @@ def _result(kernel, code: list[Instruction | str], **figures) -> Compiled:
 
 def _widths(instructions: list[Instruction]) -> tuple[dict[int, int], dict[int, int]]:
     accesses = Counter(i.access for i in instructions if i.access)
-    return tuple({bits: n for (kind, bits), n in sorted(accesses.items()) if kind == k} for k in ("load", "store"))
+    return tuple(
+        {bits: n for (kind, bits), n in sorted(accesses.items()) if kind == k}
+        for k in ("load", "store")
+    )
 
 
 # --- assembly --------------------------------------------------------------------------------------------------------
@@ -173,10 +182,14 @@ def _sass(line: str) -> Instruction | None:
         return None
     predicate, op, rest = found.groups()
     stem = op.split(".")[0]
-    branch = re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None  # BRA.U has its predicate inside
+    branch = (
+        re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None
+    )  # BRA.U has its predicate inside
     kind = {"LDG": "load", "STG": "store"}.get(stem)
     ends = stem in ("BRA", "BRX", "EXIT", "RET") and not predicate and not (branch and branch[1])
-    return Instruction(op, bool(predicate), branch and branch[2], not ends, kind and (kind, _sass_bits(op)))
+    return Instruction(
+        op, bool(predicate), branch and branch[2], not ends, kind and (kind, _sass_bits(op))
+    )
 
 
 def _sass_bits(op: str) -> int:
@@ -197,7 +210,9 @@ def main_path(code: list[Instruction | str]) -> MainPath:
     blocks: list[list[Instruction]] = [[]]
     names: dict[str, int] = {}
     for item in code:
-        if blocks[-1] and (isinstance(item, str) or blocks[-1][-1].target or not blocks[-1][-1].falls_through):
+        if blocks[-1] and (
+            isinstance(item, str) or blocks[-1][-1].target or not blocks[-1][-1].falls_through
+        ):
             blocks.append([])
         if isinstance(item, str):
             names[item] = len(blocks) - 1
@@ -206,14 +221,18 @@ def main_path(code: list[Instruction | str]) -> MainPath:
 
     def successors(block: int) -> list[int]:
         last = blocks[block][-1] if blocks[block] else None
-        following = [block + 1] if (last is None or last.falls_through) and block + 1 < len(blocks) else []
+        following = (
+            [block + 1] if (last is None or last.falls_through) and block + 1 < len(blocks) else []
+        )
         return following + ([names[last.target]] if last and last.target in names else [])
 
     best: dict[int, tuple[int, int, list[int]]] = {}
 
     def visit(block: int, above: frozenset[int]) -> tuple[int, int, list[int]]:
         if block not in best:
-            ways = [visit(s, above | {block}) for s in successors(block) if s not in above | {block}]
+            ways = [
+                visit(s, above | {block}) for s in successors(block) if s not in above | {block}
+            ]
             weight, length, rest = max(ways, default=(0, 0, []))
             weight += sum(i.access[1] ** 2 * (2 - i.predicated) for i in blocks[block] if i.access)
             best[block] = weight, length + len(blocks[block]), [block, *rest]
@@ -221,7 +240,12 @@ def main_path(code: list[Instruction | str]) -> MainPath:
 
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * len(blocks) + 1000))
     path = visit(0, frozenset())[2]
-    back = [(path.index(s), i) for i, block in enumerate(path) for s in successors(block) if s in path[: i + 1]]
+    back = [
+        (path.index(s), i)
+        for i, block in enumerate(path)
+        for s in successors(block)
+        if s in path[: i + 1]
+    ]
 
     def figures(chosen: list[int]) -> tuple[int, dict[int, int], dict[int, int]]:
         code = [i for block in chosen for i in blocks[block]]

@@ -43,9 +43,13 @@ def _moves_lanes(stock: Callable) -> Callable:
     def method(self, *args):
         result = stock(self, *args)
         if self.any_undefined and any(undefined(h) is not None for h in _handles(args)):
-            marks = [TensorHandle(_lanes(a), tl.int1) if isinstance(a, TensorHandle) else a for a in args]
+            marks = [
+                TensorHandle(_lanes(a), tl.int1) if isinstance(a, TensorHandle) else a for a in args
+            ]
             moved = stock(self, *marks)
-            pairs = zip(result, moved, strict=True) if isinstance(result, tuple) else [(result, moved)]
+            pairs = (
+                zip(result, moved, strict=True) if isinstance(result, tuple) else [(result, moved)]
+            )
             for out, mark in pairs:
                 set_undefined(out, mark.data)
         return result
@@ -75,7 +79,9 @@ def _without_overflow(op: Callable) -> Callable:
             if exact.max() >= bounds.max + 1.0 or exact.min() < bounds.min:
                 bad = (exact >= bounds.max + 1.0) | (exact < bounds.min)
                 if (bad := bad & ~_lanes(lhs) & ~_lanes(rhs)).any():
-                    raise KernelFault(f"{dtype} overflow: {op.__name__} gives {int(exact[bad].flat[0])}")
+                    raise KernelFault(
+                        f"{dtype} overflow: {op.__name__} gives {int(exact[bad].flat[0])}"
+                    )
         return result
 
     return _lane_by_lane(method)
@@ -111,7 +117,12 @@ class CheckedBuilder(HardwareNumerics):
         marks = [m for m in map(undefined, arguments) if m is not None]
         if marks:
             try:
-                set_undefined(result, np.logical_or.reduce([np.broadcast_to(m, np.shape(result.data)) for m in marks]))
+                set_undefined(
+                    result,
+                    np.logical_or.reduce(
+                        [np.broadcast_to(m, np.shape(result.data)) for m in marks]
+                    ),
+                )
             except ValueError:  # not lane by lane, such as a dot product
                 set_undefined(result, np.array(any(m.any() for m in marks)))
         return result
@@ -125,7 +136,9 @@ class CheckedBuilder(HardwareNumerics):
                 f"undefined lanes: lane {lane} of {use} comes from a masked load without `other`, or a division by zero"
             )
 
-    def create_select(self, cond: TensorHandle, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+    def create_select(
+        self, cond: TensorHandle, lhs: TensorHandle, rhs: TensorHandle
+    ) -> TensorHandle:
         result = super().create_select(cond, lhs, rhs)
         if self.any_undefined:
             set_undefined(result, _lanes(cond) | np.where(cond.data, _lanes(lhs), _lanes(rhs)))
@@ -137,24 +150,34 @@ class CheckedBuilder(HardwareNumerics):
     def create_or(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         return self._logic(lhs, rhs, np.bitwise_or, decisive=True)
 
-    def _logic(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable, decisive: bool) -> TensorHandle:
+    def _logic(
+        self, lhs: TensorHandle, rhs: TensorHandle, op: Callable, decisive: bool
+    ) -> TensorHandle:
         result = self.carry(self.binary_op(lhs, rhs, op), (lhs, rhs))
         if self.any_undefined and result.data.dtype == bool:  # defined where one side decides
-            decided = (~_lanes(lhs) & (lhs.data == decisive)) | (~_lanes(rhs) & (rhs.data == decisive))
+            decided = (~_lanes(lhs) & (lhs.data == decisive)) | (
+                ~_lanes(rhs) & (rhs.data == decisive)
+            )
             set_undefined(result, _lanes(result) & ~decided)
         return result
 
     def create_gather(self, src: TensorHandle, indices: TensorHandle, axis: int) -> TensorHandle:
         result = super().create_gather(src, indices, axis)
         if self.any_undefined:
-            set_undefined(result, _lanes(indices) | np.take_along_axis(_lanes(src), indices.data, axis=axis))
+            set_undefined(
+                result, _lanes(indices) | np.take_along_axis(_lanes(src), indices.data, axis=axis)
+            )
         return result
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile) -> TensorHandle:
+    def create_masked_load(
+        self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile
+    ) -> TensorHandle:
         element, active = ptrs.get_element_ty(), _mask(mask, ptrs.data)
         dtype = interpreter._get_np_dtype(element)
         self._access("read", ptrs, mask, active, dtype.itemsize)
-        fill = np.broadcast_to(_garbage(element, dtype) if other is None else other.data, ptrs.data.shape)
+        fill = np.broadcast_to(
+            _garbage(element, dtype) if other is None else other.data, ptrs.data.shape
+        )
         data = interpreter._interpreter.load(ptrs.data & ADDRESS, active, fill.astype(dtype), dtype)
         result = TensorHandle(data, element)
         if other is None and not active.all():
@@ -166,22 +189,32 @@ class CheckedBuilder(HardwareNumerics):
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy) -> None:
         active = _mask(mask, ptrs.data)
         self.defined(value, "a stored value", active)
-        self._access("write", ptrs, mask, active, interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize)
+        self._access(
+            "write", ptrs, mask, active, interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize
+        )
         interpreter._interpreter.store(ptrs.data & ADDRESS, value.data, active)
 
     def create_atomic_rmw(self, op, ptr, val, mask, sem, scope) -> TensorHandle:
         active = _mask(mask, ptr.data)
         self.defined(val, "the value of an atomic", active)
         self._access("atomic", ptr, mask, active, val.data.dtype.itemsize, sem)
-        return super().create_atomic_rmw(op, TensorHandle(ptr.data & ADDRESS, ptr.dtype), val, mask, sem, scope)
+        return super().create_atomic_rmw(
+            op, TensorHandle(ptr.data & ADDRESS, ptr.dtype), val, mask, sem, scope
+        )
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope) -> TensorHandle:
         for handle in (cmp, val):
             self.defined(handle, "the value of an atomic")
-        self._access("atomic", ptr, None, np.ones(np.shape(ptr.data), bool), val.data.dtype.itemsize, sem)
-        return super().create_atomic_cas(TensorHandle(ptr.data & ADDRESS, ptr.dtype), cmp, val, sem, scope)
+        self._access(
+            "atomic", ptr, None, np.ones(np.shape(ptr.data), bool), val.data.dtype.itemsize, sem
+        )
+        return super().create_atomic_cas(
+            TensorHandle(ptr.data & ADDRESS, ptr.dtype), cmp, val, sem, scope
+        )
 
-    def _access(self, kind: str, ptrs: TensorHandle, mask, active: np.ndarray, size: int, semantics=None) -> None:
+    def _access(
+        self, kind: str, ptrs: TensorHandle, mask, active: np.ndarray, size: int, semantics=None
+    ) -> None:
         self.defined(ptrs, f"the addresses of a {kind}", active)
         if isinstance(mask, TensorHandle):
             self.defined(mask, f"the mask of a {kind}")
@@ -213,12 +246,26 @@ def _garbage(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
     return np.nan if dtype.kind == "f" else True if dtype.kind == "b" else np.iinfo(dtype).max
 
 
-MOVING = {"reshape", "trans", "expand_dims", "broadcast", "cat", "join", "split", "splat", "unsplat"}
+MOVING = {
+    "reshape",
+    "trans",
+    "expand_dims",
+    "broadcast",
+    "cat",
+    "join",
+    "split",
+    "splat",
+    "unsplat",
+}
 NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert",
                     "assume", "print", "get_", "make_", "advance", "idiv")  # fmt: skip
 for _name in dir(HardwareNumerics):
     _operation = _name.removeprefix("create_")
-    if _operation == _name or _name in vars(CheckedBuilder) or _operation.startswith(NOT_LANE_BY_LANE):
+    if (
+        _operation == _name
+        or _name in vars(CheckedBuilder)
+        or _operation.startswith(NOT_LANE_BY_LANE)
+    ):
         continue
     _wrap = _moves_lanes if _operation in MOVING else _lane_by_lane
     setattr(CheckedBuilder, _name, _wrap(getattr(HardwareNumerics, _name)))

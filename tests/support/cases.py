@@ -13,7 +13,9 @@ def cases(n: int) -> settings:
     return settings(max_examples=max(1, count), deadline=None, derandomize=True, database=None)
 
 
-kernel_only = pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True)
+kernel_only = pytest.mark.parametrize(
+    "path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True
+)
 """For a test that takes ``path`` and has nothing to say of the CPU's."""
 
 

@@ -86,7 +86,11 @@ class _Kernel:
 
 class RecordingDriver(DriverBase):
     def __init__(self, name: str):
-        self.target, self.index, self.recording = TARGETS[name], list(TARGETS).index(name), Recording()
+        self.target, self.index, self.recording = (
+            TARGETS[name],
+            list(TARGETS).index(name),
+            Recording(),
+        )
 
     @classmethod
     def is_active(cls) -> bool:
@@ -124,7 +128,9 @@ def recording(target: str = "sm_90") -> Iterator[Recording]:
     driver.recording = Recording()
     active, compile_ = triton.runtime.driver._active, triton.compiler.compile
     triton.runtime.driver.set_active(driver)
-    triton.compiler.compile = lambda source, **kwargs: triton.runtime.driver.active.compile(source, **kwargs)
+    triton.compiler.compile = lambda source, **kwargs: triton.runtime.driver.active.compile(
+        source, **kwargs
+    )
     try:
         with mock.patch.object(tuning, "architecture", lambda device: target):
             yield driver.recording
@@ -153,7 +159,13 @@ SYNCHRONISING = {
     "aten::nonzero_numpy", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive", "aten::bincount",
 }  # fmt: skip
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+INDEXING = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
 COPIES = (
     (torch.Tensor, ("tolist", "cpu", "numpy")),
     (torch, ("tensor", "as_tensor", "from_numpy")),
@@ -165,19 +177,35 @@ class _NoHostSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func._schema.name, kwargs or {}
         masks = (
-            [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)] if name in INDEXING else []
+            [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if name in INDEXING
+            else []
         )
         unsized = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
-        to_host = name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu") and args[0].is_cuda
+        to_host = (
+            name == "aten::_to_copy"
+            and kwargs.get("device") == torch.device("cpu")
+            and args[0].is_cuda
+        )
         if name in SYNCHRONISING or masks or unsized or to_host:
             raise HostSyncError(f"{name} waits for the device")
         with self:  # below autograd item() and its like arrive whole
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        if not name.startswith(("aten::", "prim", "profiler::")):  # look inside operators written in Python
-            tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-            key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU
+        if not name.startswith(
+            ("aten::", "prim", "profiler::")
+        ):  # look inside operators written in Python
+            tensors = [
+                a
+                for a in torch.utils._pytree.tree_leaves((args, kwargs))
+                if isinstance(a, torch.Tensor)
+            ]
+            key = (
+                torch._C.DispatchKey.CUDA
+                if any(t.is_cuda for t in tensors)
+                else torch._C.DispatchKey.CPU
+            )
             with self:
                 return func._op_dk(key, *args, **kwargs)
         return func(*args, **kwargs)

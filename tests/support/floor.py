@@ -53,7 +53,9 @@ class Row:
     kernel: str  # the first of those launched, of which what follows `distinct` tells
     floor: float
     moved: float | None  # bytes; None for a large case
-    distinct: float | None  # the same, each cell once per launch: a second read may come from a cache
+    distinct: (
+        float | None
+    )  # the same, each cell once per launch: a second read may come from a cache
     instructions: tuple[float, ...]  # that a thread executes, all included
     steady: float | None  # of the main loop alone, on sm_90; None without one
     registers: tuple[int, ...]
@@ -61,7 +63,9 @@ class Row:
     conversions: int  # of layout, through shared memory or between threads, on sm_90
     width: int  # bits of the narrowest access that carries a sixth of the main path's traffic, on sm_90
     launches: int
-    variants: int | None  # of the kernel, compiled for a sweep of sizes; None where that does not launch it
+    variants: (
+        int | None
+    )  # of the kernel, compiled for a sweep of sizes; None where that does not launch it
 
 
 FIGURES = [field.name for field in fields(Row)][4:]
@@ -79,7 +83,11 @@ def rows(op: str, package: str = "tests.plans") -> list[Row]:
     sweep = run_plan(f"{package}.{op}_sizes", targets=("sm_90",), compiled=False)
     cases = importlib.import_module(f"{package}.{op}").cases()
     traffic = {case.name: _traffic(case) for case in cases if case.floor}
-    return [_row(op, name, case, plan, sweep, traffic[name]) for name, case in plan.cases.items() if case.floor]
+    return [
+        _row(op, name, case, plan, sweep, traffic[name])
+        for name, case in plan.cases.items()
+        if case.floor
+    ]
 
 
 def _traffic(case) -> tuple[float | None, float | None]:
@@ -94,10 +102,14 @@ def _traffic(case) -> tuple[float | None, float | None]:
     return round(moved / case.elements, 3), round(distinct / case.elements, 3)
 
 
-def _row(op: str, name: str, case: CaseReport, plan: PlanReport, sweep: PlanReport, traffic: tuple) -> Row:
+def _row(
+    op: str, name: str, case: CaseReport, plan: PlanReport, sweep: PlanReport, traffic: tuple
+) -> Row:
     variants = [plan.variants[i] for i in case.variants]
     kernel = case.launches[0][0]
-    per_program = case.elements / sum(math.prod(grid) for launched, grid in case.launches if launched == kernel)
+    per_program = case.elements / sum(
+        math.prod(grid) for launched, grid in case.launches if launched == kernel
+    )
     moved, distinct = traffic
     instructions, steady = [], None
     for target in TARGETS[:-1]:
@@ -140,7 +152,9 @@ def _executed(path: MainPath, elements: float, moved: float) -> tuple[float, flo
 
 def _streamed(path: MainPath) -> int:
     """Bits that go through accesses as wide as only streams have."""
-    return sum(bits * n for bits, n in (Counter(path.loads) + Counter(path.stores)).items() if bits >= 64)
+    return sum(
+        bits * n for bits, n in (Counter(path.loads) + Counter(path.stores)).items() if bits >= 64
+    )
 
 
 def _width(path: MainPath) -> int:
@@ -161,13 +175,25 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
         pairs = zip(new, old, strict=True) if isinstance(new, tuple) else [(new, old)]
         for a, b in pairs:
             limit = b if b is None else b * NOISE.get(name, 1)
-            if (a is None) != (b is None) or (a is not None and (a < limit if name == "width" else a > limit)):
+            if (a is None) != (b is None) or (
+                a is not None and (a < limit if name == "width" else a > limit)
+            ):
                 found.append(f"{name} {new}, was {old}")
                 break
     return found
 
 
-HEADER = ["case", "floor", "bytes", "distinct", "instructions", "in the loop", "registers", "spills", "conversions"]
+HEADER = [
+    "case",
+    "floor",
+    "bytes",
+    "distinct",
+    "instructions",
+    "in the loop",
+    "registers",
+    "spills",
+    "conversions",
+]
 HEADER += ["width", "launches", "variants"]
 
 
@@ -192,15 +218,22 @@ def main() -> None:
     found = {op: rows(op) for op in plans()}
     found = {op: of_op for op, of_op in found.items() if of_op}
     for op, of_op in found.items():
-        host = {name: case.microseconds for name, case in run_plan(f"tests.plans.{op}").cases.items()}
+        host = {
+            name: case.microseconds for name, case in run_plan(f"tests.plans.{op}").cases.items()
+        }
         print(f"{op}\n\n{table(of_op, host)}")
     page = DOCS / "floor.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     tables = "\n".join(f"### {op}\n\n{table(of_op)}" for op, of_op in found.items())
     page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    record = {"triton": triton.__version__, "rows": [asdict(row) for of_op in found.values() for row in of_op]}
+    record = {
+        "triton": triton.__version__,
+        "rows": [asdict(row) for of_op in found.values() for row in of_op],
+    }
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in record["rows"])
-    (DOCS / "floor.json").write_text(f'{{"triton": "{record["triton"]}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    (DOCS / "floor.json").write_text(
+        f'{{"triton": "{record["triton"]}", "rows": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

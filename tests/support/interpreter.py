@@ -73,7 +73,11 @@ class Report:
 
 @contextmanager
 def checked(
-    *, races: bool = True, shuffle: int | None = None, programs: Sequence[int] | None = None, **tensors: Tensor
+    *,
+    races: bool = True,
+    shuffle: int | None = None,
+    programs: Sequence[int] | None = None,
+    **tensors: Tensor,
 ) -> Iterator[Report]:
     """Check every launch of an interpreted kernel in the block; on a GPU, do nothing. A block in a block joins it.
 
@@ -97,7 +101,12 @@ def checked(
     def run(kernel: InterpretedFunction, *args, grid, warmup: bool, **kwargs) -> None:
         session.launch(kernel, args, grid, kwargs)
 
-    with _patched_language(), device_functions(), _poisoned_allocations(), np.errstate(all="ignore"):
+    with (
+        _patched_language(),
+        device_functions(),
+        _poisoned_allocations(),
+        np.errstate(all="ignore"),
+    ):
         builder.memory, builder.report, builder.any_undefined = memory, report, False
         with mock.patch.object(InterpretedFunction, "run", run):
             yield report
@@ -106,22 +115,29 @@ def checked(
 class _Session:
     """Carries out the launches of one checked block."""
 
-    def __init__(self, memory: Memory, report: Report, shuffle: int | None, programs: Sequence[int] | None):
+    def __init__(
+        self, memory: Memory, report: Report, shuffle: int | None, programs: Sequence[int] | None
+    ):
         self.memory, self.report, self.programs = memory, report, programs
         self.order = None if shuffle is None else np.random.default_rng(shuffle)
 
     def launch(self, kernel: InterpretedFunction, args: tuple, grid, kwargs: dict) -> None:
         function, name = kernel.rewrite(), kernel.fn.__name__
-        bound = inspect.getcallargs(function, *args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names})
+        bound = inspect.getcallargs(
+            function, *args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names}
+        )
         grid = grid(bound) if callable(grid) else grid
         grid = tuple(int(n) for n in grid) + (1,) * (3 - len(grid))
         if max(grid[1:]) > 65535 or np.prod(grid, dtype=float) >= 2**31:
-            raise KernelFault(f"{name}: no GPU runs the grid {grid}: y and z end at 65535, the product at 2^31 - 1")
+            raise KernelFault(
+                f"{name}: no GPU runs the grid {grid}: y and z end at 65535, the product at 2^31 - 1"
+            )
         self.report.launches.append(Launch(name, grid))
         self.memory.begin_launch()
         types = inspect.get_annotations(kernel.fn, eval_str=True)
         arguments = {
-            k: v if types.get(k) is tl.constexpr else self.argument(k, v, types.get(k)) for k, v in bound.items()
+            k: v if types.get(k) is tl.constexpr else self.argument(k, v, types.get(k))
+            for k, v in bound.items()
         }
         builder = interpreter.interpreter_builder
         builder.any_undefined = False
@@ -144,10 +160,14 @@ class _Session:
         if hasattr(value, "data_ptr"):
             tensor = getattr(value, "base", value) if not isinstance(value, Tensor) else value
             ty = tl.str_to_ty(triton.runtime.jit.mangle_type(value), None)
-            return tl.tensor(TensorHandle(np.array([self.memory.bind(name, tensor)], np.uint64), ty), ty)
+            return tl.tensor(
+                TensorHandle(np.array([self.memory.bind(name, tensor)], np.uint64), ty), ty
+            )
         if isinstance(declared, tl.dtype) or isinstance(value, bool | float):
             dtype = declared or (tl.int1 if isinstance(value, bool) else tl.float32)
-            return tl.tensor(TensorHandle(np.array([value], interpreter._get_np_dtype(dtype)), dtype), dtype)
+            return tl.tensor(
+                TensorHandle(np.array([value], interpreter._get_np_dtype(dtype)), dtype), dtype
+            )
         return interpreter._implicit_cvt(value)
 
     def _chosen(self, count: int) -> Sequence[int]:
@@ -159,8 +179,14 @@ class _Session:
 
 def _line(fault: KernelFault) -> str:
     """The line of the kernel, or of a device function it calls, where a fault arose."""
-    places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(fault.__traceback__) if _is_kernel_code(f)]
-    return f"{os.path.basename(places[-1][0])}:{places[-1][1]}" if places else "before its first line"
+    places = [
+        (f.f_code.co_filename, line)
+        for f, line in traceback.walk_tb(fault.__traceback__)
+        if _is_kernel_code(f)
+    ]
+    return (
+        f"{os.path.basename(places[-1][0])}:{places[-1][1]}" if places else "before its first line"
+    )
 
 
 def _is_kernel_code(frame: FrameType) -> bool:
@@ -177,7 +203,9 @@ def _patched_language() -> Iterator[None]:
     scope = interpreter._patch_lang(_Module)
     for module in (tl, tl.core):
         scope.set_attr(module, "reduce", _combining(module.reduce, keeps_shape=False))
-        scope.set_attr(module, "associative_scan", _combining(module.associative_scan, keeps_shape=True))
+        scope.set_attr(
+            module, "associative_scan", _combining(module.associative_scan, keeps_shape=True)
+        )
         scope.set_attr(module, "multiple_of", _multiple_of)
         scope.set_attr(module, "max_contiguous", _max_contiguous)
     for owner in (tl, tl.tensor):
@@ -185,9 +213,15 @@ def _patched_language() -> Iterator[None]:
     scope.set_attr(tl.tensor, "__bool__", _branch)
     scope.set_attr(tl.tensor, "__index__", _number)
     scope.set_attr(interpreter, "_patch_lang", lambda function: _NoScope)
-    scope.set_attr(InterpretedFunction, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
+    scope.set_attr(
+        InterpretedFunction,
+        "__call__",
+        lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs),
+    )
     scope.set_attr(interpreter.interpreter_builder, "__class__", CheckedBuilder)
-    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)  # the builder checks overflow itself
+    options = interpreter.InterpreterOptions(
+        debug=True, sanitize_overflow=False
+    )  # the builder checks overflow itself
     scope.set_attr(interpreter.interpreter_builder, "options", options)
     try:
         yield
@@ -235,14 +269,18 @@ def _combining(stock: Callable, keeps_shape: bool) -> Callable:
         if marks:
             for out in result if isinstance(result, tuple) else (result,):
                 mark = np.logical_or.reduce(marks).any(axis=axis, keepdims=keeps_shape)
-                set_undefined(out.handle, mark if keeps_shape else mark.reshape(np.shape(out.handle.data)))
+                set_undefined(
+                    out.handle, mark if keeps_shape else mark.reshape(np.shape(out.handle.data))
+                )
         return result
 
     return method
 
 
 def _values(values) -> list[int]:
-    return [getattr(v, "value", v) for v in (values if isinstance(values, list | tuple) else [values])]
+    return [
+        getattr(v, "value", v) for v in (values if isinstance(values, list | tuple) else [values])
+    ]
 
 
 def _multiple_of(input, values):
@@ -258,9 +296,13 @@ def _multiple_of(input, values):
 def _max_contiguous(input, values):
     data = input.handle.data
     for axis, value in enumerate(_values(values)):
-        runs = np.moveaxis(data, axis, -1).reshape(-1, min(value, data.shape[axis])).astype(np.int64)
+        runs = (
+            np.moveaxis(data, axis, -1).reshape(-1, min(value, data.shape[axis])).astype(np.int64)
+        )
         if (np.diff(runs) != 1).any():
-            raise KernelFault(f"tl.max_contiguous: no runs of {value} consecutive values along axis {axis}")
+            raise KernelFault(
+                f"tl.max_contiguous: no runs of {value} consecutive values along axis {axis}"
+            )
     return input
 
 
@@ -271,17 +313,30 @@ def _poisoned_allocations() -> Iterator[None]:
     def poisoned(allocate: Callable) -> Callable:
         def call(*args, **kwargs) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            if 0 < tensor.nbytes <= POISONED_BYTES and tensor.device.type == "cpu" and not tensor.is_complex():
+            if (
+                0 < tensor.nbytes <= POISONED_BYTES
+                and tensor.device.type == "cpu"
+                and not tensor.is_complex()
+            ):
                 dtype = tensor.dtype
-                limit = np.nan if dtype.is_floating_point else dtype == torch.bool or torch.iinfo(dtype).max
+                limit = (
+                    np.nan
+                    if dtype.is_floating_point
+                    else dtype == torch.bool or torch.iinfo(dtype).max
+                )
                 tensor.detach().fill_(limit)
             return tensor
 
         return call
 
-    names = ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty", "new_empty_strided")))
+    names = (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (Tensor, ("new_empty", "new_empty_strided")),
+    )
     with ExitStack() as patches:
         for owner, functions in names:
             for name in functions:
-                patches.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+                patches.enter_context(
+                    mock.patch.object(owner, name, poisoned(getattr(owner, name)))
+                )
         yield

@@ -44,8 +44,12 @@ class Clock:
     unfenced: bool = False  # whether the running program has stored a block since its last barrier
     starts: list[int] = field(default_factory=list)
     programs: list[int] = field(default_factory=list)
-    known: set[int] = field(default_factory=set)  # programs whose release the running one has acquired
-    released: dict[int, set[int]] = field(default_factory=dict)  # address -> programs that released there
+    known: set[int] = field(
+        default_factory=set
+    )  # programs whose release the running one has acquired
+    released: dict[int, set[int]] = field(
+        default_factory=dict
+    )  # address -> programs that released there
 
     def begin(self, program: int) -> None:
         self.epoch += 1
@@ -87,7 +91,9 @@ class Buffer:
         """Count in smaller cells, because a view with smaller elements has turned up."""
         finer = Buffer(self.lo, self.nbytes, cell)
         if self.table is None and finer.table is None:
-            finer.ever_written = np.repeat(self.ever_written, self.cell // cell)[: finer.ever_written.size]
+            finer.ever_written = np.repeat(self.ever_written, self.cell // cell)[
+                : finer.ever_written.size
+            ]
         self.__dict__.update(finer.__dict__)
 
     def begin_launch(self) -> None:
@@ -120,7 +126,9 @@ class Buffer:
     def _conflict(self, rows: tuple[tuple[int, str], ...], at: np.ndarray, clock: Clock, verb: str):
         for row, done in rows:
             if found := self._foreign(row, at, clock):
-                return found[0], f"race: it {verb} a cell that program {found[1]} of the same launch {done}"
+                return found[
+                    0
+                ], f"race: it {verb} a cell that program {found[1]} of the same launch {done}"
         return None
 
     def _hazard(self, row: int, at: np.ndarray, lanes: np.ndarray, clock: Clock) -> int | None:
@@ -129,14 +137,21 @@ class Buffer:
         bad = (state[row][at] == clock.epoch) & (state[row + 1][at] != lanes)
         return int(bad.argmax()) if bad.any() else None
 
-    def read(self, cells: np.ndarray, lanes: np.ndarray, clock: Clock) -> tuple[tuple[int, str] | None, int]:
+    def read(
+        self, cells: np.ndarray, lanes: np.ndarray, clock: Clock
+    ) -> tuple[tuple[int, str] | None, int]:
         """Note a load; returns a fault (position, sentence) if it is one, and the number of newly read cells."""
         at, state = self.slots(cells), self.state
         self.dirty = True
-        if fault := self._conflict(((WRITE, "writes"), (ATOMIC, "updates atomically")), at, clock, "reads"):
+        if fault := self._conflict(
+            ((WRITE, "writes"), (ATOMIC, "updates atomically")), at, clock, "reads"
+        ):
             return fault, 0
         if (bad := self._hazard(WRITE, at, lanes, clock)) is not None:
-            return (bad, "it reads a cell that another lane of it wrote, with no barrier in between"), 0
+            return (
+                bad,
+                "it reads a cell that another lane of it wrote, with no barrier in between",
+            ), 0
         mixed = (state[READ][at] == clock.epoch) & (state[READ_LANE][at] != lanes)
         state[READ_LANE][at] = lanes
         shared = state[READ_LANE][at] != lanes
@@ -148,7 +163,9 @@ class Buffer:
         state[FIRST_READ][new] = clock.epoch
         return None, int(np.unique(new).size if repeated else new.size)
 
-    def write(self, cells: np.ndarray, lanes: np.ndarray, clock: Clock) -> tuple[tuple[int, str] | None, int]:
+    def write(
+        self, cells: np.ndarray, lanes: np.ndarray, clock: Clock
+    ) -> tuple[tuple[int, str] | None, int]:
         """Note a store; returns a fault (position, sentence) if it is one, and the number of newly written cells."""
         at, state = self.slots(cells), self.state
         self.dirty = True
@@ -156,9 +173,15 @@ class Buffer:
         if fault := self._conflict(rows, at, clock, "writes"):
             return fault, 0
         if (bad := self._hazard(READ, at, lanes, clock)) is not None:
-            return (bad, "it writes a cell that another lane of it read, with no barrier in between"), 0
+            return (
+                bad,
+                "it writes a cell that another lane of it read, with no barrier in between",
+            ), 0
         if (bad := self._hazard(WRITE, at, lanes, clock)) is not None:
-            return (bad, "it writes a cell that another lane of it wrote, with no barrier in between"), 0
+            return (
+                bad,
+                "it writes a cell that another lane of it wrote, with no barrier in between",
+            ), 0
         state[WRITE_LANE][at] = lanes
         twice = state[WRITE_LANE][at] != lanes
         if twice.any():
@@ -172,7 +195,9 @@ class Buffer:
         """Note an atomic operation. Atomics never race with each other, only with plain accesses."""
         at = self.slots(cells)
         self.dirty = True
-        if fault := self._conflict(((WRITE, "writes"), (FIRST_READ, "reads")), at, clock, "updates atomically"):
+        if fault := self._conflict(
+            ((WRITE, "writes"), (FIRST_READ, "reads")), at, clock, "updates atomically"
+        ):
             return fault, 0
         first = at[self.state[ATOMIC][at] == 0]
         self.state[ATOMIC][first] = clock.epoch
@@ -188,7 +213,9 @@ class View:
         self.lo, self.itemsize = tensor.data_ptr(), tensor.element_size()
         self.shape, self.strides = tuple(tensor.shape), tensor.stride()
         self.extent = (
-            sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1 if tensor.numel() else 0
+            sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
+            if tensor.numel()
+            else 0
         )
         self.pointer = self.lo
         self.elements: np.ndarray | None = None
@@ -210,7 +237,10 @@ class View:
         """The position of the first access, `size` bytes at each of `offsets`, that leaves the tensor."""
         if offsets.min() < 0 or offsets.max() + size > self.extent * self.itemsize:
             return int(((offsets < 0) | (offsets + size > self.extent * self.itemsize)).argmax())
-        if self.elements is not None and not (inside := self.elements[offsets // self.itemsize]).all():
+        if (
+            self.elements is not None
+            and not (inside := self.elements[offsets // self.itemsize]).all()
+        ):
             return int(inside.argmin())
         return None
 
@@ -226,13 +256,17 @@ class Memory:
         self.clock = Clock()
         self.views: list[View] = []
         self.named = [View(name, tensor, self._buffer(tensor)) for name, tensor in tensors.items()]
-        self.seen: dict[str, dict[tuple, View]] = {view.name: {(view.lo, view.shape): view} for view in self.named}
+        self.seen: dict[str, dict[tuple, View]] = {
+            view.name: {(view.lo, view.shape): view} for view in self.named
+        }
 
     def _buffer(self, tensor: torch.Tensor) -> Buffer:
         storage, cell = tensor.untyped_storage(), tensor.element_size()
         buffer = self.buffers.get(storage.data_ptr())
         if buffer is None or buffer.nbytes != storage.nbytes():
-            buffer = self.buffers[storage.data_ptr()] = Buffer(storage.data_ptr(), storage.nbytes(), cell)
+            buffer = self.buffers[storage.data_ptr()] = Buffer(
+                storage.data_ptr(), storage.nbytes(), cell
+            )
         elif cell < buffer.cell:
             buffer.refine(cell)
         return buffer
@@ -247,7 +281,9 @@ class Memory:
         """Admit a tensor argument to the launch; returns the pointer to give to the kernel."""
         view = View(argument, tensor, self._buffer(tensor))
         for known in self.named:
-            if known.buffer is view.buffer and known.lo <= view.lo < known.lo + max(known.extent * known.itemsize, 1):
+            if known.buffer is view.buffer and known.lo <= view.lo < known.lo + max(
+                known.extent * known.itemsize, 1
+            ):
                 view.name = known.name
                 break
         self.seen.setdefault(view.name, {}).setdefault((view.lo, view.shape), view)
@@ -261,7 +297,10 @@ class Memory:
         if isinstance(key, str):
             return key
         return next(
-            n for n, views in self.seen.items() for lo, shape in views if (lo, shape) == (key.data_ptr(), key.shape)
+            n
+            for n, views in self.seen.items()
+            for lo, shape in views
+            if (lo, shape) == (key.data_ptr(), key.shape)
         )
 
     def never_written(self, name: str) -> int:
@@ -274,12 +313,18 @@ class Memory:
             first = (view.lo - buffer.lo) // buffer.cell
             if buffer.table is None:
                 written = buffer.ever_written[first : first + view.extent * steps : steps]
-                count += int(np.count_nonzero(~written if view.elements is None else ~written & view.elements))
+                count += int(
+                    np.count_nonzero(
+                        ~written if view.elements is None else ~written & view.elements
+                    )
+                )
             else:
                 count += view.tensor.numel() - int(np.count_nonzero(buffer.ever_written)) // steps
         return count
 
-    def access(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, ordered: bool = False) -> None:
+    def access(
+        self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, ordered: bool = False
+    ) -> None:
         """Check and count one load, store or atomic; `ordered` marks an acquire-release atomic."""
         flat, lanes = pointers.reshape(-1), self._lanes(pointers.shape)
         if not mask.all():
@@ -301,7 +346,9 @@ class Memory:
         """Lane numbers of a block. Blocks of another shape are spread over the threads in another way."""
         shape = tuple(n for n in shape if n != 1)
         if shape not in self.lanes:
-            self.lanes[shape] = np.arange(np.prod(shape, dtype=int), dtype=np.int32) + (len(self.lanes) << 20)
+            self.lanes[shape] = np.arange(np.prod(shape, dtype=int), dtype=np.int32) + (
+                len(self.lanes) << 20
+            )
         return self.lanes[shape]
 
     def _touch(self, kind: str, tag: int, flat: np.ndarray, lanes: np.ndarray, size: int) -> None:
@@ -315,7 +362,9 @@ class Memory:
                     f"first; shape {view.shape}, strides {view.strides}"
                 )
         if (offsets & (size - 1)).any():
-            raise KernelFault(f"misaligned: it {kind}s {size} bytes of '{view.name}' off a multiple of {size} bytes")
+            raise KernelFault(
+                f"misaligned: it {kind}s {size} bytes of '{view.name}' off a multiple of {size} bytes"
+            )
         traffic, nbytes, once = self.traffic[view.name], flat.size * size, 0
         if self.races:
             buffer = view.buffer
@@ -323,9 +372,13 @@ class Memory:
             if (steps := size // buffer.cell) > 1:
                 cells, lanes = (cells[:, None] + np.arange(steps)).ravel(), np.repeat(lanes, steps)
             note = {"read": buffer.read, "write": buffer.write}.get(kind)
-            fault, new = note(cells, lanes, self.clock) if note else buffer.update(cells, self.clock)
+            fault, new = (
+                note(cells, lanes, self.clock) if note else buffer.update(cells, self.clock)
+            )
             if fault:
-                raise KernelFault(f"{fault[1]}: {view.index(int(offsets[fault[0] // steps] // view.itemsize))}")
+                raise KernelFault(
+                    f"{fault[1]}: {view.index(int(offsets[fault[0] // steps] // view.itemsize))}"
+                )
             once = new * buffer.cell
         if kind == "read":
             traffic.read += nbytes
@@ -342,4 +395,6 @@ class Memory:
         for view in [*self.views, *self.named]:
             if view.lo <= address < view.lo + view.extent * view.itemsize:
                 return View(view.name, view.tensor, view.buffer)
-        raise KernelFault(f"out of bounds: the address {address:#x} was not made from a tensor given to the launch")
+        raise KernelFault(
+            f"out of bounds: the address {address:#x} was not made from a tensor given to the launch"
+        )

@@ -32,12 +32,18 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
-    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(np.shape(bits))
+    return (
+        (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16))
+        .view(np.float32)
+        .reshape(np.shape(bits))
+    )
 
 
 def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """cvt.rzi: towards zero, saturating, NaN to 0; 8-bit types keep the low bits of a 16-bit result."""
-    through = dtype if dtype.itemsize >= 2 else np.dtype(np.uint16 if dtype.kind == "u" else np.int16)
+    through = (
+        dtype if dtype.itemsize >= 2 else np.dtype(np.uint16 if dtype.kind == "u" else np.int16)
+    )
     bounds = np.iinfo(through)
     x = np.nan_to_num(np.trunc(np.asarray(x, np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     inside = (x > float(bounds.min)) & (x < float(bounds.max))
@@ -77,7 +83,9 @@ def fast_divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """div.approx.f32: a * rcp(b), and 0 for 2^126 < |b| < 2^128 (NaN where a is infinite)."""
     huge = (np.abs(b) > 2.0**126) & np.isfinite(b)
     return np.where(
-        huge, np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), a * b)), _via64(np.divide)(a, b)
+        huge,
+        np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), a * b)),
+        _via64(np.divide)(a, b),
     )
 
 
@@ -133,15 +141,21 @@ class HardwareNumerics(InterpreterBuilder):
         return super().cast_impl(src, dst_type)
 
     def create_fp_to_si(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
-        return TensorHandle(to_integer(src.data, interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+        return TensorHandle(
+            to_integer(src.data, interpreter._get_np_dtype(dst_type)), dst_type.scalar
+        )
 
     create_fp_to_ui = create_fp_to_si
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
         if lhs.dtype.scalar == tl.bfloat16:
-            raise KernelFault(f"arithmetic ({op.__name__}) on bfloat16: convert with .to(tl.float32) first")
+            raise KernelFault(
+                f"arithmetic ({op.__name__}) on bfloat16: convert with .to(tl.float32) first"
+            )
         result = super().binary_op(lhs, rhs, op)
-        if result.data.dtype == bool:  # a comparison, which would else bear the type of what it compares
+        if (
+            result.data.dtype == bool
+        ):  # a comparison, which would else bear the type of what it compares
             result.dtype = tl.int1
         return result
 
@@ -151,7 +165,9 @@ class HardwareNumerics(InterpreterBuilder):
     def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         return self.binary_op(lhs, rhs, np.fmin)
 
-    def create_clampf(self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, propagate_nans) -> TensorHandle:
+    def create_clampf(
+        self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, propagate_nans
+    ) -> TensorHandle:
         every = propagate_nans == interpreter._ir.PROPAGATE_NAN.ALL
         at_least = self.binary_op(arg, lo, np.maximum if every else np.fmax)
         return self.binary_op(at_least, hi, np.minimum if every else np.fmin)
@@ -176,11 +192,19 @@ class HardwareNumerics(InterpreterBuilder):
         return self.unary_op(arg, single if arg.data.dtype == np.float32 else double)
 
     def create_inline_asm(
-        self, asm: str, constraints: str, values: list[TensorHandle], types, is_pure: bool, pack: int
+        self,
+        asm: str,
+        constraints: str,
+        values: list[TensorHandle],
+        types,
+        is_pure: bool,
+        pack: int,
     ):
         one = re.fullmatch(r"\s*(\w+)\.approx(\.ftz)?\.f32\s+\$0\s*,\s*\$1\s*;?\s*", asm)
         if not one or one[1] not in INLINE_ASM or len(values) != 1:
-            raise KernelFault(f"inline assembly {asm!r} is not known to the checked interpreter (numerics.INLINE_ASM)")
+            raise KernelFault(
+                f"inline assembly {asm!r} is not known to the checked interpreter (numerics.INLINE_ASM)"
+            )
         f = _flushed(INLINE_ASM[one[1]]) if one[2] else INLINE_ASM[one[1]]
         return _Result(TensorHandle(f(values[0].data), values[0].dtype.scalar))
 
@@ -209,10 +233,16 @@ def _device_function(name: str) -> Callable:
         dtypes = {t.dtype for t in tensors}
         f = single if single and dtypes == {tl.float32} else None if single else either
         if f is None or len(dtypes) != 1 or not dtypes <= {tl.float32, tl.float64}:
-            raise KernelFault(f"libdevice.{name} does not take {', '.join(str(t.dtype) for t in tensors)}")
+            raise KernelFault(
+                f"libdevice.{name} does not take {', '.join(str(t.dtype) for t in tensors)}"
+            )
         dtype = tl.int32 if name in PREDICATES else tensors[0].dtype
-        data = np.asarray(f(*(t.handle.data for t in tensors))).astype(interpreter._get_np_dtype(dtype))
-        handle = interpreter.interpreter_builder.carry(TensorHandle(data, dtype), [t.handle for t in tensors])
+        data = np.asarray(f(*(t.handle.data for t in tensors))).astype(
+            interpreter._get_np_dtype(dtype)
+        )
+        handle = interpreter.interpreter_builder.carry(
+            TensorHandle(data, dtype), [t.handle for t in tensors]
+        )
         return tl.tensor(handle, block.type.with_element_ty(dtype) if block is not None else dtype)
 
     return call
@@ -222,7 +252,9 @@ def _device_function(name: str) -> Callable:
 def device_functions() -> Iterator[None]:
     """Give the interpreter a libdevice. A kernel must name the functions through the module: libdevice.log1p(x)."""
     names = {*FLOAT32, *FLOAT32_OR_64, *PREDICATES}
-    saved = [(m, n, getattr(m, n)) for m in (libdevice, cuda_libdevice) for n in names if hasattr(m, n)]
+    saved = [
+        (m, n, getattr(m, n)) for m in (libdevice, cuda_libdevice) for n in names if hasattr(m, n)
+    ]
     for module, name, _ in saved:
         setattr(module, name, _device_function(name))
     try:

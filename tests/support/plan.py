@@ -68,7 +68,14 @@ def run_plan(module: str, targets: tuple[str, ...] = TARGETS, compiled: bool = T
     """Run a plan in a process of its own. Without `compiled` only launches, variants and host time are reported."""
     from .aot import Compiled
 
-    command = [sys.executable, "-m", "tests.support.plan", module, *targets, *([] if compiled else ["--no-compile"])]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.plan",
+        module,
+        *targets,
+        *([] if compiled else ["--no-compile"]),
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -76,12 +83,17 @@ def run_plan(module: str, targets: tuple[str, ...] = TARGETS, compiled: bool = T
     data = json.loads(done.stdout.splitlines()[-1])
     cases = {
         name: CaseReport(
-            **{**c, "launches": tuple((k, tuple(g)) for k, g in c["launches"]), "variants": tuple(c["variants"])}
+            **{
+                **c,
+                "launches": tuple((k, tuple(g)) for k, g in c["launches"]),
+                "variants": tuple(c["variants"]),
+            }
         )
         for name, c in data["cases"].items()
     }
     variants = tuple(
-        VariantReport(**{**v, "on": {t: Compiled.from_json(c) for t, c in v["on"].items()}}) for v in data["variants"]
+        VariantReport(**{**v, "on": {t: Compiled.from_json(c) for t, c in v["on"].items()}})
+        for v in data["variants"]
     )
     return PlanReport(cases, variants)
 
@@ -114,8 +126,11 @@ def _run(module: str, targets: list[str], compiled: bool) -> dict:
                     "kernel": launch.variant.kernel,
                     "case": case.name,
                     **_arguments(launch.variant.source),
-                    "elements_per_program": case.elements and case.elements / math.prod(launch.grid),
-                    "on": {t: recorded[t, case.name][position].variant for t in targets if compiled},
+                    "elements_per_program": case.elements
+                    and case.elements / math.prod(launch.grid),
+                    "on": {
+                        t: recorded[t, case.name][position].variant for t in targets if compiled
+                    },
                 }
         order = list(variants)
         report[case.name]["variants"] = [order.index(launch.variant) for launch in launches]
@@ -123,13 +138,18 @@ def _run(module: str, targets: list[str], compiled: bool) -> dict:
         for variant in variants.values():
             variant["on"] = {t: pool.submit(compile_variant, v) for t, v in variant["on"].items()}
         for variant in variants.values():
-            variant["on"] = {t: dataclasses.asdict(future.result()) for t, future in variant["on"].items()}
+            variant["on"] = {
+                t: dataclasses.asdict(future.result()) for t, future in variant["on"].items()
+            }
     return {"cases": report, "variants": list(variants.values())}
 
 
 def _arguments(source) -> dict:
     names = source.fn.arg_names
-    constants = {names[path[0]] + "".join(f"[{i}]" for i in path[1:]): v for path, v in source.constants.items()}
+    constants = {
+        names[path[0]] + "".join(f"[{i}]" for i in path[1:]): v
+        for path, v in source.constants.items()
+    }
     signature = {name: str(ty) for name, ty in source.signature.items() if ty != "constexpr"}
     return {"signature": signature, "constants": constants}
 

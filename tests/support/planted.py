@@ -72,10 +72,17 @@ def cases() -> Iterator[Case]:
     for steps in (8, 24):
         call = functools.partial(streamed[grid], x, x, N, BLOCK=1024, STEPS=steps)
         yield Case(f"{steps} steps", call, 1024 * grid[0], 8)
-    yield Case("launched twice", lambda: [streamed[grid](x, x, N, BLOCK=1024, STEPS=8) for _ in range(2)], N, 8)
+    yield Case(
+        "launched twice",
+        lambda: [streamed[grid](x, x, N, BLOCK=1024, STEPS=8) for _ in range(2)],
+        N,
+        8,
+    )
     yield Case("read twice", lambda: averaged[(64,)](x, out, BLOCK=1024), 1 << 16, 8)
     yield Case("aligned", lambda: masked[(64,)](x, x, 1 << 16, BLOCK=1024), 1 << 16)
-    yield Case("unaligned pointer", lambda: masked[(64,)](x[1:], x[1:], 1 << 16, BLOCK=1024), 1 << 16)
+    yield Case(
+        "unaligned pointer", lambda: masked[(64,)](x[1:], x[1:], 1 << 16, BLOCK=1024), 1 << 16
+    )
     yield Case("crowded", lambda: crowded[(1,)](x, out, BLOCK=1024, VALUES=40), 1024, 164)
     yield Case("roomy", lambda: crowded[(1,)](x, out, BLOCK=1024, VALUES=4), 1024, 20)
     yield Case("turned", lambda: turned[(1,)](x, out, BLOCK=64), 64 * 64, 8)

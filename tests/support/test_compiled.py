@@ -9,7 +9,9 @@ from tests.support import aot, driver, on_gpu
 from tests.support.driver import HostSyncError, no_host_sync
 from tests.support.plan import TARGETS, run_plan
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="compiles for other machines, in a process of its own")
+pytestmark = pytest.mark.skipif(
+    on_gpu(), reason="compiles for other machines, in a process of its own"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_width_of_accesses(planted, target):
     assert compiled(planted, "aligned", target).narrow() == 0
     assert compiled(planted, "unaligned pointer", target).loads == {32: scalars}
     if target != "gfx942":
-        assert streamed.main.loads == streamed.main.stores == {128: vectors} and streamed.narrow() == 0
+        assert (
+            streamed.main.loads == streamed.main.stores == {128: vectors} and streamed.narrow() == 0
+        )
         assert streamed.narrow(256) == 2 * vectors
 
 
@@ -54,19 +58,38 @@ def test_spills(planted):
         assert compiled(planted, "crowded", target).spill_bytes > 1000
         assert compiled(planted, "crowded", target).stack_bytes > 500
         for case in ("roomy", "8 steps", "masked torch.bfloat16"):
-            assert compiled(planted, case, target).spill_bytes == compiled(planted, case, target).stack_bytes == 0
-        assert compiled(planted, "roomy", target).registers >= 32  # 4 vectors of 8 are alive at once
+            assert (
+                compiled(planted, case, target).spill_bytes
+                == compiled(planted, case, target).stack_bytes
+                == 0
+            )
+        assert (
+            compiled(planted, "roomy", target).registers >= 32
+        )  # 4 vectors of 8 are alive at once
 
 
 def test_spills_on_amd():
     kernel = type("Kernel", (), {})()
-    kernel.metadata = type("Metadata", (), {"shared": 0, "num_warps": 4, "target": driver.TARGETS["gfx942"]})
-    text = ["\tscratch_store_dword off, v0, s32", "\tglobal_load_dwordx4 v[0:3], v[4:5], off", ".Lfunc_end0:"]
+    kernel.metadata = type(
+        "Metadata", (), {"shared": 0, "num_warps": 4, "target": driver.TARGETS["gfx942"]}
+    )
+    text = [
+        "\tscratch_store_dword off, v0, s32",
+        "\tglobal_load_dwordx4 v[0:3], v[4:5], off",
+        ".Lfunc_end0:",
+    ]
     counts = {"vgpr_count": 256, "sgpr_count": 30, "vgpr_spill_count": 3, "sgpr_spill_count": 2}
-    text += [f"    .{key}:     {n}" for key, n in counts.items()] + ["    .private_segment_fixed_size: 24"]
+    text += [f"    .{key}:     {n}" for key, n in counts.items()] + [
+        "    .private_segment_fixed_size: 24"
+    ]
     kernel.asm = {"amdgcn": "\n".join(text), "ttgir": ""}
     code = aot._amd(kernel)
-    assert (code.registers, code.scalar_registers, code.spill_bytes, code.stack_bytes) == (256, 30, 20, 24)
+    assert (code.registers, code.scalar_registers, code.spill_bytes, code.stack_bytes) == (
+        256,
+        30,
+        20,
+        24,
+    )
     assert (code.instructions, code.loads, code.main) == (2, {128: 1}, None)
 
 
@@ -75,13 +98,18 @@ def test_layout_conversions(planted):
         turned = compiled(planted, "turned", target)
         assert turned.conversions == 1 and turned.shared_bytes == 64 * 64 * 4
         assert (
-            compiled(planted, "8 steps", target).conversions == compiled(planted, "8 steps", target).shared_bytes == 0
+            compiled(planted, "8 steps", target).conversions
+            == compiled(planted, "8 steps", target).shared_bytes
+            == 0
         )
 
 
 def sass(text):
     lines = [line.strip() for line in textwrap.dedent(text).strip().splitlines()]
-    code = [line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;" for n, line in enumerate(lines)]
+    code = [
+        line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;"
+        for n, line in enumerate(lines)
+    ]
     return aot.main_path(aot.parse("\n".join(code), aot._sass))
 
 
@@ -105,8 +133,12 @@ def test_main_path_of_machine_code():
         BRA `(.L_x_2)
     """
     for branch in ("@P0 BRA `(.L_x_0)", "BRA.U UP0, `(.L_x_0)", "BRA.U !UP0, `(.L_x_0)"):
-        assert sass(diamond.format(branch=branch, end="EXIT")) == aot.MainPath(5, {128: 1}, {128: 1})
-        assert sass(diamond.format(branch=branch, end="BRA `(.L_x_1)")) == aot.MainPath(7, {128: 1}, {128: 1})
+        assert sass(diamond.format(branch=branch, end="EXIT")) == aot.MainPath(
+            5, {128: 1}, {128: 1}
+        )
+        assert sass(diamond.format(branch=branch, end="BRA `(.L_x_1)")) == aot.MainPath(
+            7, {128: 1}, {128: 1}
+        )
     loop = """
         MOV R1, R2
         .L_x_0:
@@ -124,13 +156,19 @@ def test_launches_grids_and_host_time(planted):
     assert case.launches == (("masked", (98, 1, 1)),) and case.elements == 100_003
     assert 0 < case.microseconds < 10_000
     (variant,) = [v for v in planted.variants if v.case == "8 steps"]
-    assert variant.signature["x"] == "*fp32" and variant.constants["BLOCK"] == 1024 and variant.constants["STEPS"] == 8
+    assert (
+        variant.signature["x"] == "*fp32"
+        and variant.constants["BLOCK"] == 1024
+        and variant.constants["STEPS"] == 8
+    )
 
 
 def test_number_of_variants():
     """A size is specialised on being 1, a multiple of 16 or above 2^31, unless the kernel asks not to."""
     sweep = run_plan("tests.support.planted_sizes", targets=("sm_90",), compiled=False)
-    count = {kernel: sum(v.kernel == kernel for v in sweep.variants) for kernel in ("masked", "streamed")}
+    count = {
+        kernel: sum(v.kernel == kernel for v in sweep.variants) for kernel in ("masked", "streamed")
+    }
     assert count == {"masked": 4, "streamed": 2}
     assert all(not v.on for v in sweep.variants)
 
@@ -195,7 +233,10 @@ def test_host_synchronisation_is_refused(name):
 def test_work_on_the_device_is_allowed():
     with no_host_sync():
         x = torch.zeros(4, requires_grad=True)
-        y = torch.ops.fmkernels_guard.double(x.detach()) + torch.where(x > 1, x, 0.0)[torch.arange(4)]
+        y = (
+            torch.ops.fmkernels_guard.double(x.detach())
+            + torch.where(x > 1, x, 0.0)[torch.arange(4)]
+        )
         y.masked_fill(y > 1, 0.0).sum().backward()
         torch.full((), 2.0).repeat_interleave(3, output_size=3)
     assert x.grad is not None

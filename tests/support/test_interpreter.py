@@ -74,7 +74,10 @@ def test_an_access_is_held_to_the_tensor_its_pointer_was_made_from():
 
 def test_gaps_of_a_view_are_outside():
     x = torch.randn(20, 2)
-    with checked(), faults(r"'source' at element \+1 from its first; shape \(20,\), strides \(2,\)"):
+    with (
+        checked(),
+        faults(r"'source' at element \+1 from its first; shape \(20,\), strides \(2,\)"),
+    ):
         copy[(1,)](x[:, 0], torch.empty(16), 16, 0, BLOCK=16, MASKED=True)
 
 
@@ -92,7 +95,11 @@ def test_tuples_of_pointers():
     x, y, out = torch.randn(16), torch.randn(16), torch.empty(16)
     with checked(x=x) as report:
         pick[(1,)]((x, y), out, BLOCK=16)
-    assert torch.equal(out, x + y + x) and report["sources[1]"].read == y.nbytes and report["x"].read == 2 * x.nbytes
+    assert (
+        torch.equal(out, x + y + x)
+        and report["sources[1]"].read == y.nbytes
+        and report["x"].read == 2 * x.nbytes
+    )
     with checked(), faults(r"'sources\[1\]' at element \+8"):
         pick[(1,)]((x, y[:8]), out, BLOCK=16)
 
@@ -107,7 +114,9 @@ def test_misaligned_access():
     x, out = torch.arange(12, dtype=torch.uint8), torch.empty(2, dtype=torch.int32)
     with checked() as report:
         as_words[(1,)](x, out, 4)
-        assert torch.equal(out, x[4:].view(torch.int32)) and report["bytes"] == Traffic(read=8, read_once=8)
+        assert torch.equal(out, x[4:].view(torch.int32)) and report["bytes"] == Traffic(
+            read=8, read_once=8
+        )
         with faults("misaligned: it reads 4 bytes of 'bytes'"):
             as_words[(1,)](x, out, 2)
 
@@ -147,7 +156,9 @@ def test_launches_are_ordered():
     with checked(shuffle=0) as report:
         shifted[(2,)](x, out, 16, 0, BLOCK=16)
         shifted[(2,)](out, x, 16, 0, BLOCK=16)
-    assert [(launch.kernel, launch.grid) for launch in report.launches] == [("shifted", (2, 1, 1))] * 2
+    assert [(launch.kernel, launch.grid) for launch in report.launches] == [
+        ("shifted", (2, 1, 1))
+    ] * 2
 
 
 @triton.jit
@@ -181,7 +192,9 @@ def test_a_barrier_parts_loads_from_stores_of_other_lanes():
     expected = (x + x[index]) / 2
     with (
         checked(x=x),
-        faults(r"it writes a cell that another lane of it read, with no barrier in between: 'x'\[0, 0\]"),
+        faults(
+            r"it writes a cell that another lane of it read, with no barrier in between: 'x'\[0, 0\]"
+        ),
     ):
         swap_rows[(1,)](x, index, 16, ROWS=4, COLUMNS=16, BARRIER=False)
     with checked(x=x):
@@ -192,7 +205,9 @@ def test_a_barrier_parts_loads_from_stores_of_other_lanes():
 
 
 @triton.jit
-def through_memory(x, scratch, out, SHIFT: tl.constexpr, BARRIER: tl.constexpr, TWICE: tl.constexpr):
+def through_memory(
+    x, scratch, out, SHIFT: tl.constexpr, BARRIER: tl.constexpr, TWICE: tl.constexpr
+):
     i = tl.arange(0, 16)
     tl.store(scratch + i, tl.load(x + i))
     if BARRIER:
@@ -225,7 +240,16 @@ def test_lanes_of_a_program_race_too(shift, barrier, twice, fault):
 
 
 @triton.jit
-def last_one_adds(x, partial, counter, out, programs, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr):
+def last_one_adds(
+    x,
+    partial,
+    counter,
+    out,
+    programs,
+    BLOCK: tl.constexpr,
+    BARRIER: tl.constexpr,
+    SEM: tl.constexpr,
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(partial + i, tl.load(x + i) * 2)
     if BARRIER:
@@ -243,13 +267,17 @@ def test_atomics_order_programs(barrier, semantics):
     x, out = torch.randn(4, 16), torch.empty(16)
     counter = torch.zeros(1, dtype=torch.int32)
     with checked(shuffle=0) as report:
-        call = lambda: last_one_adds[(4,)](x, torch.empty(64), counter, out, 4, 16, barrier, semantics)  # noqa: E731
+        call = lambda: last_one_adds[(4,)](  # noqa: E731
+            x, torch.empty(64), counter, out, 4, 16, barrier, semantics
+        )
         if barrier and semantics == "acq_rel":
             call()
             torch.testing.assert_close(out, 2 * x.sum(0))
             assert report["counter"].atomic == 16
         else:
-            with faults("race: it reads a cell that program . of the same launch writes: 'partial'"):
+            with faults(
+                "race: it reads a cell that program . of the same launch writes: 'partial'"
+            ):
                 call()
 
 
@@ -458,7 +486,13 @@ def convert(x, out, BLOCK: tl.constexpr):
 
 
 def test_bfloat16_rounds_to_nearest_even():
-    x = torch.cat([torch.randn(2000), torch.randn(1000) * 1e-39, torch.tensor([1.998, np.inf, -np.inf, 0.0, 3.4e38])])
+    x = torch.cat(
+        [
+            torch.randn(2000),
+            torch.randn(1000) * 1e-39,
+            torch.tensor([1.998, np.inf, -np.inf, 0.0, 3.4e38]),
+        ]
+    )
     x = torch.nn.functional.pad(x, (0, 4096 - x.numel()))
     out = torch.empty(4096, dtype=torch.bfloat16)
     with checked():
@@ -503,7 +537,9 @@ def test_nan_in_maximum_minimum_and_clamp():
     out = torch.empty(16)
     with checked():
         extremes[(1,)](torch.tensor([nan, 2.0, -1.0, 0.25]), out)
-    expected = torch.tensor([[0.5, 2, 0.5, 0.5], [0.5, 0.5, -1, 0.25], [0, 1, 0, 0.25], [nan, 1, 0, 0.25]])
+    expected = torch.tensor(
+        [[0.5, 2, 0.5, 0.5], [0.5, 0.5, -1, 0.25], [0, 1, 0, 0.25], [nan, 1, 0, 0.25]]
+    )
     torch.testing.assert_close(out.reshape(4, 4), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -597,7 +633,9 @@ def test_device_functions(op, reference, ulps):
     with checked():
         functions[(1,)](x, out, 512, op)
     expected = reference(x.double())
-    assert ((out - expected).abs() <= ulps * 2.0**-24 * expected.abs() + (1e-30 if ulps else 0)).all()
+    assert (
+        (out - expected).abs() <= ulps * 2.0**-24 * expected.abs() + (1e-30 if ulps else 0)
+    ).all()
 
 
 def test_device_functions_have_the_limits_of_the_hardware():
@@ -688,14 +726,19 @@ def test_one_storage_under_two_names_and_types():
         convert[(1,)](torch.arange(8, dtype=torch.int32), words, 8)
         convert[(1,)](torch.arange(16, dtype=torch.int16), words.view(torch.int16)[8:], 8)
     assert report["words"].written == 32 + 16 and report.never_written("words") == 0
-    assert words.tolist()[:4] == [0, 1, 2, 3] and words.view(torch.int16)[8:].tolist() == list(range(8))
+    assert words.tolist()[:4] == [0, 1, 2, 3] and words.view(torch.int16)[8:].tolist() == list(
+        range(8)
+    )
 
 
 def test_uninitialised_memory_shows():
     with checked():
         scratch, out = torch.empty(20), torch.zeros(16)
         copy[(1,)](scratch, out, 16, 0, BLOCK=16, MASKED=True)
-        assert out.isnan().all() and torch.zeros(3).new_empty(2, dtype=torch.int16).tolist() == [2**15 - 1] * 2
+        assert (
+            out.isnan().all()
+            and torch.zeros(3).new_empty(2, dtype=torch.int16).tolist() == [2**15 - 1] * 2
+        )
 
 
 def test_the_language_is_restored():

@@ -10,7 +10,11 @@ TOLERANCE: dict[torch.dtype, tuple[float, float]] = {
 }
 
 
-def assert_close(actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+def assert_close(
+    actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
     """|actual - reference| <= atol + rtol |reference| everywhere, by the row of ``dtype`` (that of ``actual``)."""
     rtol, atol = TOLERANCE[dtype or actual.dtype]
-    torch.testing.assert_close(actual.double(), reference.double(), rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(
+        actual.double(), reference.double(), rtol=rtol, atol=atol, equal_nan=True
+    )

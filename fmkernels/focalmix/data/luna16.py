@@ -43,7 +43,12 @@ WORTH_A_PROCESS = 1 << 26
 """Bytes of scans to resample that are worth the start of another process."""
 
 _SUBSETS = range(10)
-_TABLE_FOLDERS = ("", "CSVFILES", "evaluationScript/annotations", "evaluationScript/evaluationScript/annotations")
+_TABLE_FOLDERS = (
+    "",
+    "CSVFILES",
+    "evaluationScript/annotations",
+    "evaluationScript/evaluationScript/annotations",
+)
 _MAX_HEADER_BYTES = 1 << 16
 
 
@@ -118,7 +123,9 @@ def check_header(path: Path) -> Header:
 
     def expect(name: str, wanted: str, holds: bool) -> None:
         if not holds:
-            raise InputError(f"{path}: {name}: expected {wanted}, got {_printable(fields.get(name, '')) or 'nothing'}")
+            raise InputError(
+                f"{path}: {name}: expected {wanted}, got {_printable(fields.get(name, '')) or 'nothing'}"
+            )
 
     for line in re.split("[\r\n]+", text):
         name, *value = (part.strip() for part in re.split("[=:]", line, maxsplit=1))
@@ -132,7 +139,11 @@ def check_header(path: Path) -> Header:
             values = np.array([float(word) for word in fields.get(name, "").split()])
         except ValueError:
             values = np.empty(0)
-        expect(name, f"{count} finite numbers", len(values) == count and bool(np.isfinite(values).all()))
+        expect(
+            name,
+            f"{count} finite numbers",
+            len(values) == count and bool(np.isfinite(values).all()),
+        )
         return values
 
     def flag(name: str, default: str = "False") -> bool:
@@ -162,23 +173,37 @@ def check_header(path: Path) -> Header:
     expect("ElementSpacing", f"3 numbers of {low:g} to {high:g} (mm)", fits)
     origin = numbers("Offset", 3)
     axes = numbers("TransformMatrix", 9).reshape(3, 3)  # a row for each axis
-    expect("TransformMatrix", "an orthonormal matrix", np.allclose(axes @ axes.T, np.eye(3), atol=1e-3))
+    expect(
+        "TransformMatrix", "an orthonormal matrix", np.allclose(axes @ axes.T, np.eye(3), atol=1e-3)
+    )
     header_size = fields.get("HeaderSize", "0")
-    expect("HeaderSize", "an integer", re.fullmatch(r"-?\d{1,18}", header_size, re.ASCII) is not None)
+    expect(
+        "HeaderSize", "an integer", re.fullmatch(r"-?\d{1,18}", header_size, re.ASCII) is not None
+    )
     skip = max(int(header_size), 0)
 
     name = fields.get("ElementDataFile", "")
-    bare = re.fullmatch(r"[^/\\:%]+", name) and name not in (".", "..") and name.upper() not in ("LOCAL", "LIST")
+    bare = (
+        re.fullmatch(r"[^/\\:%]+", name)
+        and name not in (".", "..")
+        and name.upper() not in ("LOCAL", "LIST")
+    )
     expect("ElementDataFile", "the name of a file in the same folder", bool(bare))
     raw = path.parent / name
     if not os.path.isfile(raw):  # the method of a path raises where a name is too long
-        raise InputError(f"{path}: ElementDataFile: expected {_printable(name)} beside the header, found no such file")
+        raise InputError(
+            f"{path}: ElementDataFile: expected {_printable(name)} beside the header, found no such file"
+        )
     expected = 2 * voxels + skip
     if (got := raw.stat().st_size) != expected:
-        raise InputError(f"{raw}: expected {expected} bytes (DimSize {fields['DimSize']} of MET_SHORT), got {got}")
+        raise InputError(
+            f"{raw}: expected {expected} bytes (DimSize {fields['DimSize']} of MET_SHORT), got {got}"
+        )
     dtype = np.dtype(">i2" if big_endian else "<i2")
     shape = (size[2], size[1], size[0])
-    return Header(raw, skip, dtype, shape, spacing.tolist(), origin.tolist(), axes.T.ravel().tolist())
+    return Header(
+        raw, skip, dtype, shape, spacing.tolist(), origin.tolist(), axes.T.ravel().tolist()
+    )
 
 
 def _printable(text: str) -> str:
@@ -203,7 +228,9 @@ def _read(header: Header) -> sitk.Image:
     count = math.prod(header.shape)
     voxels = np.fromfile(header.raw, header.dtype, count, offset=header.skip)
     if voxels.size != count:
-        raise InputError(f"{header.raw}: expected a file that stays as it is, but it changed while it was read")
+        raise InputError(
+            f"{header.raw}: expected a file that stays as it is, but it changed while it was read"
+        )
     image = sitk.GetImageFromArray(voxels.astype(np.int16, copy=False).reshape(header.shape))
     image.SetSpacing(header.spacing)
     image.SetOrigin(header.origin)
@@ -240,7 +267,9 @@ def resample(image: sitk.Image, spacing: Sequence[float]) -> Volume:
     voxels = np.empty(shape, dtype=np.int16)
     for y in range(shape[1]):
         voxels[:, y] = np.rint(weights[0] @ in_plane[:, y])
-    first = [0.5 * new / old - 0.5 for new, old in zip(spacing[::-1], image.GetSpacing(), strict=True)]
+    first = [
+        0.5 * new / old - 0.5 for new, old in zip(spacing[::-1], image.GetSpacing(), strict=True)
+    ]
     return Volume(
         voxels=voxels,
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
@@ -259,7 +288,9 @@ def _triangle_weights(old_length: int, new_length: int, ratio: float) -> scipy.s
     width = max(ratio, 1.0)
     reach = math.ceil(width)
     columns = np.floor(centres)[:, None].astype(np.int64) + np.arange(1 - reach, reach + 1)
-    values = np.maximum(0, 1 - np.abs(columns - centres[:, None]) / width) * ((columns >= 0) & (columns < old_length))
+    values = np.maximum(0, 1 - np.abs(columns - centres[:, None]) / width) * (
+        (columns >= 0) & (columns < old_length)
+    )
     values /= values.sum(axis=1, keepdims=True)
     rows, taps = np.nonzero(values)
     triplets = (values[rows, taps].astype(np.float32), (rows, columns[rows, taps]))
@@ -278,7 +309,9 @@ def load_volume(path: str | Path, spacing: Sequence[float]) -> Volume:
     limit = min(MAX_VOXELS, MAX_GROWTH * math.prod(header.shape))
     between = header.shape[0] * math.prod(shape[1:])
     if math.prod(shape) > limit or between > MAX_VOXELS or max(shape) > MAX_LENGTH:
-        raise InputError(f"{path}: ElementSpacing: expected at most {limit} voxels at {spacing} mm, got {shape}")
+        raise InputError(
+            f"{path}: ElementSpacing: expected at most {limit} voxels at {spacing} mm, got {shape}"
+        )
     return resample(_read(header), spacing)
 
 
@@ -317,14 +350,21 @@ class LUNA16:
     ) -> None:
         spacing = tuple(map(float, spacing))
         if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
-            raise ValueError(f"LUNA16: spacing: expected 3 positive numbers (z, y, x in mm), got {spacing}")
+            raise ValueError(
+                f"LUNA16: spacing: expected 3 positive numbers (z, y, x in mm), got {spacing}"
+            )
         if subsets is not None and not set(subsets) <= set(_SUBSETS):
             raise ValueError(f"LUNA16: subsets: expected numbers of 0 to 9, got {list(subsets)}")
         self.root = Path(root)
         self.spacing = spacing
-        self.cache = Path(self.root if cache is None else cache) / f".cache-{'x'.join(f'{step:g}' for step in spacing)}"
+        self.cache = (
+            Path(self.root if cache is None else cache)
+            / f".cache-{'x'.join(f'{step:g}' for step in spacing)}"
+        )
         if not self.root.is_dir():
-            raise InputError(f"{self.root}: expected a folder in LUNA16's layout, found no such folder")
+            raise InputError(
+                f"{self.root}: expected a folder in LUNA16's layout, found no such folder"
+            )
         present = [subset for subset in _SUBSETS if (self.root / f"subset{subset}").is_dir()]
         wanted = present if subsets is None else sorted(set(subsets))
         if missing := sorted(set(wanted) - set(present)):
@@ -333,14 +373,20 @@ class LUNA16:
         for subset in present:
             for path in scan_headers(self.root / f"subset{subset}"):
                 if path.stem in everywhere:
-                    raise InputError(f"{path}: expected each series once, got it in {everywhere[path.stem][1]} too")
+                    raise InputError(
+                        f"{path}: expected each series once, got it in {everywhere[path.stem][1]} too"
+                    )
                 everywhere[path.stem] = subset, path
         self._scans = {uid: scan for uid, scan in everywhere.items() if scan[0] in wanted}
         if not self._scans:
-            raise InputError(f"{self.root}: expected scans subset0/<seriesuid>.mhd to subset9/..., found none")
+            raise InputError(
+                f"{self.root}: expected scans subset0/<seriesuid>.mhd to subset9/..., found none"
+            )
         annotations = _find_table(self.root, "annotations.csv")
         if annotations is None:
-            raise InputError(f"{self.root / 'annotations.csv'}: expected the table of nodules, found no such file")
+            raise InputError(
+                f"{self.root / 'annotations.csv'}: expected the table of nodules, found no such file"
+            )
         self._annotations = annotations
         nodules = read_findings(annotations)
         excluded_table = _find_table(self.root, "annotations_excluded.csv")
@@ -378,9 +424,13 @@ class LUNA16:
         self._scan(uid)
         return self._excluded.get(uid, np.empty((0, 4)))
 
-    def evaluate(self, candidates: Mapping[str, np.ndarray], series: Sequence[str], *, bootstraps: int = 1000) -> Froc:
+    def evaluate(
+        self, candidates: Mapping[str, np.ndarray], series: Sequence[str], *, bootstraps: int = 1000
+    ) -> Froc:
         """Evaluate candidates on some of the series by LUNA16's rules: `froc.evaluate` with what is known of them."""
-        nodules, excluded = ({uid: of(uid) for uid in series} for of in (self.nodules, self.excluded))
+        nodules, excluded = (
+            {uid: of(uid) for uid in series} for of in (self.nodules, self.excluded)
+        )
         return evaluate(candidates, nodules, excluded, series, bootstraps=bootstraps)
 
     def volume(self, uid: str) -> Volume:
@@ -395,7 +445,9 @@ class LUNA16:
             _write_cached(path, self.cache, self.spacing)
             volume = _open_cached(self.cache, path, self.spacing)
         if volume is None:
-            raise InputError(f"{path}: expected a scan that stays as it is, but it changed while it was resampled")
+            raise InputError(
+                f"{path}: expected a scan that stays as it is, but it changed while it was resampled"
+            )
         self._check_nodules(uid, volume)
         return volume
 
@@ -413,13 +465,21 @@ class LUNA16:
         Raises:
             InputError: as `volume`, for the first bad scan.
         """
-        stale = [uid for uid in self.series if _open_cached(self.cache, self.path(uid), self.spacing) is None]
+        stale = [
+            uid
+            for uid in self.series
+            if _open_cached(self.cache, self.path(uid), self.spacing) is None
+        ]
         paths = [self.path(uid) for uid in stale]
         write = partial(_write_cached, cache=self.cache, spacing=self.spacing)
         if workers is None:
-            size = sum(file.stat().st_size for path in paths for file in path.parent.glob(f"{path.stem}.*"))
+            size = sum(
+                file.stat().st_size for path in paths for file in path.parent.glob(f"{path.stem}.*")
+            )
             workers = min(os.cpu_count() or 1, 8, 1 + size // WORTH_A_PROCESS)
-        with tqdm(total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)) as bar:
+        with tqdm(
+            total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)
+        ) as bar:
             if min(workers, len(stale)) <= 1:
                 for path in paths:
                     write(path)
@@ -446,18 +506,25 @@ class LUNA16:
             k = int(np.argmax(outside))
             point = ", ".join(f"{value:g}" for value in nodules[k, :3])
             row = _row_of(self._annotations, uid, k)
-            raise InputError(f"{self._annotations}, row {row}: expected a point inside of scan {uid}, got ({point}) mm")
+            raise InputError(
+                f"{self._annotations}, row {row}: expected a point inside of scan {uid}, got ({point}) mm"
+            )
 
 
 def scan_headers(folder: Path) -> list[Path]:
     """The headers in a subset's folder and in the folder of the same name within it, by name."""
     found = [*folder.glob("*.mhd"), *(folder / folder.name).glob("*.mhd")]
-    return sorted((path for path in found if not path.name.startswith(".")), key=lambda path: path.name)
+    return sorted(
+        (path for path in found if not path.name.startswith(".")), key=lambda path: path.name
+    )
 
 
 def _find_table(root: Path, name: str) -> Path | None:
     """A table of the data set in the first folder that has it."""
-    return next((root / folder / name for folder in _TABLE_FOLDERS if (root / folder / name).is_file()), None)
+    return next(
+        (root / folder / name for folder in _TABLE_FOLDERS if (root / folder / name).is_file()),
+        None,
+    )
 
 
 def _check_known(
@@ -472,14 +539,20 @@ def _check_known(
         lines = seriesuids.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         listed = {line.strip(): row for row, line in enumerate(lines, start=1) if line.strip()}
         if unlisted := next((uid for uid in scans if uid not in listed), None):
-            raise InputError(f"{scans[unlisted][1]}: expected a series of {seriesuids}, which does not list it")
+            raise InputError(
+                f"{scans[unlisted][1]}: expected a series of {seriesuids}, which does not list it"
+            )
         if complete and (lost := next((uid for uid in listed if uid not in scans), None)):
-            raise InputError(f"{seriesuids}, row {listed[lost]}: expected a series with a scan, got {lost!r}")
+            raise InputError(
+                f"{seriesuids}, row {listed[lost]}: expected a series with a scan, got {lost!r}"
+            )
     for table, findings in tables.items() if complete or listed else ():
         unknown = next((uid for uid in findings if uid not in scans and uid not in listed), None)
         if unknown is not None:
             row = _row_of(table, unknown, 0)
-            raise InputError(f"{table}, row {row}: seriesuid: expected a series of the data set, got {unknown!r}")
+            raise InputError(
+                f"{table}, row {row}: seriesuid: expected a series of the data set, got {unknown!r}"
+            )
 
 
 def _row_of(table: Path, uid: str, k: int) -> int:
@@ -502,8 +575,15 @@ def _open_cached(cache: Path, path: Path, spacing: Sequence[float]) -> Volume | 
             return None
         if voxels.dtype != np.int16 or voxels.ndim != 3 or geometry["spacing"] != list(spacing):
             return None
-        origin, direction = np.array(geometry["origin"], np.float64), np.array(geometry["direction"], np.float64)
-        if origin.shape != (3,) or direction.shape != (3, 3) or not np.isfinite([*direction, origin]).all():
+        origin, direction = (
+            np.array(geometry["origin"], np.float64),
+            np.array(geometry["direction"], np.float64),
+        )
+        if (
+            origin.shape != (3,)
+            or direction.shape != (3, 3)
+            or not np.isfinite([*direction, origin]).all()
+        ):
             return None
         voxel = (spacing[0], spacing[1], spacing[2])
         return Volume(voxels, voxel, tuple(origin.tolist()), tuple(map(tuple, direction.tolist())))
@@ -515,7 +595,12 @@ def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
     """Resample a scan into the cache: one ``.npy`` with the geometry behind the array, so that the two always match."""
     source = {file.name: _stamp(file) for file in (path, check_header(path).raw)}
     volume = load_volume(path, spacing)
-    geometry = {"source": source, "spacing": list(spacing), "origin": volume.origin, "direction": volume.direction}
+    geometry = {
+        "source": source,
+        "spacing": list(spacing),
+        "origin": volume.origin,
+        "direction": volume.direction,
+    }
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_write(_cached_file(cache, path)) as temporary, open(temporary, "wb") as stream:
@@ -523,7 +608,9 @@ def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
             stream.write(json.dumps(geometry).encode())
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{cache}: cannot write resampled scans here ({reason}); see --cache") from None
+        raise InputError(
+            f"{cache}: cannot write resampled scans here ({reason}); see --cache"
+        ) from None
 
 
 def _cached_file(cache: Path, path: Path) -> Path:

@@ -71,17 +71,25 @@ class PatchDataset(Dataset):
         around: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if len(patch_size) != 3 or not all(size == int(size) > 0 for size in patch_size):
-            raise ValueError(f"PatchDataset: patch_size: expected 3 positive integers, got {patch_size}")
+            raise ValueError(
+                f"PatchDataset: patch_size: expected 3 positive integers, got {patch_size}"
+            )
         if not 0 <= positive <= 1:
-            raise ValueError(f"PatchDataset: positive: expected a probability in [0, 1], got {positive}")
+            raise ValueError(
+                f"PatchDataset: positive: expected a probability in [0, 1], got {positive}"
+            )
         if balance not in ("nodule", "scan"):
             raise ValueError(f"PatchDataset: balance: expected 'nodule' or 'scan', got {balance!r}")
         if length < 1:
-            raise ValueError(f"PatchDataset: length: expected a positive number of items, got {length}")
+            raise ValueError(
+                f"PatchDataset: length: expected a positive number of items, got {length}"
+            )
         if seed < 0:
             raise ValueError(f"PatchDataset: seed: expected a non-negative integer, got {seed}")
         if unknown := sorted(set(series).difference(data.series)):
-            raise ValueError(f"PatchDataset: series: expected series of {data.root}, got {unknown[0]!r}")
+            raise ValueError(
+                f"PatchDataset: series: expected series of {data.root}, got {unknown[0]!r}"
+            )
         if len(series) == 0:
             raise ValueError("PatchDataset: series: expected one or more, got none")
         self.data = data
@@ -94,8 +102,12 @@ class PatchDataset(Dataset):
         self._around = around
         centres = data.nodules if around is None else lambda uid: around.get(uid, ())
         counts = np.array([len(centres(uid)) for uid in self.series])
-        self._places = [(uid, k) for uid, count in zip(self.series, counts, strict=True) for k in range(count)]
-        weights = np.repeat(1 / counts.clip(1) if balance == "scan" else np.ones(len(counts)), counts)
+        self._places = [
+            (uid, k) for uid, count in zip(self.series, counts, strict=True) for k in range(count)
+        ]
+        weights = np.repeat(
+            1 / counts.clip(1) if balance == "scan" else np.ones(len(counts)), counts
+        )
         if around is not None:
             weights = weights * [around[uid][k, 6] for uid, k in self._places]
         if not weights.any():
@@ -137,21 +149,28 @@ class PatchDataset(Dataset):
         scan = self._open.pop(uid, None)
         if scan is None:
             volume = self.data.volume(uid)
-            nodules, excluded = volume.boxes(self.data.nodules(uid)), volume.boxes(self.data.excluded(uid))
+            nodules, excluded = (
+                volume.boxes(self.data.nodules(uid)),
+                volume.boxes(self.data.excluded(uid)),
+            )
             scan = _Scan(np.asarray(volume.voxels), nodules, excluded)
             if len(self._open) == _MAX_OPEN:
                 del self._open[next(iter(self._open))]
         self._open[uid] = scan
         return scan
 
-    def _corner_around(self, box: np.ndarray, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    def _corner_around(
+        self, box: np.ndarray, shape: Sequence[int], rng: np.random.Generator
+    ) -> np.ndarray:
         size = np.array(self.patch_size)
         centre = (box[:3] + box[3:]).astype(np.float64) / 2
         margin = np.minimum((box[3:] - box[:3]) / 2, size / 2)
         low = np.minimum(np.ceil(centre + margin - size), np.floor(centre)).astype(np.int64)
         high = np.maximum(np.floor(centre - margin).astype(np.int64), low)
         inside = np.array(shape) - size
-        return rng.integers(low, high, endpoint=True).clip(np.minimum(inside, 0), np.maximum(inside, 0))
+        return rng.integers(low, high, endpoint=True).clip(
+            np.minimum(inside, 0), np.maximum(inside, 0)
+        )
 
     def _corner_of_background(self, voxels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         inside = np.array(voxels.shape) - self.patch_size
@@ -168,16 +187,22 @@ class PatchDataset(Dataset):
                 break
         return best
 
-    def _boxes(self, scan: _Scan, corner: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _boxes(
+        self, scan: _Scan, corner: np.ndarray, flipped: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The boxes and what to ignore, in voxels of the patch."""
         size = np.array(self.patch_size, dtype=np.float32)
         both = np.concatenate([scan.nodules, scan.excluded]) - np.tile(corner, 2).astype(np.float32)
         low, high = both[:, :3], both[:, 3:]
         centre = (low + high) / 2
-        held = ((centre >= 0) & (centre < size)).all(axis=1) & (np.arange(len(both)) < len(scan.nodules))
+        held = ((centre >= 0) & (centre < size)).all(axis=1) & (
+            np.arange(len(both)) < len(scan.nodules)
+        )
         low, high = low.clip(0, size), high.clip(0, size)
         cut = (high > low).all(axis=1) & ~held
-        both = np.concatenate([np.where(flipped, size - high, low), np.where(flipped, size - low, high)], axis=1)
+        both = np.concatenate(
+            [np.where(flipped, size - high, low), np.where(flipped, size - low, high)], axis=1
+        )
         return both[held], both[cut]
 
     def _cut(self, voxels: np.ndarray, corner: np.ndarray, flipped: np.ndarray) -> np.ndarray:
@@ -192,7 +217,10 @@ class PatchDataset(Dataset):
 
 
 def _region(corner: np.ndarray, size: Sequence[int], steps: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(max(c, 0), c + n, step) for c, n, step in zip(corner.tolist(), size, steps, strict=True))
+    return tuple(
+        slice(max(c, 0), c + n, step)
+        for c, n, step in zip(corner.tolist(), size, steps, strict=True)
+    )
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -214,7 +242,9 @@ class _Batches:
     size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(number * self.size, (number + 1) * self.size)) for number in self.numbers)
+        return (
+            list(range(number * self.size, (number + 1) * self.size)) for number in self.numbers
+        )
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -252,13 +282,17 @@ def patch_loader(
     if batch_size < 1:
         raise ValueError(f"patch_loader: batch_size: expected a positive integer, got {batch_size}")
     if not 0 <= rank < world_size:
-        raise ValueError(f"patch_loader: rank: expected one below world_size {world_size}, got {rank}")
+        raise ValueError(
+            f"patch_loader: rank: expected one below world_size {world_size}, got {rank}"
+        )
     steps = len(dataset) // (batch_size * world_size)
     if not 0 <= start <= steps:
         raise ValueError(f"patch_loader: start: expected a step of 0 to {steps}, got {start}")
     return DataLoader(
         dataset,
-        batch_sampler=_Batches(range(start * world_size + rank, steps * world_size, world_size), batch_size),
+        batch_sampler=_Batches(
+            range(start * world_size + rank, steps * world_size, world_size), batch_size
+        ),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

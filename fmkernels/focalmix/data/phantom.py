@@ -39,7 +39,16 @@ SUBSETS = 10
 
 HU_RANGE = (-2048, 3071)
 PADDINGS = (-2048, -2000, -1024)  # values of scanners outside the reconstruction circle
-AIR, FAT, AIRWAY_WALL, SKIN, SOFT, MUSCLE, LIVER, DISC = -1000.0, -105.0, 0.0, 10.0, 35.0, 55.0, 60.0, 90.0
+AIR, FAT, AIRWAY_WALL, SKIN, SOFT, MUSCLE, LIVER, DISC = (
+    -1000.0,
+    -105.0,
+    0.0,
+    10.0,
+    35.0,
+    55.0,
+    60.0,
+    90.0,
+)
 TABLE, MARROW, CORTEX = -300.0, 190.0, 620.0
 
 
@@ -74,7 +83,9 @@ class Look(NamedTuple):
 NODULES = {
     "solid": Look(0.72, (-20, 95), margin=(0, 1.3)),
     "calcified": Look(0.05, (20, 120), core=(0.5, 0.9), core_hu=(200, 700)),
-    "part-solid": Look(0.1, (-620, -420), (5.5, 30), (0.8, 2.5), 0.9, core=(0.35, 0.65), core_hu=(-40, 70)),
+    "part-solid": Look(
+        0.1, (-620, -420), (5.5, 30), (0.8, 2.5), 0.9, core=(0.35, 0.65), core_hu=(-40, 70)
+    ),
     "ground-glass": Look(0.13, (-620, -420), (5.5, 30), (1, 3), 0.85),
 }
 EXCLUDED = {
@@ -125,19 +136,37 @@ class Anatomy:
         self.muscle = rng.uniform(9, 19)
         self.fat = float(np.clip(rng.lognormal(2.6, 0.5), 5, 34))
         self.breast = rng.uniform(16, 45) if rng.random() < 0.45 else 0.0
-        self.domes = self.height * rng.uniform(0.22, 0.33), self.height * rng.uniform(0.15, 0.27)  # right, left
-        self.heart = rng.uniform(14, 26), rng.uniform(-36, -29), self.height * rng.uniform(0.32, 0.4)
+        self.domes = (
+            self.height * rng.uniform(0.22, 0.33),
+            self.height * rng.uniform(0.15, 0.27),
+        )  # right, left
+        self.heart = (
+            rng.uniform(14, 26),
+            rng.uniform(-36, -29),
+            self.height * rng.uniform(0.32, 0.4),
+        )
         self.heart_scale = self.half_width * rng.uniform(0.85, 1.15) / 130
         self.heart_angle = rng.uniform(0.35, 0.75)
-        self.stomach = rng.uniform(48, 75), rng.uniform(-35, -15), self.domes[1] - rng.uniform(24, 34)
+        self.stomach = (
+            rng.uniform(48, 75),
+            rng.uniform(-35, -15),
+            self.domes[1] - rng.uniform(24, 34),
+        )
         self.junction = rng.uniform(3, 9)
         self.fissure = rng.uniform(0.5, 0.65), rng.uniform(0.7, 1.0)  # height as a share, slope
         self.vertebra = rng.uniform(22, 27)
-        self.ripple = rng.uniform(1.5, 4.5), *rng.uniform(0, 2 * np.pi, 3).tolist()  # amplitude, phases
+        self.ripple = (
+            rng.uniform(1.5, 4.5),
+            *rng.uniform(0, 2 * np.pi, 3).tolist(),
+        )  # amplitude, phases
         self.arch = self.height * rng.uniform(0.69, 0.73)
         self.carina = np.array([rng.uniform(-4, 2), 10.0, self.arch - rng.uniform(8, 15)])
-        self.artery_roots = np.array([[-42.0, 2.0, 0.55 * self.height], [38.0, 6.0, 0.585 * self.height]])
-        self.vein_roots = np.array([[-36.0, 10.0, 0.48 * self.height], [38.0, 12.0, 0.49 * self.height]])
+        self.artery_roots = np.array(
+            [[-42.0, 2.0, 0.55 * self.height], [38.0, 6.0, 0.585 * self.height]]
+        )
+        self.vein_roots = np.array(
+            [[-36.0, 10.0, 0.48 * self.height], [38.0, 12.0, 0.49 * self.height]]
+        )
 
     def _section(self, z: float | NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """At height z: scale of the lungs' outline, scale of the chest wall, y of the middle."""
@@ -147,7 +176,9 @@ class Anatomy:
 
     def _reach(self, x: NDArray, y: NDArray) -> NDArray:
         """Distance of the widest outline in the direction of the unit vector (x, y)."""
-        sides = np.abs(x / self.half_width) ** self.power + np.abs(y / self.half_depth) ** self.power
+        sides = (
+            np.abs(x / self.half_width) ** self.power + np.abs(y / self.half_depth) ** self.power
+        )
         return sides ** (-1 / self.power)
 
     def spine_y(self, z: float | NDArray) -> NDArray:
@@ -175,12 +206,22 @@ class Anatomy:
 
         t = z / self.height
         across = across * across
-        layers = self.muscle + self.fat * (0.75 + 0.5 * across) * (1.15 - 0.35 * t) + 10 * np.maximum(back, 0)
+        layers = (
+            self.muscle
+            + self.fat * (0.75 + 0.5 * across) * (1.15 - 0.35 * t)
+            + 10 * np.maximum(back, 0)
+        )
         layers += np.clip((t - 0.72) / 0.3, 0, 1) * (24 * across + 6)
         body = rho - reach * np.maximum(wall_scale, 0.9) - layers + 0.5 * ripple
         if self.breast:
-            front = ((y + self.half_depth + self.muscle + 0.3 * self.breast) / (16 + self.breast)) ** 2
-            squared = ((np.abs(x) - 0.58 * self.half_width) / 62) ** 2 + front + ((z - 0.42 * self.height) / 62) ** 2
+            front = (
+                (y + self.half_depth + self.muscle + 0.3 * self.breast) / (16 + self.breast)
+            ) ** 2
+            squared = (
+                ((np.abs(x) - 0.58 * self.half_width) / 62) ** 2
+                + front
+                + ((z - 0.42 * self.height) / 62) ** 2
+            )
             body = -_smooth_max(-body, (1 - np.sqrt(squared)) * 40, 20)
 
         left = 1 / (1 + np.exp(-x / 14))
@@ -189,7 +230,10 @@ class Anatomy:
         diaphragm = (np.maximum(dome, 4) - z) * 0.8
 
         hx, hy, hz = self.heart
-        c, s = math.cos(self.heart_angle) / self.heart_scale, math.sin(self.heart_angle) / self.heart_scale
+        c, s = (
+            math.cos(self.heart_angle) / self.heart_scale,
+            math.sin(self.heart_angle) / self.heart_scale,
+        )
         u, v = (x - hx) * c - (y - hy) * s, (x - hx) * s + (y - hy) * c
         w = (z - hz) / self.heart_scale + 0.35 * u
         heart = (np.sqrt((u / 60) ** 2 + (v / 45) ** 2 + (w / 54) ** 2) - 1) * 50
@@ -200,7 +244,9 @@ class Anatomy:
         column = (np.sqrt((x / width) ** 2 + ((y + 4 - 0.3 * middle) / 46) ** 2) - 1) * 30
         junction = np.abs(x - 3 - 5 * np.sin(z / 40 + kx)) - self.junction * (0.5 + 0.5 * t)
         mediastinum = functools.reduce(np.minimum, (spine, aorta, column, junction))
-        lung = _smooth_max(_smooth_max(cavity, _smooth_max(-mediastinum, -heart, 12), 7), diaphragm, 5)
+        lung = _smooth_max(
+            _smooth_max(cavity, _smooth_max(-mediastinum, -heart, 12), 7), diaphragm, 5
+        )
         return Surfaces(body, wall, np.maximum(wall, -diaphragm), heart, lung)
 
     def great_vessels(self) -> NDArray[np.float64]:
@@ -208,7 +254,16 @@ class Anatomy:
         h, arch = self.height, self.arch
         descent = np.linspace(arch - 6, -20, 12)
         paths = (
-            (15, [(-6, -26, 0.45 * h), (-12, -30, arch - 18), (0, -20, arch - 1), (15, 6, arch), (21, 30, arch - 6)]),
+            (
+                15,
+                [
+                    (-6, -26, 0.45 * h),
+                    (-12, -30, arch - 18),
+                    (0, -20, arch - 1),
+                    (15, 6, arch),
+                    (21, 30, arch - 6),
+                ],
+            ),
             (12, np.column_stack((np.full(12, 21.0), self.spine_y(descent) - 16, descent))),
             (5, [(-6, -16, arch), (-18, -12, 0.9 * h), (-24, -8, 1.1 * h)]),
             (4, [(6, -8, arch), (16, -8, 0.9 * h), (20, -6, 1.1 * h)]),
@@ -217,7 +272,15 @@ class Anatomy:
             (6, [(-26, -28, 0.76 * h), (4, -30, 0.82 * h), (28, -26, 0.93 * h)]),
             (11, [(-25, -4, 0.34 * h), (-25, 6, -20)]),
             (14, [(18, -36, 0.46 * h), (14, -18, 0.56 * h)]),
-            (10, [self.artery_roots[0], (-18, -4, 0.56 * h), (14, -18, 0.56 * h), self.artery_roots[1]]),
+            (
+                10,
+                [
+                    self.artery_roots[0],
+                    (-18, -4, 0.56 * h),
+                    (14, -18, 0.56 * h),
+                    self.artery_roots[1],
+                ],
+            ),
             (17, [(-13, 4, 0.46 * h), (0, 9, 0.47 * h), (13, 5, 0.47 * h)]),
             (8, [self.vein_roots[0], (0, 8, 0.47 * h), self.vein_roots[1]]),
         )
@@ -230,8 +293,12 @@ class Anatomy:
             for k in range(12):
                 angle = np.linspace(0.24, np.pi * (0.8 if k < 7 else 0.72 - 0.09 * (k - 7)), 22)
                 fall = (18 + 11 * min(k, 6)) * (angle / np.pi) ** 1.3 * h / 245
-                tubes.append(_chain(self.wall_points(side * angle, h * (1 - 0.083 * k) - fall, 7), 4.2))
-            ends = self.wall_points(side * np.array([2.9, 2.2]), h * np.array([0.93, 0.99]), np.array([4, 26]))
+                tubes.append(
+                    _chain(self.wall_points(side * angle, h * (1 - 0.083 * k) - fall, 7), 4.2)
+                )
+            ends = self.wall_points(
+                side * np.array([2.9, 2.2]), h * np.array([0.93, 0.99]), np.array([4, 26])
+            )
             tubes.append(_chain(ends, 5.5))
             for t in np.linspace(0.5, 0.98, 40):
                 angle = side * np.linspace(0.8 - 0.25 * t, 1.25, 5)
@@ -242,7 +309,9 @@ class Anatomy:
         return np.concatenate(tubes)
 
 
-def grow_tree(rng: np.random.Generator, root: NDArray, tips: NDArray, radius: float) -> NDArray[np.float64]:
+def grow_tree(
+    rng: np.random.Generator, root: NDArray, tips: NDArray, radius: float
+) -> NDArray[np.float64]:
     """Tubes of a tree from ``root`` to all tips [n, 3]: go towards the tips' centre, part them by a plane, repeat.
 
     Radii follow Murray's law, r^3 = r1^3 + r2^3, with the number of tips served; every plane stands across the last.
@@ -259,7 +328,10 @@ def grow_tree(rng: np.random.Generator, root: NDArray, tips: NDArray, radius: fl
             plane = np.cross(way, normal)
             side = ((served - end) * plane).sum(axis=1)
             far = side > (0 if side.min() <= 0 < side.max() else np.sort(side)[len(side) // 2 - 1])
-            branches += [(end, served[far], plane, end_radius), (end, served[~far], plane, end_radius)]
+            branches += [
+                (end, served[far], plane, end_radius),
+                (end, served[~far], plane, end_radius),
+            ]
     return np.array(tubes)
 
 
@@ -287,7 +359,9 @@ class Lesion:
 
     def _shape(self, x: NDArray, y: NDArray, z: NDArray) -> NDArray:
         squared = sum((a * x + b * y + c * z) ** 2 for a, b, c in self.axes.tolist())
-        bumps = sum(h * np.exp(7 * (a * x + b * y + c * z - 1)) for a, b, c, h in self.bumps.tolist())
+        bumps = sum(
+            h * np.exp(7 * (a * x + b * y + c * z - 1)) for a, b, c, h in self.bumps.tolist()
+        )
         return (1 + bumps) / np.sqrt(squared + 1e-6)
 
     def radius(self, x: NDArray, y: NDArray, z: NDArray) -> NDArray:
@@ -318,7 +392,9 @@ class Scene:
         steps = np.arange(SIZES[size].matrix) - (SIZES[size].matrix - 1) / 2
         self.x = (self.view[0] + steps * self.pixel).astype(np.float32)
         self.y = (self.view[1] + steps * self.pixel).astype(np.float32)
-        self.z = (np.arange(int((self.anatomy.height + 26) / self.slice)) * self.slice - 8).astype(np.float32)
+        self.z = (np.arange(int((self.anatomy.height + 26) / self.slice)) * self.slice - 8).astype(
+            np.float32
+        )
 
     def _draw_scanner(self, rng: np.random.Generator, size: PhantomSize) -> None:
         view = float(np.clip(self.anatomy.half_width * rng.uniform(2.35, 2.75), 310, 380))
@@ -353,11 +429,20 @@ class Scene:
     def _draw_trees(self, rng: np.random.Generator) -> None:
         anatomy, caliber, count = self.anatomy, rng.uniform(6.5, 8.5), int(rng.uniform(500, 1300))
         top = (anatomy.carina[0], -2.0, 1.15 * anatomy.height)
-        vessels, airways = [anatomy.great_vessels()], [_chain([top, anatomy.carina], rng.uniform(7.5, 10))]
-        for side, artery, vein in zip((-1, 1), anatomy.artery_roots, anatomy.vein_roots, strict=True):
-            inside = np.flatnonzero((self.points[:, 0] * side > 0) & (self.depth > rng.uniform(2, 4)))
+        vessels, airways = (
+            [anatomy.great_vessels()],
+            [_chain([top, anatomy.carina], rng.uniform(7.5, 10))],
+        )
+        for side, artery, vein in zip(
+            (-1, 1), anatomy.artery_roots, anatomy.vein_roots, strict=True
+        ):
+            inside = np.flatnonzero(
+                (self.points[:, 0] * side > 0) & (self.depth > rng.uniform(2, 4))
+            )
             weight = 1 + 3 * np.exp(-self.depth[inside] / 7)
-            tips = self.points[rng.choice(inside, 2 * count, replace=False, p=weight / weight.sum())]
+            tips = self.points[
+                rng.choice(inside, 2 * count, replace=False, p=weight / weight.sum())
+            ]
             arteries = grow_tree(rng, artery, tips[:count], caliber)
             vessels += [arteries, grow_tree(rng, vein, tips[count:], 0.9 * caliber)]
             bronchi = arteries[arteries[:, 7] > rng.uniform(1.4, 2.2)]
@@ -386,8 +471,13 @@ class Scene:
                 away *= (tube[7] + 0.75 * radius) / (np.linalg.norm(away) + 1e-9)
                 center = tube[:3] + rng.random() * (tube[3:6] - tube[:3]) + away
             along = large[:, 3:6] - large[:, :3]
-            part = ((center - large[:, :3]) * along).sum(axis=1) / ((along * along).sum(axis=1) + 1e-9)
-            gap = np.linalg.norm(center - large[:, :3] - np.clip(part, 0, 1)[:, None] * along, axis=1) - large[:, 6]
+            part = ((center - large[:, :3]) * along).sum(axis=1) / (
+                (along * along).sum(axis=1) + 1e-9
+            )
+            gap = (
+                np.linalg.norm(center - large[:, :3] - np.clip(part, 0, 1)[:, None] * along, axis=1)
+                - large[:, 6]
+            )
             apart = np.linalg.norm(taken[:, :3] - center, axis=1) - np.maximum(taken[:, 3], 10) / 2
             deep = -self.anatomy.surfaces(*center).lung > min(low, 0.8 * radius)
             if deep and (gap > 0.6 * radius).all() and (apart > 1.6 * radius + 3).all():
@@ -402,9 +492,13 @@ class Scene:
         rows = rng.normal(size=(3, 3))
         rows[0] = rows[0] if first is None else first
         axes = np.linalg.qr(rows.T)[0].T / np.asarray(lengths)[:, None]
-        hu, margin, core, core_hu = (rng.uniform(*r) for r in (look.hu, look.margin, look.core, look.core_hu))
+        hu, margin, core, core_hu = (
+            rng.uniform(*r) for r in (look.hu, look.margin, look.core, look.core_hu)
+        )
         bumps = np.zeros((0, 4)) if bumps is None else bumps
-        self.lesions.append(Lesion(center, diameter, axes, bumps, hu, margin, look.opacity, core, core_hu))
+        self.lesions.append(
+            Lesion(center, diameter, axes, bumps, hu, margin, look.opacity, core, core_hu)
+        )
 
     def _draw_nodules(self, rng: np.random.Generator) -> None:
         for _ in range(0 if rng.random() < 0.32 else min(int(rng.geometric(0.5)), 8)):
@@ -413,7 +507,9 @@ class Scene:
             diameter = 0.0
             while not low <= diameter <= high:
                 diameter = rng.lognormal(math.log(6.4), 0.52)
-            center = self._place(rng, diameter / 2, rng.choice(["inside", "vessel", "pleura"], p=[0.45, 0.27, 0.28]))
+            center = self._place(
+                rng, diameter / 2, rng.choice(["inside", "vessel", "pleura"], p=[0.45, 0.27, 0.28])
+            )
             if center is None:
                 continue
             directions = rng.normal(size=(7, 3))
@@ -422,7 +518,12 @@ class Scene:
             lengths = np.exp(rng.normal(0, 0.13, 3))
             self._add(rng, look, center, diameter, lengths, np.column_stack((directions, heights)))
             self.nodules = np.vstack((self.nodules, (*center, diameter)))
-            if diameter > 8 and look.core_hu[1] < 100 and look.opacity > 0.85 and rng.random() < 0.4:
+            if (
+                diameter > 8
+                and look.core_hu[1] < 100
+                and look.opacity > 0.85
+                and rng.random() < 0.4
+            ):
                 for out in rng.normal(size=(rng.integers(5, 13), 3)):
                     tip = center + out / np.linalg.norm(out) * diameter * rng.uniform(0.65, 1.0)
                     self.strands = np.vstack((self.strands, (*center, *tip, 0.16 * diameter, 0.25)))
@@ -432,15 +533,26 @@ class Scene:
             kind = str(rng.choice(list(EXCLUDED), p=[look.share for look in EXCLUDED.values()]))
             look, plaque = EXCLUDED[kind], kind == "plaque"
             diameter = rng.uniform(*look.diameter)
-            center = self._place(rng, 1.0 if plaque else diameter / 2, "pleura" if plaque else "inside")
+            center = self._place(
+                rng, 1.0 if plaque else diameter / 2, "pleura" if plaque else "inside"
+            )
             if center is None:
                 continue
             if kind == "scar":
                 path = np.cumsum(rng.normal(size=3) * 3 + rng.normal(0, 1.4, (5, 3)), axis=0)
-                self.strands = np.vstack((self.strands, _chain(center + path - path[2], rng.uniform(0.7, 1.4))))
+                self.strands = np.vstack(
+                    (self.strands, _chain(center + path - path[2], rng.uniform(0.7, 1.4)))
+                )
             elif plaque:
                 near = self.anatomy.surfaces(*(center + np.vstack((np.eye(3), -np.eye(3)))).T).lung
-                self._add(rng, look, center, diameter, (0.3, *rng.uniform(1.2, 2.2, 2)), first=near[:3] - near[3:])
+                self._add(
+                    rng,
+                    look,
+                    center,
+                    diameter,
+                    (0.3, *rng.uniform(1.2, 2.2, 2)),
+                    first=near[:3] - near[3:],
+                )
             else:
                 self._add(rng, look, center, diameter, np.exp(rng.normal(0, 0.12, 3)))
             known = diameter if kind in ("granuloma", "faint") else -1.0
@@ -492,12 +604,19 @@ class Canvas:
         """Slices of the voxels between two corners (x, y, z), empty outside the canvas."""
         axes = ((self.z, self.slice, 2), (self.y, self.pixel, 1), (self.x, self.pixel, 0))
         z, y, x = (
-            slice(*(max(0, int((corner[i] - axis[0]) / step) + more) for corner, more in ((low, 0), (high, 2))))
+            slice(
+                *(
+                    max(0, int((corner[i] - axis[0]) / step) + more)
+                    for corner, more in ((low, 0), (high, 2))
+                )
+            )
             for axis, step, i in axes
         )
         return z, y, x
 
-    def offsets(self, box: Box, point: Sequence[float] | NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    def offsets(
+        self, box: Box, point: Sequence[float] | NDArray
+    ) -> tuple[NDArray, NDArray, NDArray]:
         """Broadcastable x, y, z of a box's voxels as seen from a point."""
         x, y, z = (np.float32(value) for value in point)
         return self.x[box[2]] - x, self.y[box[1]][:, None] - y, self.z[box[0]][:, None, None] - z
@@ -526,36 +645,56 @@ class Canvas:
             squared = (x - part * dx) ** 2 + (y - part * dy) ** 2 + z * z
             blur = self.blur(z, squared)
             radius = tube[6] + (tube[7] - tube[6]) * part
-            cover = _cover(np.sqrt(squared) - radius, blur) * np.minimum(1, (2 * radius / blur) ** 2)
+            cover = _cover(np.sqrt(squared) - radius, blur) * np.minimum(
+                1, (2 * radius / blur) ** 2
+            )
             _blend(view, cover, hu, brighten)
 
     def lesion(self, lesion: Lesion) -> None:
         """Brighten to the lesion's densities."""
-        reach = lesion.radius(*_DIRECTIONS).max() + 0.75 * max(self.pixel, self.slice) + lesion.margin
+        reach = (
+            lesion.radius(*_DIRECTIONS).max() + 0.75 * max(self.pixel, self.slice) + lesion.margin
+        )
         box = self.box(lesion.center - reach, lesion.center + reach)
         x, y, z = self.offsets(box, lesion.center)
         squared = x * x + y * y + z * z
         distance = np.sqrt(squared) + 1e-4
-        radius, blur = lesion.radius(x / distance, y / distance, z / distance), self.blur(z, squared)
+        radius, blur = (
+            lesion.radius(x / distance, y / distance, z / distance),
+            self.blur(z, squared),
+        )
         cover = lesion.opacity * _cover(distance - radius, blur + lesion.margin)
         _blend(self.hu[box], cover, lesion.hu, brighten=True)
         if lesion.core:
-            _blend(self.hu[box], _cover(distance - lesion.core * radius, blur), lesion.core_hu, brighten=True)
+            _blend(
+                self.hu[box],
+                _cover(distance - lesion.core * radius, blur),
+                lesion.core_hu,
+                brighten=True,
+            )
 
     def tissue(self, scene: Scene, tiles: Sequence[NDArray]) -> None:
         """Paint body, organs and lungs."""
         anatomy, pixel = scene.anatomy, self.pixel
         x, y, z = self.x, self.y[:, None], self.z[:, None, None]
-        fine, medium, coarse = (_texture(t, grain, z, y, x) for t, grain in zip(tiles, (1.5, 4.5, 17.0), strict=True))
+        fine, medium, coarse = (
+            _texture(t, grain, z, y, x) for t, grain in zip(tiles, (1.5, 4.5, 17.0), strict=True)
+        )
         surface = anatomy.surfaces(x, y, z)
         view = self.hu
         view[:] = AIR
         if scene.table:
             under = y - anatomy.half_depth - anatomy.muscle - anatomy.fat - 22 + x * x / 700
-            _blend(view, _cover(np.abs(under) - 1, pixel) + _cover(np.abs(under - 22) - 1, pixel), TABLE)
+            _blend(
+                view,
+                _cover(np.abs(under) - 1, pixel) + _cover(np.abs(under - 22) - 1, pixel),
+                TABLE,
+            )
         _blend(view, _cover(surface.body, pixel), FAT + 14 * medium)
         _blend(view, _cover(np.abs(surface.body + 1) - 1, pixel), SKIN)
-        bulk = anatomy.muscle * (1 + 0.35 * coarse) + 45 * np.clip(z / anatomy.height - 0.75, 0, 0.3)
+        bulk = anatomy.muscle * (1 + 0.35 * coarse) + 45 * np.clip(
+            z / anatomy.height - 0.75, 0, 0.3
+        )
         planes = np.clip(1.4 - 9 * np.abs(coarse), 0, 1)
         muscle = np.maximum(surface.wall - bulk, surface.body + 4)
         _blend(view, _cover(muscle, pixel), MUSCLE + 9 * medium - 120 * planes)
@@ -564,17 +703,31 @@ class Canvas:
         organs = np.where((x < 22 + 8 * coarse) | (x + y > 95), LIVER + 4 * medium, mixed)
         _blend(view, _cover(surface.abdomen, pixel), organs)
         a, b, c = anatomy.stomach
-        stomach = (np.sqrt(((x - a) / 36) ** 2 + ((y - b) / 30) ** 2 + ((z - c) / 20) ** 2) - 1) * 22
+        stomach = (
+            np.sqrt(((x - a) / 36) ** 2 + ((y - b) / 30) ** 2 + ((z - c) / 20) ** 2) - 1
+        ) * 22
         stomach = np.maximum(stomach, surface.abdomen + 2)
         _blend(view, _cover(stomach, pixel), SOFT)
         _blend(view, _cover(np.maximum(stomach + 4, y - b), pixel), AIR)
         _blend(view, _cover(surface.heart + 4, pixel), 0.5 * (scene.blood + 45) + 6 * medium)
 
         t = z / anatomy.height
-        lung = scene.lung_hu + scene.lung_slope * y + 30 * (0.5 - t) + scene.grain * fine + scene.mottle * coarse
+        lung = (
+            scene.lung_hu
+            + scene.lung_slope * y
+            + 30 * (0.5 - t)
+            + scene.grain * fine
+            + scene.mottle * coarse
+        )
         lung -= scene.emphysema * np.clip(medium - 0.5, 0, 1.5) * np.clip(t, 0.2, 1)
-        lung += scene.reticulation * np.exp(surface.lung / 9 - (medium / 0.18) ** 2) * np.clip(1.2 - t, 0.2, 1)
-        lung += scene.dependence * np.exp(surface.lung / 5) * np.clip(y / anatomy.half_depth, 0, 1) ** 2
+        lung += (
+            scene.reticulation
+            * np.exp(surface.lung / 9 - (medium / 0.18) ** 2)
+            * np.clip(1.2 - t, 0.2, 1)
+        )
+        lung += (
+            scene.dependence * np.exp(surface.lung / 5) * np.clip(y / anatomy.half_depth, 0, 1) ** 2
+        )
         height, slope = anatomy.fissure
         oblique = z - height * anatomy.height - slope * (y - 10) + 0.0022 * x * x + 3 * coarse
         horizontal = z - (height + 0.02) * anatomy.height + 0.12 * y + 4 * coarse
@@ -613,12 +766,17 @@ class Canvas:
 def render(scene: Scene) -> NDArray[np.int16]:
     """The scan's voxels in HU, [z, y, x] along the patient's axes."""
     rng = np.random.default_rng(scene.noise_seed)
-    tiles = [ndimage.gaussian_filter(rng.standard_normal((56, 56, 56), np.float32), 0.7, mode="wrap") for _ in range(3)]
+    tiles = [
+        ndimage.gaussian_filter(rng.standard_normal((56, 56, 56), np.float32), 0.7, mode="wrap")
+        for _ in range(3)
+    ]
     tiles = [tile / tile.std() for tile in tiles]
     shape = (len(scene.z), len(scene.y), len(scene.x))
     depth = max(1, 2**18 // (shape[1] * shape[2]))  # slices that fit a processor's cache
     slabs = [slice(k, min(k + depth, shape[0])) for k in range(0, shape[0], depth)]
-    canvas = Canvas(np.empty(shape, np.float32), scene.z, scene.y, scene.x, scene.pixel, scene.slice)
+    canvas = Canvas(
+        np.empty(shape, np.float32), scene.z, scene.y, scene.x, scene.pixel, scene.slice
+    )
     for slab in slabs:
         part = dataclasses.replace(canvas, hu=canvas.hu[slab], z=canvas.z[slab])
         part.tissue(scene, tiles)
@@ -635,11 +793,15 @@ def render(scene: Scene) -> NDArray[np.int16]:
     return _acquire(canvas, scene, slabs, rng)
 
 
-def _acquire(canvas: Canvas, scene: Scene, slabs: Iterable[slice], rng: np.random.Generator) -> NDArray[np.int16]:
+def _acquire(
+    canvas: Canvas, scene: Scene, slabs: Iterable[slice], rng: np.random.Generator
+) -> NDArray[np.int16]:
     """Mix neighbouring slices, add quantum noise, apply the reconstruction kernel to both, pad outside the circle."""
 
     def reconstruct(image: NDArray) -> NDArray:
-        soft = ndimage.gaussian_filter(image, (0, scene.kernel, scene.kernel), truncate=3, mode="nearest")
+        soft = ndimage.gaussian_filter(
+            image, (0, scene.kernel, scene.kernel), truncate=3, mode="nearest"
+        )
         return soft + scene.sharpness * (image - soft)
 
     impulse = np.zeros((1, 31, 31), np.float32)
@@ -647,12 +809,16 @@ def _acquire(canvas: Canvas, scene: Scene, slabs: Iterable[slice], rng: np.rando
     gain = float(np.sqrt((reconstruct(impulse) ** 2).sum()))
     squared = (canvas.x - scene.view[0]) ** 2 + (canvas.y[:, None] - scene.view[1]) ** 2
     noise = (scene.noise / gain) * (0.65 + 0.6 * np.exp(-squared / 110**2))
-    shoulders = 1 + 1.1 * np.clip(canvas.z / (0.2 * scene.anatomy.height) - 4.1, 0, 1)[:, None, None]
+    shoulders = (
+        1 + 1.1 * np.clip(canvas.z / (0.2 * scene.anatomy.height) - 4.1, 0, 1)[:, None, None]
+    )
     result = np.empty(canvas.hu.shape, np.int16)
     for slab in slabs:
         index = np.arange(slab.start, slab.stop)
         below, above = (canvas.hu.take(index + k, axis=0, mode="clip") for k in (-1, 1))
-        image = (1 - 2 * scene.slice_overlap) * canvas.hu[slab] + scene.slice_overlap * (below + above)
+        image = (1 - 2 * scene.slice_overlap) * canvas.hu[slab] + scene.slice_overlap * (
+            below + above
+        )
         image += rng.standard_normal(image.shape, np.float32) * noise * shoulders[slab]
         result[slab] = np.clip(np.rint(reconstruct(image)), *HU_RANGE)
     if scene.padding is not None:
@@ -702,7 +868,9 @@ def _check_folder(out: Path, known: set[str], what: str) -> None:
         with open(path, newline="", errors="replace") as file:
             strangers = {row[0] for row in csv.reader(file) if row} - known - {FIELDS[0]}
         if strangers:
-            raise InputError(f"{path}: names {min(strangers)}, not one of {what}; choose an empty folder")
+            raise InputError(
+                f"{path}: names {min(strangers)}, not one of {what}; choose an empty folder"
+            )
 
 
 def write_phantoms(
@@ -756,8 +924,17 @@ def write_phantoms(
             pool = stack.enter_context(process_pool(min(workers, scans)))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(write, range(scans))
-        tables = list(tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress))
-        nodules, excluded = ([row for rows in table for row in rows] for table in zip(*tables, strict=True))
-        for name, rows in zip(TABLES, ([FIELDS, *nodules], [FIELDS, *excluded], [(uid,) for uid in uids]), strict=True):
-            with atomic_write(out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+        tables = list(
+            tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress)
+        )
+        nodules, excluded = (
+            [row for rows in table for row in rows] for table in zip(*tables, strict=True)
+        )
+        for name, rows in zip(
+            TABLES, ([FIELDS, *nodules], [FIELDS, *excluded], [(uid,) for uid in uids]), strict=True
+        ):
+            with (
+                atomic_write(out / f"{name}.csv") as temporary,
+                open(temporary, "w", newline="") as file,
+            ):
                 csv.writer(file, lineterminator="\n").writerows(rows)

@@ -43,7 +43,15 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's colours
+_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+)  # Okabe and Ito's colours
 _MARKERS = "os^Dv*X"
 _TRUE, _PREDICTED, _MISSED = "#2ee66b", "#ffa126", "#ff4d4d"
 
@@ -80,13 +88,29 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
             label = f"{name}: CPM {froc.cpm:.3f}"
             if froc.interval is not None and froc.band is not None:
                 label += f" [{froc.interval[0]:.3f}, {froc.interval[1]:.3f}]"
-                axes.fill_between(BAND_RATES, *(100 * froc.band), color=color, alpha=0.15, linewidth=0)
-            sensitivity = np.interp(BAND_RATES, np.append(0, froc.fps_per_scan), np.append(0, froc.sensitivities))
+                axes.fill_between(
+                    BAND_RATES, *(100 * froc.band), color=color, alpha=0.15, linewidth=0
+                )
+            sensitivity = np.interp(
+                BAND_RATES, np.append(0, froc.fps_per_scan), np.append(0, froc.sensitivities)
+            )
             marks: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": 10}
-            axes.plot(BAND_RATES, 100 * sensitivity, color=color, label=label, clip_on=False, zorder=3, **marks)
+            axes.plot(
+                BAND_RATES,
+                100 * sensitivity,
+                color=color,
+                label=label,
+                clip_on=False,
+                zorder=3,
+                **marks,
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(OPERATING_POINTS, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-        axes.set(xlim=OPERATING_POINTS[:: len(OPERATING_POINTS) - 1], ylim=(0, 100), yticks=range(0, 101, 10))
+        axes.set(
+            xlim=OPERATING_POINTS[:: len(OPERATING_POINTS) - 1],
+            ylim=(0, 100),
+            yticks=range(0, 101, 10),
+        )
         axes.set(xlabel="False positives per scan", ylabel="Sensitivity (%)")
         sizes = {(froc.n_scans, froc.n_nodules) for froc in curves.values()}
         counts = " (scans: {:,}, nodules: {:,})".format(*sizes.pop()) if len(sizes) == 1 else ""
@@ -94,12 +118,16 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
         shaded = any(froc.band is not None for froc in curves.values())
         figure.legend(
             loc="outside lower center",
-            title="CPM: mean of the seven points [95 % bootstrap interval, shaded]" if shaded else None,
+            title="CPM: mean of the seven points [95 % bootstrap interval, shaded]"
+            if shaded
+            else None,
             title_fontsize="small",
         )
 
 
-def draw_comparison(path: str | Path, points: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> None:
+def draw_comparison(
+    path: str | Path, points: Mapping[str, Sequence[tuple[float, float, float, float]]]
+) -> None:
     """Draw the CPM of methods over the number of labelled scans.
 
     Args:
@@ -113,13 +141,20 @@ def draw_comparison(path: str | Path, points: Mapping[str, Sequence[tuple[float,
             shifted = labeled * 2 ** (0.03 * (number - (len(points) - 1) / 2))  # side by side
             errors = 100 * np.array([cpm - lower, upper - cpm]).clip(0)
             marker, color = _MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)]
-            axes.errorbar(shifted, 100 * cpm, errors, label=name, capsize=3, marker=marker, color=color)
+            axes.errorbar(
+                shifted, 100 * cpm, errors, label=name, capsize=3, marker=marker, color=color
+            )
         ticks = sorted({row[0] for rows in points.values() for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set(xlabel="Labelled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans")
+        axes.set(
+            xlabel="Labelled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans"
+        )
         figure.legend(
-            loc="outside lower center", ncols=3, title="bars: 95 %, over scans and seeds", title_fontsize="small"
+            loc="outside lower center",
+            ncols=3,
+            title="bars: 95 %, over scans and seeds",
+            title_fontsize="small",
         )
 
 
@@ -137,7 +172,9 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
     metrics = _read_metrics(metrics_csv)
     step = metrics["step"]
     names = {"loss": "total", "loss_cls": "classification", "loss_box": "box regression"}
-    losses = {names.get(name, name): values for name, values in metrics.items() if name.startswith("loss")}
+    losses = {
+        names.get(name, name): values for name, values in metrics.items() if name.startswith("loss")
+    }
     cpm = metrics.get("val_cpm", np.full_like(step, np.nan))
     window = max(1, len(step) // 40)
     with _figure(path, (6.4, 6.0 if np.isfinite(cpm).any() else 4.9)) as figure:
@@ -153,13 +190,22 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
         top.yaxis.set_minor_formatter(NullFormatter())
         top.set(title=f"Training, steps {step[0]:,.0f} to {step[-1]:,.0f}", ylabel="Loss")
         smoothed = f"loss (thick: running mean of {window} points)" if window > 1 else "loss"
-        figure.legend(loc="outside lower center", ncols=len(losses), title=smoothed, title_fontsize="small")
+        figure.legend(
+            loc="outside lower center", ncols=len(losses), title=smoothed, title_fontsize="small"
+        )
         panels[1].plot(step, metrics["lr"], color="0.3")
         panels[1].set(ylabel="Learning rate", ylim=(0, 1.1 * metrics["lr"].max() or 1))
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         if len(panels) == 3:
             measured = np.isfinite(cpm)
-            panels[2].plot(step[measured], cpm[measured], color=_COLORS[0], marker="o", markersize=4, clip_on=False)
+            panels[2].plot(
+                step[measured],
+                cpm[measured],
+                color=_COLORS[0],
+                marker="o",
+                markersize=4,
+                clip_on=False,
+            )
             panels[2].set(ylabel="Validation\nCPM", ylim=(0, 1))
         panels[-1].set(xlabel="Step")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -190,11 +236,21 @@ def draw_sheet(path: str | Path, panels: Sequence[Panel]) -> None:
             _draw_panel(axes, panel)
         handles = [
             Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="nodule, found"),
-            Patch(fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="nodule, missed"),
-            Patch(fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, with its score"),
+            Patch(
+                fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="nodule, missed"
+            ),
+            Patch(
+                fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, with its score"
+            ),
         ]
         window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, title=window, title_fontsize="small")
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=3,
+            title=window,
+            title_fontsize="small",
+        )
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -232,7 +288,11 @@ def _draw_box(
     """Draw the outline and write the text above or below it, on the other side where the slice ends."""
     y1, x1, y2, x2 = box
     size = x2 - x1, y2 - y1
-    axes.add_patch(Rectangle((x1, y1), *size, fill=False, edgecolor=color, linewidth=linewidth, linestyle=style))
+    axes.add_patch(
+        Rectangle(
+            (x1, y1), *size, fill=False, edgecolor=color, linewidth=linewidth, linestyle=style
+        )
+    )
     _, width = sorted(axes.get_xlim())
     _, height = sorted(axes.get_ylim())
     above = y1 > 0.1 * height if above else y2 > 0.9 * height
@@ -266,7 +326,9 @@ def _read_metrics(path: str | Path) -> dict[str, np.ndarray]:
         columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
         for name in ("step", "lr", "loss"):
             if name not in columns:
-                raise InputError(f"{path}: expected a column {name}, got the columns {','.join(columns) or 'none'}")
+                raise InputError(
+                    f"{path}: expected a column {name}, got the columns {','.join(columns) or 'none'}"
+                )
         for row in reader:
             for name, values in columns.items():
                 try:
@@ -287,7 +349,9 @@ def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     """Yield an empty figure of that size (inches) and save it to ``path`` in the end."""
     kind = Path(path).suffix[1:].lower() or "png"
     if kind not in (kinds := FigureCanvasAgg.get_supported_filetypes()):
-        raise InputError(f"{path}: expected a picture's suffix ({', '.join(sorted(kinds))}), got .{kind}")
+        raise InputError(
+            f"{path}: expected a picture's suffix ({', '.join(sorted(kinds))}), got .{kind}"
+        )
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)

@@ -50,7 +50,9 @@ def read_findings(path: str | Path) -> dict[str, np.ndarray]:
     """
     uids, values, rows = _read_table(path, _FINDING_COLUMNS)
     if (zero := np.flatnonzero(values[:, 3] == 0)).size:
-        raise InputError(f"{path}, row {rows[zero[0]]}: diameter_mm: expected a diameter other than zero, got 0")
+        raise InputError(
+            f"{path}, row {rows[zero[0]]}: diameter_mm: expected a diameter other than zero, got 0"
+        )
     return _by_series(uids, values)
 
 
@@ -77,7 +79,10 @@ def write_candidates(path: str | Path, candidates: Mapping[str, ArrayLike]) -> N
         candidates: series -> [n, 4]: x, y, z (mm), probability. A series without candidates leaves no row.
     """
     checked = {uid: _checked("candidates", uid, candidates[uid]) for uid in sorted(candidates)}
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_CANDIDATE_COLUMNS)
         for uid, table in checked.items():
@@ -85,7 +90,9 @@ def write_candidates(path: str | Path, candidates: Mapping[str, ArrayLike]) -> N
             writer.writerows([uid, *row] for row in by_probability.tolist())
 
 
-def _read_table(path: str | Path, columns: Sequence[str]) -> tuple[list[str], np.ndarray, list[int]]:
+def _read_table(
+    path: str | Path, columns: Sequence[str]
+) -> tuple[list[str], np.ndarray, list[int]]:
     """Read the series ids, the numbers [n, 4] of the other columns, and each row's place in the file (header: 1)."""
     uids: list[str] = []
     values: list[tuple[float, ...]] = []
@@ -95,19 +102,27 @@ def _read_table(path: str | Path, columns: Sequence[str]) -> tuple[list[str], np
         try:
             header = [name.strip() for name in next(reader, [])]
             if not header:
-                raise InputError(f"{path}: expected a header with {','.join(columns)}, got an empty file")
+                raise InputError(
+                    f"{path}: expected a header with {','.join(columns)}, got an empty file"
+                )
             for name in columns:
                 if header.count(name) != 1:
-                    raise InputError(f"{path}: expected one column {name}, got the columns {','.join(header)}")
+                    raise InputError(
+                        f"{path}: expected one column {name}, got the columns {','.join(header)}"
+                    )
             uid_of = itemgetter(header.index(columns[0]))
             numbers_of = itemgetter(*map(header.index, columns[1:]))
             for row in reader:
                 if not row:
                     continue
                 if len(row) != len(header):
-                    raise InputError(f"{path}, row {reader.line_num}: expected {len(header)} fields, got {len(row)}")
+                    raise InputError(
+                        f"{path}, row {reader.line_num}: expected {len(header)} fields, got {len(row)}"
+                    )
                 if not (uid := uid_of(row).strip()):
-                    raise InputError(f"{path}, row {reader.line_num}: {columns[0]}: expected a series id, got nothing")
+                    raise InputError(
+                        f"{path}, row {reader.line_num}: {columns[0]}: expected a series id, got nothing"
+                    )
                 try:
                     values.append(tuple(map(float, numbers_of(row))))
                 except ValueError:
@@ -116,9 +131,13 @@ def _read_table(path: str | Path, columns: Sequence[str]) -> tuple[list[str], np
                 uids.append(uid)
                 rows.append(reader.line_num)
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#04x}") from None
+            raise InputError(
+                f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#04x}"
+            ) from None
         except csv.Error as error:
-            raise InputError(f"{path}, row {reader.line_num}: expected comma-separated values: {error}") from None
+            raise InputError(
+                f"{path}, row {reader.line_num}: expected comma-separated values: {error}"
+            ) from None
     table = np.array(values, dtype=np.float64).reshape(-1, 4)
     if (bad := np.argwhere(~np.isfinite(table))).size:
         row = bad[0, 0]
@@ -176,7 +195,9 @@ class Froc:
         """Everything but samples and the band between operating points, as plain numbers that strict JSON can hold."""
         points = [
             {"fps_per_scan": rate, "sensitivity": sensitivity}
-            for rate, sensitivity in zip(OPERATING_POINTS, self.operating_sensitivities, strict=True)
+            for rate, sensitivity in zip(
+                OPERATING_POINTS, self.operating_sensitivities, strict=True
+            )
         ]
         if self.band is not None:
             for point, lower, upper in zip(points, *self.band[:, ::10].tolist(), strict=True):
@@ -199,7 +220,9 @@ class Froc:
         lines = [
             f"{self.n_scans} scan{'s' * (self.n_scans != 1)}, {self.n_nodules} nodule{'s' * (self.n_nodules != 1)}",
             _line("False positives per scan", ("1/8", "1/4", "1/2", "1", "2", "4", "8")),
-            _line("Sensitivity (%)", [f"{100 * value:.1f}" for value in self.operating_sensitivities]),
+            _line(
+                "Sensitivity (%)", [f"{100 * value:.1f}" for value in self.operating_sensitivities]
+            ),
         ]
         cpm = f"CPM {self.cpm:.3f}"
         if self.band is not None and self.interval is not None:
@@ -271,10 +294,16 @@ def evaluate(
     if not n_nodules.any():
         raise InputError("nodules: expected at least one in the scans evaluated, got none")
 
-    events = _Events.of([_score_scan(*scan) for scan in zip(marks_of, nodules_of, excluded_of, strict=True)])
+    events = _Events.of(
+        [_score_scan(*scan) for scan in zip(marks_of, nodules_of, excluded_of, strict=True)]
+    )
     fps, hits = events.count(np.ones(len(scans)))
     operating = _interpolate(np.array(OPERATING_POINTS) * len(scans), fps, hits) / n_nodules.sum()
-    samples = _bootstrap(events, n_nodules, bootstraps, np.random.default_rng(seed)) if bootstraps else None
+    samples = (
+        _bootstrap(events, n_nodules, bootstraps, np.random.default_rng(seed))
+        if bootstraps
+        else None
+    )
     interval, band = (None, None) if samples is None else _intervals(samples)
     return Froc(
         thresholds=events.thresholds,
@@ -299,11 +328,20 @@ def average(runs: Sequence[Froc], *, seed: int = 0) -> Froc:
     """
     sizes = {(run.n_scans, run.n_nodules, run.n_bootstraps) for run in runs}
     if len(sizes) != 1 or runs[0].samples is None:
-        raise ValueError(f"average: runs: expected bootstraps of the same scans and as many, got {sorted(sizes)}")
-    drawn = np.random.default_rng(seed).integers(len(runs), size=(len(runs), runs[0].n_bootstraps, 1))
-    samples = np.take_along_axis(np.stack([run.samples for run in runs if run.samples is not None]), drawn, 0).mean(0)
+        raise ValueError(
+            f"average: runs: expected bootstraps of the same scans and as many, got {sorted(sizes)}"
+        )
+    drawn = np.random.default_rng(seed).integers(
+        len(runs), size=(len(runs), runs[0].n_bootstraps, 1)
+    )
+    samples = np.take_along_axis(
+        np.stack([run.samples for run in runs if run.samples is not None]), drawn, 0
+    ).mean(0)
     interval, band = _intervals(samples)
-    curves = [np.interp(BAND_RATES, np.append(0, run.fps_per_scan), np.append(0, run.sensitivities)) for run in runs]
+    curves = [
+        np.interp(BAND_RATES, np.append(0, run.fps_per_scan), np.append(0, run.sensitivities))
+        for run in runs
+    ]
     operating = np.mean([run.operating_sensitivities for run in runs], 0)
     return Froc(
         thresholds=np.full(len(BAND_RATES), np.nan),
@@ -332,13 +370,19 @@ def _checked(what: str, uid: str, rows: ArrayLike) -> np.ndarray:
     if table.shape == (0,):
         return table.reshape(0, 4)
     if table.ndim != 2 or table.shape[1] != 4:
-        raise InputError(f"{what} of series {uid}: expected an array [n, 4], got {list(table.shape)}")
+        raise InputError(
+            f"{what} of series {uid}: expected an array [n, 4], got {list(table.shape)}"
+        )
     if not np.isfinite(table).all():
-        raise InputError(f"{what} of series {uid}: expected finite numbers, got {table[~np.isfinite(table)][0]}")
+        raise InputError(
+            f"{what} of series {uid}: expected finite numbers, got {table[~np.isfinite(table)][0]}"
+        )
     return table
 
 
-def _score_scan(candidates: np.ndarray, nodules: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _score_scan(
+    candidates: np.ndarray, nodules: np.ndarray, excluded: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of the nodules found (best candidate each) and of the false positives of one scan."""
     candidates = candidates[np.argsort(-candidates[:, 3], kind="stable")[:MAX_CANDIDATES]]
     probability = candidates[:, 3]
@@ -397,7 +441,9 @@ def _interpolate(at: np.ndarray, fps: np.ndarray, hits: np.ndarray) -> np.ndarra
     return np.interp(at, np.append(0.0, fps), np.append(0.0, hits))
 
 
-def _bootstrap(events: _Events, n_nodules: np.ndarray, bootstraps: int, rng: np.random.Generator) -> np.ndarray:
+def _bootstrap(
+    events: _Events, n_nodules: np.ndarray, bootstraps: int, rng: np.random.Generator
+) -> np.ndarray:
     """Sensitivities [bootstraps, 61] at the `BAND_RATES`, each row from n scans drawn with replacement."""
     n_scans = len(n_nodules)
     samples = np.empty((bootstraps, len(BAND_RATES)))

@@ -30,17 +30,25 @@ class Anchors:
     sizes: tuple[tuple[tuple[float, ...], ...], ...]
 
     def __post_init__(self) -> None:
-        if not self.strides or len(self.strides) != len(self.sizes) or len({len(level) for level in self.sizes}) != 1:
+        if (
+            not self.strides
+            or len(self.strides) != len(self.sizes)
+            or len({len(level) for level in self.sizes}) != 1
+        ):
             raise ValueError(
                 f"Anchors: expected one list of sizes per stride, all of one length, got {len(self.strides)} strides "
                 f"and lists of length {[len(level) for level in self.sizes]}"
             )
 
     @classmethod
-    def from_mm(cls, strides: Sequence[int], diameters: Sequence[float], spacing: Sequence[float]) -> "Anchors":
+    def from_mm(
+        cls, strides: Sequence[int], diameters: Sequence[float], spacing: Sequence[float]
+    ) -> "Anchors":
         """Cubes in mm: diameters level after level, ``len(diameters) / len(strides)`` for each; spacing z, y, x."""
         if not strides or not diameters or len(diameters) % len(strides):
-            raise ValueError(f"Anchors: expected as many diameters for each stride, got {diameters} for {strides}")
+            raise ValueError(
+                f"Anchors: expected as many diameters for each stride, got {diameters} for {strides}"
+            )
         per_level = len(diameters) // len(strides)
         cubes = [tuple(diameter / step for step in spacing) for diameter in diameters]
         levels = tuple(tuple(cubes[i : i + per_level]) for i in range(0, len(cubes), per_level))
@@ -54,13 +62,17 @@ class Anchors:
     def grids(self, patch_size: Sequence[int]) -> list[tuple[int, ...]]:
         """(D, H, W) of each level for a patch, whose sides must be multiples of every stride."""
         if any(side % stride for side in patch_size for stride in self.strides):
-            raise ValueError(f"patch size: expected multiples of the strides {self.strides}, got {tuple(patch_size)}")
+            raise ValueError(
+                f"patch size: expected multiples of the strides {self.strides}, got {tuple(patch_size)}"
+            )
         return [tuple(side // stride for side in patch_size) for stride in self.strides]
 
     def boxes(self, patch_size: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """All anchors of a patch, float32 ``[n, 6]``, in flat order."""
         levels = []
-        for stride, sizes, grid in zip(self.strides, self.sizes, self.grids(patch_size), strict=True):
+        for stride, sizes, grid in zip(
+            self.strides, self.sizes, self.grids(patch_size), strict=True
+        ):
             axes = [(torch.arange(n, device=device) + 0.5) * stride for n in grid]
             centers = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).reshape(1, -1, 3)
             halves = _constant(sizes, device).reshape(-1, 1, 3) / 2
@@ -94,7 +106,11 @@ def _constant(values: tuple, device: torch.device | str | None) -> Tensor:
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes ``[..., 6]`` and ``[..., 6]``, broadcast; 0 where both are empty."""
-    overlap = (torch.minimum(a[..., 3:], b[..., 3:]) - torch.maximum(a[..., :3], b[..., :3])).clamp(min=0).prod(-1)
+    overlap = (
+        (torch.minimum(a[..., 3:], b[..., 3:]) - torch.maximum(a[..., :3], b[..., :3]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     union = (a[..., 3:] - a[..., :3]).prod(-1) + (b[..., 3:] - b[..., :3]).prod(-1) - overlap
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
@@ -166,13 +182,22 @@ def match(
     positive = own | ((claim >= 0) & (claim == strongest[key]))
     between = valid & (iou >= mean)
     found = _scatter_max(positive.float(), key, held.shape, 0.0).view(batch, -1)
-    ignored = _scatter_max(between.float(), key, held.shape, 0.0).view(batch, -1) + _covered(anchors, grids, ignore)
+    ignored = _scatter_max(between.float(), key, held.shape, 0.0).view(batch, -1) + _covered(
+        anchors, grids, ignore
+    )
     flat = torch.where(found > 0, 1.0, torch.where(ignored > 0, -1.0, 0.0))
     levels = flat.split([anchors.per_place * math.prod(grid) for grid in grids], 1)
-    targets = [level.reshape(batch, anchors.per_place, *grid) for level, grid in zip(levels, grids, strict=True)]
+    targets = [
+        level.reshape(batch, anchors.per_place, *grid)
+        for level, grid in zip(levels, grids, strict=True)
+    ]
     pairs = index.shape[1]
     return Matches(
-        targets, image.repeat_interleave(pairs), index.flatten(), wanted.repeat_interleave(pairs, 0), positive.flatten()
+        targets,
+        image.repeat_interleave(pairs),
+        index.flatten(),
+        wanted.repeat_interleave(pairs, 0),
+        positive.flatten(),
     )
 
 
@@ -184,7 +209,9 @@ def _image_of(boxes: Sequence[Tensor]) -> Tensor:
     return index.to(boxes[0].device, non_blocking=True)
 
 
-def _closest(anchors: Anchors, grids: Sequence[Sequence[int]], centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _closest(
+    anchors: Anchors, grids: Sequence[Sequence[int]], centers: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """Flat indices ``[n, K]`` of the anchors at the k places of each level closest to the centres, and which exist.
 
     The k <= 8 closest points of a grid lie within two steps of the closest, so that only those are looked at.
@@ -195,7 +222,9 @@ def _closest(anchors: Anchors, grids: Sequence[Sequence[int]], centers: Tensor, 
     for stride, (d, h, w) in zip(anchors.strides, grids, strict=True):
         last = _constant((d - 1, h - 1, w - 1), centers.device)
         place = centers / stride - 0.5
-        near = place.round().long().clamp(min=torch.zeros_like(last), max=last)[:, None] + window  # [n, 125, 3]
+        near = (
+            place.round().long().clamp(min=torch.zeros_like(last), max=last)[:, None] + window
+        )  # [n, 125, 3]
         outside = ((near < 0) | (near > last)).any(-1)
         distance = (near - place[:, None]).square().sum(-1).masked_fill(outside, torch.inf)
         distance, choice = distance.topk(k, largest=False)
@@ -210,7 +239,9 @@ def _closest(anchors: Anchors, grids: Sequence[Sequence[int]], centers: Tensor, 
 
 
 def _scatter_max(values: Tensor, key: Tensor, shape: torch.Size, least: float) -> Tensor:
-    return torch.full(shape, least, device=values.device).scatter_reduce_(0, key.flatten(), values.flatten(), "amax")
+    return torch.full(shape, least, device=values.device).scatter_reduce_(
+        0, key.flatten(), values.flatten(), "amax"
+    )
 
 
 def _covered(anchors: Anchors, grids: Sequence[Sequence[int]], ignore: Sequence[Tensor]) -> Tensor:
@@ -222,7 +253,8 @@ def _covered(anchors: Anchors, grids: Sequence[Sequence[int]], ignore: Sequence[
     for stride, grid in zip(anchors.strides, grids, strict=True):
         reach = half.clamp(min=stride / 2)
         inside = [
-            ((torch.arange(n, device=boxes.device) + 0.5) * stride - center[:, i, None]).abs() <= reach[:, i, None]
+            ((torch.arange(n, device=boxes.device) + 0.5) * stride - center[:, i, None]).abs()
+            <= reach[:, i, None]
             for i, n in enumerate(grid)
         ]
         level = torch.einsum("mb,mz,my,mx->bzyx", image, *(axis.float() for axis in inside))
@@ -230,7 +262,9 @@ def _covered(anchors: Anchors, grids: Sequence[Sequence[int]], ignore: Sequence[
     return torch.cat(levels, 1)
 
 
-def nms(boxes: Tensor, scores: Tensor, *, threshold: float, limit: int = 1000, keep: int = 100) -> Tensor:
+def nms(
+    boxes: Tensor, scores: Tensor, *, threshold: float, limit: int = 1000, keep: int = 100
+) -> Tensor:
     """Greedy non-maximum suppression in 3D: int64 indices of the boxes kept, highest score first.
 
     Of boxes that overlap by more than ``threshold`` (intersection over union) only the one of highest score stays; of

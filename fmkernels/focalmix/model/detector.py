@@ -27,7 +27,8 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
         super().__init__(
-            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), GroupNorm(outputs // 4, outputs, relu=True)
+            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
+            GroupNorm(outputs // 4, outputs, relu=True),
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -67,21 +68,37 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, strides: Sequence[int], per_place: int, *, widths: Sequence[int], blocks: Sequence[int], channels: int
+        self,
+        strides: Sequence[int],
+        per_place: int,
+        *,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        channels: int,
     ) -> None:
         super().__init__()
         every = [2 ** (i + 1) for i in range(len(widths))]
         if not strides or list(strides) != every[-len(strides) :]:
-            raise ValueError(f"Detector: strides: expected the last of {every}, got {list(strides)}")
+            raise ValueError(
+                f"Detector: strides: expected the last of {every}, got {list(strides)}"
+            )
         if len(blocks) != len(widths):
-            raise ValueError(f"Detector: blocks: expected {len(widths)}, as many as widths, got {list(blocks)}")
+            raise ValueError(
+                f"Detector: blocks: expected {len(widths)}, as many as widths, got {list(blocks)}"
+            )
         if any(width % 4 or width < 4 for width in (*widths, channels)):
-            raise ValueError(f"Detector: expected multiples of 4, got widths {list(widths)}, channels {channels}")
+            raise ValueError(
+                f"Detector: expected multiples of 4, got widths {list(widths)}, channels {channels}"
+            )
         self.stages = nn.ModuleList(
-            nn.Sequential(ConvNorm(before, width, stride=2), *(Residual(width) for _ in range(count)))
+            nn.Sequential(
+                ConvNorm(before, width, stride=2), *(Residual(width) for _ in range(count))
+            )
             for before, width, count in zip((1, *widths), widths, blocks, strict=False)
         )
-        self.laterals = nn.ModuleList(nn.Conv3d(width, channels, 1) for width in widths[-len(strides) :])
+        self.laterals = nn.ModuleList(
+            nn.Conv3d(width, channels, 1) for width in widths[-len(strides) :]
+        )
         self.head = ConvNorm(channels, channels)
         self.logits = nn.Conv3d(channels, per_place, 1)
         self.deltas = nn.Conv3d(channels, per_place * 6, 1)
@@ -95,8 +112,13 @@ class Detector(nn.Module):
         for stage in self.stages:
             images = stage(images)
             features.append(images)
-        levels = [lateral(x) for lateral, x in zip(self.laterals, features[-len(self.laterals) :], strict=True)]
+        levels = [
+            lateral(x)
+            for lateral, x in zip(self.laterals, features[-len(self.laterals) :], strict=True)
+        ]
         for i in reversed(range(len(levels) - 1)):
             levels[i] = levels[i] + F.interpolate(levels[i + 1], scale_factor=2.0)
         heads = [self.head(level) for level in levels]
-        return [self.logits(x) for x in heads], [self.deltas(x).unflatten(1, (-1, 6)) for x in heads]
+        return [self.logits(x) for x in heads], [
+            self.deltas(x).unflatten(1, (-1, 6)) for x in heads
+        ]

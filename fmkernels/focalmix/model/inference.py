@@ -89,8 +89,12 @@ def detect(
     tiles = list(_tiles(volume.voxels.shape, patch_size, overlap))
     for first in range(0, len(tiles), batch_size):
         batch = tiles[first : first + batch_size]
-        corners = torch.tensor([tile.corner for tile in batch], dtype=torch.float32, device=device)[:, None]
-        cores = torch.tensor([tile.core for tile in batch], dtype=torch.float32, device=device)[:, :, None]
+        corners = torch.tensor([tile.corner for tile in batch], dtype=torch.float32, device=device)[
+            :, None
+        ]
+        cores = torch.tensor([tile.core for tile in batch], dtype=torch.float32, device=device)[
+            :, :, None
+        ]
         images = torch.stack([_read(volume.voxels, tile.corner, patch_size) for tile in batch])
         logits, deltas = model(apply_window(images.to(device), window))
         scores = torch.cat([level.flatten(1) for level in logits], 1).float()
@@ -99,11 +103,15 @@ def detect(
         owned = ((place >= cores[:, 0]) & (place < cores[:, 1])).all(-1)
         scores, choice = scores.masked_fill(~owned, -torch.inf).topk(per_patch)
         deltas = deltas.gather(1, choice[..., None].expand(-1, -1, 6)).float()
-        found_boxes.append((decode_boxes(deltas, every[choice]) + corners.repeat(1, 1, 2)).flatten(0, 1).cpu())
+        found_boxes.append(
+            (decode_boxes(deltas, every[choice]) + corners.repeat(1, 1, 2)).flatten(0, 1).cpu()
+        )
         found_scores.append(scores.flatten().cpu())
     boxes, scores = torch.cat(found_boxes), torch.cat(found_scores).sigmoid()
     if not boxes.isfinite().all() or scores.isnan().any():
-        raise FloatingPointError("detect: the detector's output is not finite; it was trained at too high a rate")
+        raise FloatingPointError(
+            "detect: the detector's output is not finite; it was trained at too high a rate"
+        )
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
     inside = ((middle >= 0) & (middle < torch.tensor(volume.voxels.shape))).all(-1) & (scores > 0)
     boxes, scores, middle = boxes[inside], scores[inside], middle[inside]
@@ -116,7 +124,9 @@ def detect(
 @dataclass(frozen=True)
 class _Tile:
     corner: tuple[int, ...]
-    core: tuple[tuple[float, ...], tuple[float, ...]]  # the anchors this patch answers for: from, to
+    core: tuple[
+        tuple[float, ...], tuple[float, ...]
+    ]  # the anchors this patch answers for: from, to
 
 
 def _tiles(shape: Sequence[int], patch_size: Sequence[int], overlap: int) -> Iterator[_Tile]:
@@ -124,7 +134,11 @@ def _tiles(shape: Sequence[int], patch_size: Sequence[int], overlap: int) -> Ite
     axes = []
     for size, patch in zip(shape, patch_size, strict=True):
         count = max(1, math.ceil((size - overlap) / (patch - overlap)))
-        starts = [round(i * (size - patch) / (count - 1)) for i in range(count)] if count > 1 else [(size - patch) // 2]
+        starts = (
+            [round(i * (size - patch) / (count - 1)) for i in range(count)]
+            if count > 1
+            else [(size - patch) // 2]
+        )
         borders = [-math.inf, *((a + b + patch) / 2 for a, b in pairwise(starts)), math.inf]
         axes.append([(start, *core) for start, core in zip(starts, pairwise(borders), strict=True)])
     for tile in product(*axes):

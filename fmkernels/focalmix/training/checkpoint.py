@@ -27,7 +27,11 @@ from fmkernels.focalmix.training.step import Losses
 CHECKPOINT, BURN_IN = "checkpoint.pt", "burn_in.pt"
 
 _DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
-_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {name}Storage" for name in _DTYPES)}
+_NAMES = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {name}Storage" for name in _DTYPES),
+}
 """All that the pickle of a checkpoint may name: others that ``weights_only`` lets pass take memory at will."""
 
 
@@ -39,14 +43,18 @@ class State:
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(device)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, config)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(config, device) == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=_amp_dtype(config, device) == torch.float16
+        )
         self.step, self.last = 0, config.steps
         self.found = torch.empty(0, 8)
         """FocalMix: what the detector found in the unlabelled scans: scan, box in its voxels, weight."""
@@ -90,7 +98,11 @@ class State:
             step, found = int(checkpoint["step"]), checkpoint["found"]
             if not 0 <= step <= self.last:
                 raise ValueError(f"step {step} of {self.last}")
-            if found.dtype != torch.float32 or found.shape[1:] != (8,) or not found.isfinite().all():
+            if (
+                found.dtype != torch.float32
+                or found.shape[1:] != (8,)
+                or not found.isfinite().all()
+            ):
                 raise ValueError(f"boxes of {found.dtype} {tuple(found.shape)} in unlabelled scans")
             for name in self._PARTS:
                 getattr(self, name).load_state_dict(checkpoint[name])
@@ -148,7 +160,11 @@ def _amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     if config.amp == "auto":
         if device.type != "cuda":
             return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
 
 
@@ -179,7 +195,9 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
         RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError,
         OverflowError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
-        raise InputError(f"{path}: expected a whole checkpoint of this version, got {first_line(error)}") from error
+        raise InputError(
+            f"{path}: expected a whole checkpoint of this version, got {first_line(error)}"
+        ) from error
 
 
 def _examined(file: BinaryIO, size: int) -> BinaryIO:

@@ -25,7 +25,13 @@ from tqdm import tqdm
 from fmkernels.focalmix.config import CONFIG, Config, load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.patches import PatchDataset, collate, patch_loader
-from fmkernels.focalmix.distributed import any_process, choose_device, place, process_group, sum_of_ranks
+from fmkernels.focalmix.distributed import (
+    any_process,
+    choose_device,
+    place,
+    process_group,
+    sum_of_ranks,
+)
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write, own_folder
@@ -49,7 +55,12 @@ class Scans(NamedTuple):
 
 
 def train(
-    config: Config, root: str | Path, out: str | Path, *, resume: bool = False, profile: bool = False
+    config: Config,
+    root: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
 ) -> froc.Froc | None:
     """Train a detector and report on the test scans.
 
@@ -89,12 +100,20 @@ def train(
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise ChildProcessError(f"{out}: {first_line(error)} --resume continues the run") from error
+            raise ChildProcessError(
+                f"{out}: {first_line(error)} --resume continues the run"
+            ) from error
         return _report(config, state, data, scans, out, stopwatch)
 
 
 def _fit(
-    config: Config, state: State, data: LUNA16, scans: Scans, out: Path, interrupt: Interrupt, stopwatch: Stopwatch
+    config: Config,
+    state: State,
+    data: LUNA16,
+    scans: Scans,
+    out: Path,
+    interrupt: Interrupt,
+    stopwatch: Stopwatch,
 ) -> None:
     """The training loop."""
     (rank, world), device = place(), stopwatch.device
@@ -109,7 +128,9 @@ def _fit(
         stopwatch.start()
         for labeled, unlabeled in bar:
             labeled = _to_device(labeled, device)
-            unlabeled = None if unlabeled is None else unlabeled["image"].to(device, non_blocking=True)
+            unlabeled = (
+                None if unlabeled is None else unlabeled["image"].to(device, non_blocking=True)
+            )
             stopwatch.lap("data")
 
             with autocast(config, device):
@@ -122,13 +143,19 @@ def _fit(
             loss = losses.classification + config.box_weight * losses.box
             stopwatch.lap("loss")
 
-            state.scaler.scale(loss * world).backward()  # DistributedDataParallel takes the mean over the processes
+            state.scaler.scale(
+                loss * world
+            ).backward()  # DistributedDataParallel takes the mean over the processes
             stopwatch.lap("backward")
 
             state.scaler.unscale_(state.optimizer)
             norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
             # a scaler itself leaves out the steps of which the gradient is not finite
-            health.append(torch.stack([loss.detach(), torch.zeros_like(norm) if state.scaler.is_enabled() else norm]))
+            health.append(
+                torch.stack(
+                    [loss.detach(), torch.zeros_like(norm) if state.scaler.is_enabled() else norm]
+                )
+            )
             state.scaler.step(state.optimizer)
             state.scaler.update()
             state.optimizer.zero_grad()
@@ -143,7 +170,11 @@ def _fit(
             last = state.step == config.steps
             validate = bool(scans.validation) and (last or state.step % config.validate_every == 0)
             log = last or validate or state.step % config.log_every == 0
-            stop = interrupt.requested if world == 1 else log and any_process(interrupt.requested, device)
+            stop = (
+                interrupt.requested
+                if world == 1
+                else log and any_process(interrupt.requested, device)
+            )
             save = last or stop or state.step % config.checkpoint_every == 0
             if log or save or state.step == config.burn_in:
                 _check_finite(health, config, state, data, scans, out)
@@ -153,7 +184,9 @@ def _fit(
                 row = _means(state, config) | {"lr": rate, "seconds": round(state.seconds, 1)}
                 if validate:
                     found = _search_all(config, state.average.module, data, scans.validation)
-                    row["val_cpm"] = data.evaluate(_candidates(found), scans.validation, bootstraps=0).cpm
+                    row["val_cpm"] = data.evaluate(
+                        _candidates(found), scans.validation, bootstraps=0
+                    ).cpm
                 bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
                 metrics.add(state.step, row)
                 state.sums.zero_()
@@ -163,7 +196,9 @@ def _fit(
             if save and rank == 0:
                 state.save(out / CHECKPOINT, config, scans.train)
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; --resume continues it")
+                raise KeyboardInterrupt(
+                    f"stopped after step {state.step} of {config.steps}; --resume continues it"
+                )
             stopwatch.start()
     forward.remove()
 
@@ -175,20 +210,30 @@ def _batches(
     (rank, world), start = place(), state.step
 
     def loader(patches: PatchDataset, first: int) -> Iterator[dict[str, Any]]:
-        share = {"batch_size": len(patches) // config.steps // world, "rank": rank, "world_size": world}
+        share = {
+            "batch_size": len(patches) // config.steps // world,
+            "rank": rank,
+            "world_size": world,
+        }
         return iter(patch_loader(patches, start=first, workers=config.workers, **share))
 
     labeled = loader(_labeled(config, data, scans), start)
     if config.method == "supervised":
         yield from zip(labeled, itertools.repeat(None))
         return
-    yield from zip(itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None))
+    yield from zip(
+        itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None)
+    )
     first = max(start, config.burn_in)
     if config.unlabeled_positive and first == config.burn_in:
-        state.found = _rows(_search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled)
+        state.found = _rows(
+            _search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled
+        )
         stopwatch.lap("search")
     stopwatch.forget()
-    yield from zip(labeled, loader(_unlabeled(config, data, scans, state.found), first), strict=True)
+    yield from zip(
+        labeled, loader(_unlabeled(config, data, scans, state.found), first), strict=True
+    )
 
 
 def _labeled(config: Config, data: LUNA16, scans: Scans) -> PatchDataset:
@@ -220,7 +265,9 @@ def _unlabeled(config: Config, data: LUNA16, scans: Scans, found: torch.Tensor) 
 def _rows(found: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
     """float32 [n, 8]: number of the series, box in voxels, weight p^4; the most probable of each, p = probability."""
     rows = [
-        np.column_stack([np.full(len(found[uid].boxes), i), found[uid].boxes, found[uid].probabilities ** 4])[:PLACES]
+        np.column_stack(
+            [np.full(len(found[uid].boxes), i), found[uid].boxes, found[uid].probabilities ** 4]
+        )[:PLACES]
         for i, uid in enumerate(series)
     ]
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
@@ -247,7 +294,9 @@ def _report(
     return evaluation
 
 
-def _search_all(config: Config, model: nn.Module, data: LUNA16, series: Sequence[str]) -> dict[str, Detections]:
+def _search_all(
+    config: Config, model: nn.Module, data: LUNA16, series: Sequence[str]
+) -> dict[str, Detections]:
     """Detections of all scans, in every process; each searches its share."""
     rank, world = place()
     own = series[rank::world]
@@ -265,16 +314,29 @@ def _candidates(found: Mapping[str, Detections]) -> dict[str, np.ndarray]:
 
 
 def _sheet(
-    data: LUNA16, series: Sequence[str], found: Mapping[str, Detections], evaluation: froc.Froc, *, columns: int = 4
+    data: LUNA16,
+    series: Sequence[str],
+    found: Mapping[str, Detections],
+    evaluation: froc.Froc,
+    *,
+    columns: int = 4,
 ) -> list[figures.Panel]:
     """Slices through nodules of all sizes (two rows) and through the most probable false positives (one row)."""
-    threshold = np.interp(1.0, evaluation.fps_per_scan, evaluation.thresholds) if len(evaluation.thresholds) else 1.0
+    threshold = (
+        np.interp(1.0, evaluation.fps_per_scan, evaluation.thresholds)
+        if len(evaluation.thresholds)
+        else 1.0
+    )
 
     def panel(uid: str, z: float, title: str) -> figures.Panel:
         volume, detections = data.volume(uid), found[uid]
         z = math.floor(z)
         true, boxes = volume.boxes(data.nodules(uid)), detections.boxes
-        shown = (boxes[:, 0] <= z + 0.5) & (z + 0.5 < boxes[:, 3]) & (detections.probabilities >= threshold)
+        shown = (
+            (boxes[:, 0] <= z + 0.5)
+            & (z + 0.5 < boxes[:, 3])
+            & (detections.probabilities >= threshold)
+        )
         predicted = np.column_stack([boxes[:, [1, 2, 4, 5]], detections.probabilities])[shown]
         true = true[(true[:, 0] <= z + 0.5) & (z + 0.5 < true[:, 3])][:, [1, 2, 4, 5]]
         return figures.Panel(np.asarray(volume.voxels[z]), true, predicted, title)
@@ -282,22 +344,34 @@ def _sheet(
     nodules = sorted(
         (float(diameter), uid, float(box[0] + box[3]) / 2)
         for uid in series
-        for diameter, box in zip(data.nodules(uid)[:, 3], data.volume(uid).boxes(data.nodules(uid)), strict=True)
+        for diameter, box in zip(
+            data.nodules(uid)[:, 3], data.volume(uid).boxes(data.nodules(uid)), strict=True
+        )
     )
     chosen = np.unique(np.linspace(0, len(nodules) - 1, 2 * columns).round().astype(int))
-    panels = [panel(uid, z, f"nodule of {diameter:.0f} mm") for diameter, uid, z in (nodules[i] for i in chosen)]
+    panels = [
+        panel(uid, z, f"nodule of {diameter:.0f} mm")
+        for diameter, uid, z in (nodules[i] for i in chosen)
+    ]
     wrong = sorted(
         (
             (float(probability), uid, float(box[0] + box[3]) / 2)
             for uid in series
             for box, probability, point in zip(
-                found[uid].boxes, found[uid].probabilities, found[uid].candidates[:, :3], strict=True
+                found[uid].boxes,
+                found[uid].probabilities,
+                found[uid].candidates[:, :3],
+                strict=True,
             )
-            if not _on_finding(point, data.nodules(uid)) and not _on_finding(point, data.excluded(uid))
+            if not _on_finding(point, data.nodules(uid))
+            and not _on_finding(point, data.excluded(uid))
         ),
         reverse=True,
     )
-    return panels + [panel(uid, z, f"false positive, {probability:.2f}") for probability, uid, z in wrong[:columns]]
+    return panels + [
+        panel(uid, z, f"false positive, {probability:.2f}")
+        for probability, uid, z in wrong[:columns]
+    ]
 
 
 def _on_finding(point: np.ndarray, findings: np.ndarray) -> bool:
@@ -308,7 +382,11 @@ def _on_finding(point: np.ndarray, findings: np.ndarray) -> bool:
 def _claim(out: Path, config: Config, resume: bool) -> None:
     """Make the run's folder, or see that it holds this very run."""
     world = place()[1]
-    for name in ("batch_size", "unlabeled_batch_size", "groups") if config.method == "focalmix" else ("batch_size",):
+    for name in (
+        ("batch_size", "unlabeled_batch_size", "groups")
+        if config.method == "focalmix"
+        else ("batch_size",)
+    ):
         if (value := getattr(config, name)) % world:
             raise InputError(f"{name}: expected a multiple of the {world} processes, got {value}")
     out.mkdir(parents=True, exist_ok=True)
@@ -316,7 +394,9 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
     stored = load_config(out) if begun else None
     for name, was in stored.result.items() if stored else ():
         if was != (asked := config.result[name]):
-            raise InputError(f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}")
+            raise InputError(
+                f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}"
+            )
     if resume and not begun and place()[0] == 0:
         tqdm.write(f"{out}: nothing to resume, a new run begins", file=sys.stderr)
     if begun and not resume:
@@ -343,23 +423,36 @@ def draw_scans(config: Config, data: LUNA16) -> Scans:
         "validation": config.validation_subsets,
         "test": config.test_subsets,
     }
-    parts = {part: [uid for uid in data.series if data.subset(uid) in subsets] for part, subsets in wanted.items()}
+    parts = {
+        part: [uid for uid in data.series if data.subset(uid) in subsets]
+        for part, subsets in wanted.items()
+    }
     if config.labeled is not None:
         if config.labeled > len(parts["train"]):
-            raise InputError(f"labeled: expected at most {len(parts['train'])} training scans, got {config.labeled}")
+            raise InputError(
+                f"labeled: expected at most {len(parts['train'])} training scans, got {config.labeled}"
+            )
         order = np.random.default_rng(config.seed).permutation(len(parts["train"]))
         last = None if config.unlabeled is None else config.labeled + config.unlabeled
         drawn = {"train": order[: config.labeled], "unlabeled": order[config.labeled : last]}
-        parts |= {part: [parts["train"][i] for i in sorted(chosen)] for part, chosen in drawn.items()}
+        parts |= {
+            part: [parts["train"][i] for i in sorted(chosen)] for part, chosen in drawn.items()
+        }
         if (rest := len(parts["unlabeled"])) < (config.unlabeled or 0):
-            raise InputError(f"unlabeled: expected at most the {rest} other training scans, got {config.unlabeled}")
+            raise InputError(
+                f"unlabeled: expected at most the {rest} other training scans, got {config.unlabeled}"
+            )
     if config.method == "focalmix" and not parts.get("unlabeled"):
-        raise InputError(f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}")
+        raise InputError(
+            f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}"
+        )
     for part, series in ((part, parts[part]) for part in wanted):
         if series and not any(len(data.nodules(uid)) for uid in series):
             by_seed = part == "train" and config.labeled is not None
             where = f"the scans that seed {config.seed} draws" if by_seed else wanted[part]
-            raise InputError(f"{part}_subsets: expected at least one nodule in {data.root}, found none in {where}")
+            raise InputError(
+                f"{part}_subsets: expected at least one nodule in {data.root}, found none in {where}"
+            )
     return Scans(**{"unlabeled": [], **parts})
 
 
@@ -378,26 +471,40 @@ def _means(state: State, config: Config) -> dict[str, float]:
 
 
 def _check_finite(
-    health: Sequence[torch.Tensor], config: Config, state: State, data: LUNA16, scans: Scans, out: Path
+    health: Sequence[torch.Tensor],
+    config: Config,
+    state: State,
+    data: LUNA16,
+    scans: Scans,
+    out: Path,
 ) -> None:
     """Stop where a loss or a gradient was not finite, and keep the joint batch of the first such step."""
     first = state.step - len(health)
-    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:  # it has left out all of the last steps
+    if (
+        state.scaler.is_enabled() and state.scaler.get_scale() < 1
+    ):  # it has left out all of the last steps
         health[-1][1] = math.inf
-    for step, (loss, norm) in enumerate(sum_of_ranks(torch.stack(list(health))).tolist(), start=first):
+    for step, (loss, norm) in enumerate(
+        sum_of_ranks(torch.stack(list(health))).tolist(), start=first
+    ):
         if math.isfinite(loss) and math.isfinite(norm):
             continue
         if place()[0] == 0:
             patches = {"labeled": (_labeled(config, data, scans), config.batch_size)}
             if config.method == "focalmix" and step >= config.burn_in:
-                patches["unlabeled"] = (_unlabeled(config, data, scans, state.found), config.unlabeled_batch_size)
+                patches["unlabeled"] = (
+                    _unlabeled(config, data, scans, state.found),
+                    config.unlabeled_batch_size,
+                )
             batch = {
                 name: collate([dataset[i] for i in range(step * size, (step + 1) * size)])
                 for name, (dataset, size) in patches.items()
             }
             with atomic_write(out / BAD_BATCH) as temporary:
                 torch.save({"step": step + 1, **batch}, temporary)
-        what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        what = (
+            f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        )
         kept = "holds an earlier step" if (out / CHECKPOINT).exists() else "is not yet written"
         raise FloatingPointError(
             f"step {step + 1}: {what}; {out / BAD_BATCH} holds its batch, {out / CHECKPOINT} {kept}; "

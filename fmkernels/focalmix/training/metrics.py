@@ -57,10 +57,14 @@ class Stopwatch:
         steps = [step for step in self.steps if step]
         if not steps:
             return {}
-        stages = {stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in steps[0]}
+        stages = {
+            stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in steps[0]
+        }
         totals = [sum(step.values()) for step in steps]
         return {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "steps": len(steps),
@@ -86,7 +90,10 @@ class Metrics:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             rows = [line.split(",") for line in lines if _ROW.fullmatch(line)]
             rows = [row for row in rows if int(row[0]) <= step]
-        with atomic_write(self.path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        with (
+            atomic_write(self.path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
         self.events = SummaryWriter(out, purge_step=step + 1)
 
@@ -112,7 +119,10 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self.usual = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.usual = {
+                number: signal.signal(number, self._request)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *error: object) -> None:

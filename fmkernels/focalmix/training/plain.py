@@ -37,7 +37,9 @@ def object_mixup3d(
         region = out[int(b)][(slice(None), *_region(box, out.shape[2:]))]
         donor = donors[int(j)][(slice(None), *_region(donor_box, donors.shape[2:]))]
         if region.numel() and donor.numel():
-            resized = F.interpolate(apply_window(donor, window)[None], region.shape[1:], mode="trilinear")[0]
+            resized = F.interpolate(
+                apply_window(donor, window)[None], region.shape[1:], mode="trilinear"
+            )[0]
             torch.lerp(resized, region, share, out=region)
     return out
 
@@ -48,7 +50,9 @@ def _region(box: Sequence[float], size: Sequence[int]) -> list[slice]:
     return [slice(math.ceil(a - 0.5), max(math.ceil(b - 0.5), 0)) for a, b in ends]
 
 
-def predict_targets(view_logits: Sequence[Tensor], flips: Tensor, *, temperature: float) -> list[Tensor]:
+def predict_targets(
+    view_logits: Sequence[Tensor], flips: Tensor, *, temperature: float
+) -> list[Tensor]:
     masks, targets = flips.tolist(), []
     for level in view_logits:
         mean = torch.sigmoid(level[0].float())
@@ -58,15 +62,21 @@ def predict_targets(view_logits: Sequence[Tensor], flips: Tensor, *, temperature
     return targets
 
 
-def soft_target_focal_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any) -> Tensor:
+def soft_target_focal_loss(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any
+) -> Tensor:
     def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        return (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
+        return (
+            (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
+        )
 
     return _total(loss, logits, targets, **arguments)
 
 
-def hard_target_focal_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any) -> Tensor:
+def hard_target_focal_loss(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any
+) -> Tensor:
     """The focal loss of common libraries, soft targets put into the formula of hard ones; its minimum is elsewhere.
 
     This is what ``--loss hard`` trains with: the soft-target focal loss is compared with it.
@@ -75,7 +85,11 @@ def hard_target_focal_loss(logits: Sequence[Tensor], targets: Sequence[Tensor], 
     def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         p = torch.sigmoid(x)
         p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha1 * y + alpha0 * (1 - y)
-        return alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        return (
+            alpha_t
+            * (1 - p_t) ** gamma
+            * F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        )
 
     return _total(loss, logits, targets, **arguments)
 
@@ -97,7 +111,9 @@ def _total(
     for x, y in zip(logits, targets, strict=True):
         y, ignored = _mixed(y, mix)
         losses = loss(x.float(), y, alpha0, alpha1, gamma)
-        total = total + (losses if weight is None else losses * weight).masked_fill(ignored, 0.0).sum()
+        total = (
+            total + (losses if weight is None else losses * weight).masked_fill(ignored, 0.0).sum()
+        )
     return total / normalizer.clamp(min=1)
 
 

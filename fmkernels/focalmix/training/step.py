@@ -61,20 +61,27 @@ def draw(config: Config, step: int, rank: int = 0, world: int = 1) -> Draw:
     images, groups = torch.arange(labeled + unlabeled), config.groups // world
     parts = images[:labeled].chunk(groups), images[labeled:].chunk(groups)
     places = (labeled + unlabeled) * config.objects
-    lam, index = torch.empty(labeled + unlabeled), torch.empty(labeled + unlabeled, dtype=torch.int64)
+    lam, index = (
+        torch.empty(labeled + unlabeled),
+        torch.empty(labeled + unlabeled, dtype=torch.int64),
+    )
     object_lam, preference = torch.empty(places), torch.full((places, places), -1.0)
     for group, own in enumerate(map(torch.cat, zip(*parts, strict=True)), start=rank * groups):
         generator = _generator(config.seed, step, group)
         lam[own], partners = functional.sample_mixup(len(own), eta=config.eta, generator=generator)
         index[own] = own[partners]
         slots = (own[:, None] * config.objects + torch.arange(config.objects)).flatten()
-        object_lam[slots], _ = functional.sample_mixup(len(slots), eta=config.eta, generator=generator)
+        object_lam[slots], _ = functional.sample_mixup(
+            len(slots), eta=config.eta, generator=generator
+        )
         preference[slots[:, None], slots] = torch.rand(len(slots), len(slots), generator=generator)
     others = 1 + torch.randperm(7, generator=_generator(config.seed, step))
     flips = torch.cat([torch.zeros(1, dtype=torch.int64), others])[: config.views]
     risen = min(1.0, (step - config.burn_in + 1) / (config.ramp + 1))
     weight = torch.tensor(config.unlabeled_weight * risen)
-    return Draw(flips.to(torch.uint8), lam, index, object_lam, preference.fill_diagonal_(-1.0), weight)
+    return Draw(
+        flips.to(torch.uint8), lam, index, object_lam, preference.fill_diagonal_(-1.0), weight
+    )
 
 
 def _generator(*key: int) -> torch.Generator:
@@ -85,11 +92,18 @@ def _generator(*key: int) -> torch.Generator:
 def supervised_loss(model: nn.Module, batch: Mapping[str, Any], config: Config) -> Losses:
     """Focal loss of every anchor and smooth L1 loss of the boxes of the positive ones, on the device of the batch."""
     matches = match(config.anchors, config.patch_size, batch["boxes"], batch["ignore"])
-    return _losses(model(apply_window(batch["image"], config.window)), matches.targets, matches, config)
+    return _losses(
+        model(apply_window(batch["image"], config.window)), matches.targets, matches, config
+    )
 
 
 def focalmix_loss(
-    model: nn.Module, teacher: nn.Module, labeled: Mapping[str, Any], unlabeled: Tensor, config: Config, drawn: Draw
+    model: nn.Module,
+    teacher: nn.Module,
+    labeled: Mapping[str, Any],
+    unlabeled: Tensor,
+    config: Config,
+    drawn: Draw,
 ) -> Losses:
     """FocalMix's step: predict targets, mix images, mix objects, compare. All images are int16 HU."""
     images = torch.cat([labeled["image"], unlabeled])
@@ -99,14 +113,25 @@ def focalmix_loss(
     targets = [torch.cat(level) for level in zip(matches.targets, predicted, strict=True)]
 
     mix = (drawn.lam, drawn.index) if config.image_mixup else None
-    lam, index = mix or (torch.ones_like(drawn.lam), torch.arange(len(images), device=images.device))
+    lam, index = mix or (
+        torch.ones_like(drawn.lam),
+        torch.arange(len(images), device=images.device),
+    )
     ops = _ops(config)
     mixed = ops.mixup3d(images, lam, index, window=config.window)
 
     if config.object_mixup:
         objects = torch.cat([_first(labeled["boxes"], config.objects), found])
         boxes, donor_boxes = pair_objects(objects, drawn.preference)
-        ops.object_mixup3d(mixed, boxes, donor_boxes, drawn.object_lam, donors=images, window=config.window, out=mixed)
+        ops.object_mixup3d(
+            mixed,
+            boxes,
+            donor_boxes,
+            drawn.object_lam,
+            donors=images,
+            window=config.window,
+            out=mixed,
+        )
 
     weight = torch.ones(len(images), 1, 1, 1, 1, device=images.device)
     weight[len(labeled["image"]) :] = drawn.unlabeled_weight
@@ -114,7 +139,9 @@ def focalmix_loss(
 
 
 @torch.no_grad()
-def predict(teacher: nn.Module, images: Tensor, config: Config, flips: Tensor) -> tuple[list[Tensor], Tensor]:
+def predict(
+    teacher: nn.Module, images: Tensor, config: Config, flips: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """Targets of unlabelled images from flipped views, and the objects in them.
 
     Objects are the boxes of the first view at the anchors of the highest targets of at least ``config.confidence``, of
@@ -128,15 +155,21 @@ def predict(teacher: nn.Module, images: Tensor, config: Config, flips: Tensor) -
     windowed = apply_window(images, config.window)
     logits, deltas = teacher(torch.cat([flipped(windowed, mask) for mask in flips.tolist()]))
     views = [level.unflatten(0, (len(flips), batch)) for level in logits]
-    targets = ops.predict_targets(views, flips.to(images.device, non_blocking=True), temperature=config.temperature)
-    deltas = torch.cat([level[:batch].movedim(2, -1).reshape(batch, -1, 6) for level in deltas], 1).float()
+    targets = ops.predict_targets(
+        views, flips.to(images.device, non_blocking=True), temperature=config.temperature
+    )
+    deltas = torch.cat(
+        [level[:batch].movedim(2, -1).reshape(batch, -1, 6) for level in deltas], 1
+    ).float()
     boxes = decode_boxes(deltas, config.anchors.boxes(config.patch_size, images.device))
     scores, objects = torch.cat([level.flatten(1) for level in targets], 1), []
     for _ in range(config.objects):
         score, best = scores.max(1, keepdim=True)
         box = boxes.gather(1, best[..., None].expand(-1, -1, 6))
         objects.append(box.masked_fill((score < config.confidence)[..., None], torch.nan))
-        scores = scores.masked_fill(box_iou(boxes, box) > config.nms_threshold, -1.0).scatter(1, best, -1.0)
+        scores = scores.masked_fill(box_iou(boxes, box) > config.nms_threshold, -1.0).scatter(
+            1, best, -1.0
+        )
     if config.pseudo_labels == "hard":
         targets = [(level >= 0.5).float() for level in targets]
     return targets, torch.cat(objects, 1)
@@ -176,7 +209,9 @@ def _losses(
     positives = matches.positive.sum().float()
     normalizer = sum_of_ranks(positives).clamp(min=1)
     ops = _ops(config)
-    focal_loss = ops.soft_target_focal_loss if config.loss == "soft" else plain.hard_target_focal_loss
+    focal_loss = (
+        ops.soft_target_focal_loss if config.loss == "soft" else plain.hard_target_focal_loss
+    )
     classification = focal_loss(
         logits,
         targets,
@@ -190,5 +225,7 @@ def _losses(
     flat = torch.cat([level.movedim(2, -1).reshape(len(level), -1, 6) for level in deltas], 1)
     anchors = config.anchors.boxes(config.patch_size, flat.device)[matches.anchor]
     wanted = encode_boxes(matches.boxes, anchors)
-    error = F.smooth_l1_loss(flat[matches.image, matches.anchor].float(), wanted, reduction="none", beta=0.1).sum(1)
+    error = F.smooth_l1_loss(
+        flat[matches.image, matches.anchor].float(), wanted, reduction="none", beta=0.1
+    ).sum(1)
     return Losses(classification, (error * matches.positive).sum() / normalizer, positives)

@@ -50,7 +50,9 @@ class TestGeometry:
         volume = resample(image, spacing)
         grid = image_of(volume.voxels, spacing, volume.origin, image.GetDirection())
         index = np.random.default_rng(0).uniform(-5, 20, size=(4, 3))
-        world = np.array([grid.TransformContinuousIndexToPhysicalPoint(point[::-1].tolist()) for point in index])
+        world = np.array(
+            [grid.TransformContinuousIndexToPhysicalPoint(point[::-1].tolist()) for point in index]
+        )
         np.testing.assert_allclose(volume.to_world(index), world, atol=1e-9)
         np.testing.assert_allclose(volume.to_index(world), index, atol=1e-9)
 
@@ -59,7 +61,10 @@ class TestGeometry:
     def test_grid_begins_at_the_outer_corner_and_covers_the_scan(self, image, spacing):
         volume = resample(image, spacing)
         size = np.array(image.GetSize())
-        corners = [image.TransformContinuousIndexToPhysicalPoint(c.tolist()) for c in (-0.5 * np.ones(3), size - 0.5)]
+        corners = [
+            image.TransformContinuousIndexToPhysicalPoint(c.tolist())
+            for c in (-0.5 * np.ones(3), size - 0.5)
+        ]
         low, high = volume.to_index(np.array(corners)) + 0.5
         np.testing.assert_allclose(low, 0, atol=1e-9)
         beyond = volume.voxels.shape - high
@@ -67,7 +72,9 @@ class TestGeometry:
         assert ((beyond < 1) | (np.array(volume.voxels.shape) == 1)).all()
 
     def test_boxes_are_cubes_of_the_diameter_in_voxels(self):
-        volume = resample(image_of(np.zeros((10, 10, 10)), (2.0, 1.0, 1.0), (5.0, 6.0, 7.0)), (2.0, 1.0, 1.0))
+        volume = resample(
+            image_of(np.zeros((10, 10, 10)), (2.0, 1.0, 1.0), (5.0, 6.0, 7.0)), (2.0, 1.0, 1.0)
+        )
         boxes = volume.boxes(np.array([[8.0, 8.0, 11.0, 4.0], [8.0, 8.0, 11.0, -1.0]]))
         assert boxes.dtype == np.float32
         assert boxes[0].tolist() == [1.5, 0.5, 1.5, 3.5, 4.5, 5.5]
@@ -85,7 +92,9 @@ class TestResample:
     @given(images(), st.tuples(*[st.floats(0.3, 1.0)] * 3))
     @settings(max_examples=40, deadline=None, derandomize=True)
     def test_finer_spacing_is_simpleitk_linear_interpolation(self, image, fractions):
-        spacing = tuple(step * part for step, part in zip(image.GetSpacing()[::-1], fractions, strict=True))
+        spacing = tuple(
+            step * part for step, part in zip(image.GetSpacing()[::-1], fractions, strict=True)
+        )
         volume = resample(image, spacing)
         expected = sitk.Resample(
             sitk.Cast(sitk.ZeroFluxNeumannPad(image, (1, 1, 1), (1, 1, 1)), sitk.sitkFloat64),
@@ -103,7 +112,9 @@ class TestResample:
         stripes = np.where(np.arange(48) % 2, 900, -900) + np.zeros((48, 48, 1))
         for axes in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
             volume = resample(image_of(stripes.transpose(axes)), (4.3, 4.3, 4.3))
-            inside = volume.voxels[tuple(slice(1, -1) if length > 1 else slice(None) for length in volume.voxels.shape)]
+            inside = volume.voxels[
+                tuple(slice(1, -1) if length > 1 else slice(None) for length in volume.voxels.shape)
+            ]
             assert np.abs(inside).max() < 60
 
     def test_coarser_spacing_keeps_constants_and_slopes(self):
@@ -130,7 +141,9 @@ class TestFolder:
             assert data.subset(scan.uid) == scan.subset
             assert data.path(scan.uid) == luna_folder / f"subset{scan.subset}" / f"{scan.uid}.mhd"
             assert data.nodules(scan.uid).shape == (len(scan.nodules), 4)
-            assert data.excluded(scan.uid)[:, 3].tolist() == [finding[3] for finding in scan.excluded]
+            assert data.excluded(scan.uid)[:, 3].tolist() == [
+                finding[3] for finding in scan.excluded
+            ]
 
     def test_subsets_select_scans_and_leave_other_annotations_aside(self, luna_folder, luna_scans):
         data = LUNA16(luna_folder, subsets=(9, 1))
@@ -181,11 +194,15 @@ class TestFolder:
     def test_a_pickled_copy_reads_the_same(self, luna_folder):
         data = LUNA16(luna_folder)
         copy = pickle.loads(pickle.dumps(data))
-        np.testing.assert_array_equal(copy.volume(copy.series[2]).voxels, data.volume(data.series[2]).voxels)
+        np.testing.assert_array_equal(
+            copy.volume(copy.series[2]).voxels, data.volume(data.series[2]).voxels
+        )
 
 
 class TestBadFolder:
-    @pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 0), (1, 1, math.inf), (1, 1, math.nan), (1, 1, -2)])
+    @pytest.mark.parametrize(
+        "spacing", [(1, 1), (1, 1, 0), (1, 1, math.inf), (1, 1, math.nan), (1, 1, -2)]
+    )
     def test_spacing(self, luna_folder, spacing):
         with pytest.raises(ValueError, match="LUNA16: spacing: expected 3 positive numbers"):
             LUNA16(luna_folder, spacing=spacing)
@@ -215,7 +232,9 @@ class TestBadFolder:
     def test_series_in_two_subsets(self, luna_folder, luna_scans):
         for path in (luna_folder / "subset0").glob(f"{luna_scans[0].uid}.*"):
             shutil.copy(path, luna_folder / "subset4")
-        with pytest.raises(InputError, match=r"subset4.*expected each series once, got it in .*subset0"):
+        with pytest.raises(
+            InputError, match=r"subset4.*expected each series once, got it in .*subset0"
+        ):
             LUNA16(luna_folder)
 
     @pytest.mark.parametrize("with_list", [True, False])
@@ -224,22 +243,31 @@ class TestBadFolder:
             file.write("9.9.9,1.0,2.0,3.0,4.0\n")
         if not with_list:
             (luna_folder / "seriesuids.csv").unlink()
-        with pytest.raises(InputError, match=r"annotations\.csv, row 7: seriesuid: expected a series .* got '9\.9\.9'"):
+        with pytest.raises(
+            InputError,
+            match=r"annotations\.csv, row 7: seriesuid: expected a series .* got '9\.9\.9'",
+        ):
             LUNA16(luna_folder)
 
     @pytest.mark.parametrize("uid", ["../../outside", "/etc/passwd", "..", "C:\\outside"])
     def test_series_ids_that_are_paths_lead_nowhere(self, luna_folder, luna_scans, uid):
         for name in ("outside.mhd", "outside.raw"):
             suffix = name.split(".")[1]
-            shutil.copy(luna_folder / "subset0" / f"{luna_scans[0].uid}.{suffix}", luna_folder.parent / name)
+            shutil.copy(
+                luna_folder / "subset0" / f"{luna_scans[0].uid}.{suffix}", luna_folder.parent / name
+            )
         before = sorted(path.name for path in luna_folder.parent.iterdir())
         with open(luna_folder / "annotations.csv", "a") as file:
             file.write(f"{uid},1.0,2.0,3.0,4.0\n")
-        with pytest.raises(InputError, match=r"annotations\.csv, row 7: seriesuid: expected a series"):
+        with pytest.raises(
+            InputError, match=r"annotations\.csv, row 7: seriesuid: expected a series"
+        ):
             LUNA16(luna_folder)
         with open(luna_folder / "seriesuids.csv", "a") as file:
             file.write(f"{uid}\n")
-        with pytest.raises(InputError, match=r"seriesuids\.csv, row 6: expected a series with a scan"):
+        with pytest.raises(
+            InputError, match=r"seriesuids\.csv, row 6: expected a series with a scan"
+        ):
             LUNA16(luna_folder)
         (luna_folder / "subset7").rmdir()  # now the scan could be in what is not there
         data = LUNA16(luna_folder)
@@ -253,12 +281,17 @@ class TestBadFolder:
     def test_listed_series_without_scan_and_scan_that_is_not_listed(self, luna_folder, luna_scans):
         listed = (luna_folder / "seriesuids.csv").read_text()
         (luna_folder / "seriesuids.csv").write_text(listed + "9.9.9\n")
-        with pytest.raises(InputError, match=r"seriesuids\.csv, row 6: expected a series with a scan, got '9\.9\.9'"):
+        with pytest.raises(
+            InputError,
+            match=r"seriesuids\.csv, row 6: expected a series with a scan, got '9\.9\.9'",
+        ):
             LUNA16(luna_folder)
         (luna_folder / "subset7").rmdir()
         assert len(LUNA16(luna_folder)) == 5
         (luna_folder / "seriesuids.csv").write_text(listed.split("\n", 1)[1])
-        with pytest.raises(InputError, match=rf"{luna_scans[0].uid}\.mhd: expected a series of .*seriesuids\.csv"):
+        with pytest.raises(
+            InputError, match=rf"{luna_scans[0].uid}\.mhd: expected a series of .*seriesuids\.csv"
+        ):
             LUNA16(luna_folder)
 
     def test_annotation_outside_its_scan_names_the_row(self, luna_folder, luna_scans):
@@ -268,7 +301,9 @@ class TestBadFolder:
         (luna_folder / "annotations.csv").write_text("\n".join(lines))
         data = LUNA16(luna_folder)
         for call in (lambda: data.volume(uid), lambda: data.prepare(workers=0, progress=False)):
-            with pytest.raises(InputError, match=r"annotations\.csv, row 3: expected a point inside of .*-240\) mm"):
+            with pytest.raises(
+                InputError, match=r"annotations\.csv, row 3: expected a point inside of .*-240\) mm"
+            ):
                 call()
 
 
@@ -307,50 +342,119 @@ def move_raw(where: str):
 
 
 BAD_SCANS = {
-    "truncated": (resize_raw(-1), r"scan\.raw: expected 480 bytes \(DimSize 6 5 8 of MET_SHORT\), got 479"),
+    "truncated": (
+        resize_raw(-1),
+        r"scan\.raw: expected 480 bytes \(DimSize 6 5 8 of MET_SHORT\), got 479",
+    ),
     "too long": (resize_raw(2), r"scan\.raw: expected 480 bytes .* got 482"),
-    "no raw": (lambda header: header.with_suffix(".raw").unlink(), r"ElementDataFile: expected scan\.raw beside"),
+    "no raw": (
+        lambda header: header.with_suffix(".raw").unlink(),
+        r"ElementDataFile: expected scan\.raw beside",
+    ),
     "no header": (lambda header: header.unlink(), r"scan\.mhd: expected a MetaImage header"),
-    "not a header": (lambda header: header.write_bytes(bytes(range(256)) * 999), "NDims: expected 3, got nothing"),
+    "not a header": (
+        lambda header: header.write_bytes(bytes(range(256)) * 999),
+        "NDims: expected 3, got nothing",
+    ),
     "2D": (rewrite(np.zeros((4, 5), np.int16)), "NDims: expected 3, got 2"),
     "4D": (edit("NDims = 3", "NDims = 4"), "NDims: expected 3, got 4"),
-    "RGB": (rewrite(np.zeros((3, 4, 5, 3), np.uint8), vector=True), "ElementNumberOfChannels: expected 1, got 3"),
-    "float": (rewrite(np.zeros((3, 4, 5), np.float32)), r"ElementType: expected MET_SHORT .*, got MET_FLOAT"),
-    "mask": (rewrite(np.zeros((3, 4, 5), np.uint8)), r"ElementType: expected MET_SHORT .*, got MET_UCHAR"),
+    "RGB": (
+        rewrite(np.zeros((3, 4, 5, 3), np.uint8), vector=True),
+        "ElementNumberOfChannels: expected 1, got 3",
+    ),
+    "float": (
+        rewrite(np.zeros((3, 4, 5), np.float32)),
+        r"ElementType: expected MET_SHORT .*, got MET_FLOAT",
+    ),
+    "mask": (
+        rewrite(np.zeros((3, 4, 5), np.uint8)),
+        r"ElementType: expected MET_SHORT .*, got MET_UCHAR",
+    ),
     "enormous": (
         edit("6 5 8", "60000 50000 40000"),
         "DimSize: .* at most 2147483648 voxels, got 60000",
     ),
-    "a long axis": (edit("6 5 8", "2000000000 1 1"), "DimSize: .* each at most 32768, .* got 2000000000 1 1"),
+    "a long axis": (
+        edit("6 5 8", "2000000000 1 1"),
+        "DimSize: .* each at most 32768, .* got 2000000000 1 1",
+    ),
     "overflowing": (edit("6 5 8", f"{2**32} {2**32} 1"), "DimSize: expected 3 positive integers"),
     "negative": (edit("6 5 8", "6 -5 8"), "DimSize: expected 3 positive integers.* got 6 -5 8"),
     "flat": (edit("6 5 8", "6 0 8"), "DimSize: expected 3 positive integers"),
     "two sizes": (edit("6 5 8", "6 5"), "DimSize: expected 3 positive integers"),
-    "zero spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 0"), "ElementSpacing: expected 3 numbers"),
-    "negative spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = -0.5"), "ElementSpacing: expected 3 numbers"),
-    "huge spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 1e9"), r"ElementSpacing: expected 3 .* got 1e9"),
-    "tiny spacing": (edit("ElementSpacing = 0.5", "ElementSpacing = 1e-300"), "ElementSpacing: expected 3 numbers"),
+    "zero spacing": (
+        edit("ElementSpacing = 0.5", "ElementSpacing = 0"),
+        "ElementSpacing: expected 3 numbers",
+    ),
+    "negative spacing": (
+        edit("ElementSpacing = 0.5", "ElementSpacing = -0.5"),
+        "ElementSpacing: expected 3 numbers",
+    ),
+    "huge spacing": (
+        edit("ElementSpacing = 0.5", "ElementSpacing = 1e9"),
+        r"ElementSpacing: expected 3 .* got 1e9",
+    ),
+    "tiny spacing": (
+        edit("ElementSpacing = 0.5", "ElementSpacing = 1e-300"),
+        "ElementSpacing: expected 3 numbers",
+    ),
     "a bomb": (
         edit("ElementSpacing = 0.5 0.5", "ElementSpacing = 900 900"),
         r"ElementSpacing: expected at most 240000 voxels at \(1\.0, 1\.0, 1\.0\) mm, got \(16, 4500, 5400\)",
     ),
-    "no spacing": (edit("ElementSpacing", "Spacing"), "ElementSpacing: expected 3 finite numbers, got nothing"),
-    "NaN offset": (edit("Offset = 0", "Offset = nan"), "Offset: expected 3 finite numbers, got nan 0 0"),
+    "no spacing": (
+        edit("ElementSpacing", "Spacing"),
+        "ElementSpacing: expected 3 finite numbers, got nothing",
+    ),
+    "NaN offset": (
+        edit("Offset = 0", "Offset = nan"),
+        "Offset: expected 3 finite numbers, got nan 0 0",
+    ),
     "words": (edit("Offset = 0", "Offset = zero"), "Offset: expected 3 finite numbers"),
-    "shear": (edit("TransformMatrix = 1 0", "TransformMatrix = 1 0.3"), "TransformMatrix: expected an orthonormal"),
-    "compressed": (edit("CompressedData = False", "CompressedData = True"), "CompressedData: expected False, got True"),
-    "text": (edit("BinaryData = True", "BinaryData = False"), "BinaryData: expected True, got False"),
-    "parent folder": (move_raw("../scan.raw"), r"ElementDataFile: expected the name of a file in the same folder"),
-    "folder below": (move_raw("below/scan.raw"), r"ElementDataFile: .* same folder, got below/scan\.raw"),
-    "absolute": (edit("= scan.raw", "= /etc/passwd"), r"ElementDataFile: .* same folder, got /etc/passwd"),
+    "shear": (
+        edit("TransformMatrix = 1 0", "TransformMatrix = 1 0.3"),
+        "TransformMatrix: expected an orthonormal",
+    ),
+    "compressed": (
+        edit("CompressedData = False", "CompressedData = True"),
+        "CompressedData: expected False, got True",
+    ),
+    "text": (
+        edit("BinaryData = True", "BinaryData = False"),
+        "BinaryData: expected True, got False",
+    ),
+    "parent folder": (
+        move_raw("../scan.raw"),
+        r"ElementDataFile: expected the name of a file in the same folder",
+    ),
+    "folder below": (
+        move_raw("below/scan.raw"),
+        r"ElementDataFile: .* same folder, got below/scan\.raw",
+    ),
+    "absolute": (
+        edit("= scan.raw", "= /etc/passwd"),
+        r"ElementDataFile: .* same folder, got /etc/passwd",
+    ),
     "backslashes": (edit("= scan.raw", "= ..\\scan.raw"), r"ElementDataFile: .* same folder"),
     "the folder": (edit("= scan.raw", "= .."), r"ElementDataFile: .* same folder, got \.\."),
     "local": (edit("= scan.raw", "= LOCAL"), r"ElementDataFile: .* same folder, got LOCAL"),
     "pattern": (edit("= scan.raw", "= s%03d.raw 1 2 1"), r"ElementDataFile: .* same folder"),
-    "an end inside": (edit("= scan.raw", "= scan.raw\0/../other.raw"), r"same folder, got scan\.raw\?/\.\./other"),
-    "escapes": (edit("= scan.raw", "= \x1b[2J\x85scan"), r"expected \?\[2J\?scan beside the header"),
-    "twice": (edit("DimSize", "DimSize = 400 400 400\nDimSize"), "DimSize: expected this field once, got it again"),
-    "byte order": (edit("ByteOrderMSB = False", "ByteOrderMSB = no"), "ByteOrderMSB: expected True or False, got no"),
+    "an end inside": (
+        edit("= scan.raw", "= scan.raw\0/../other.raw"),
+        r"same folder, got scan\.raw\?/\.\./other",
+    ),
+    "escapes": (
+        edit("= scan.raw", "= \x1b[2J\x85scan"),
+        r"expected \?\[2J\?scan beside the header",
+    ),
+    "twice": (
+        edit("DimSize", "DimSize = 400 400 400\nDimSize"),
+        "DimSize: expected this field once, got it again",
+    ),
+    "byte order": (
+        edit("ByteOrderMSB = False", "ByteOrderMSB = no"),
+        "ByteOrderMSB: expected True or False, got no",
+    ),
     "colon": (
         edit("ElementDataFile", "ElementDataFile : ../other.raw\nElementDataFile"),
         r"same folder, got \.\./other",
@@ -381,7 +485,9 @@ class TestBadScan:
         rng = np.random.default_rng(0)
         direction = np.linalg.qr(rng.normal(size=(3, 3)))[0]
         voxels = rng.integers(-2000, 3000, size=(3, 4, 5))
-        sitk.WriteImage(image_of(voxels, (2.5, 0.7, 0.8), (-170.2, 12.5, 900.1), direction), str(header))
+        sitk.WriteImage(
+            image_of(voxels, (2.5, 0.7, 0.8), (-170.2, 12.5, 900.1), direction), str(header)
+        )
         if big_endian:
             header.with_suffix(".raw").write_bytes(voxels.astype(">i2").tobytes())
             edit("ByteOrderMSB = False", "ByteOrderMSB = True")(header)
@@ -422,7 +528,8 @@ class TestBadScan:
         edit("ElementSpacing = 0.5 0.5 2", "ElementSpacing = 999 999 0.001")(header)
         os.truncate(header.with_suffix(".raw"), 2**16)
         with pytest.raises(
-            InputError, match=r"ElementSpacing: expected at most 32768000 voxels .*, got \(33, 999, 999\)"
+            InputError,
+            match=r"ElementSpacing: expected at most 32768000 voxels .*, got \(33, 999, 999\)",
         ):
             load_volume(header, (1.0, 1.0, 1.0))
 
@@ -472,7 +579,11 @@ class TestCache:
         assert file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
         for volume in (again, direct):
             np.testing.assert_array_equal(volume.voxels, first.voxels)
-            assert (volume.spacing, volume.origin, volume.direction) == (first.spacing, first.origin, first.direction)
+            assert (volume.spacing, volume.origin, volume.direction) == (
+                first.spacing,
+                first.origin,
+                first.direction,
+            )
 
     @pytest.mark.parametrize("suffix", [".raw", ".mhd"])
     def test_is_made_again_when_the_source_changes(self, luna_folder, suffix):
@@ -500,7 +611,9 @@ class TestCache:
             lambda content: b"noise" * 1000,
             lambda content: content.replace(b"<i2", b"<u2"),
             lambda content: content + b"more",
-            lambda content: content[: content.rindex(b'{"source"')] + json.dumps({"source": {}}).encode(),
+            lambda content: (
+                content[: content.rindex(b'{"source"')] + json.dumps({"source": {}}).encode()
+            ),
         ],
     )
     def test_is_made_again_when_it_is_broken(self, luna_folder, breakage):
@@ -520,7 +633,9 @@ class TestCache:
     def test_says_when_it_cannot_be_written(self, luna_folder, tmp_path):
         (tmp_path / "file").touch()
         data = LUNA16(luna_folder, cache=tmp_path / "file")
-        with pytest.raises(InputError, match=r"file/\.cache-1x1x1: cannot write .* see --cache") as error:
+        with pytest.raises(
+            InputError, match=r"file/\.cache-1x1x1: cannot write .* see --cache"
+        ) as error:
             data.volume(data.series[0])
         one_line(error)
 
@@ -536,7 +651,10 @@ class TestCache:
         assert list(data.cache.iterdir()) == []
 
     def test_worker_processes_write_the_same(self, luna_folder, tmp_path, capfd):
-        alone, together = LUNA16(luna_folder, cache=tmp_path / "a"), LUNA16(luna_folder, cache=tmp_path / "b")
+        alone, together = (
+            LUNA16(luna_folder, cache=tmp_path / "a"),
+            LUNA16(luna_folder, cache=tmp_path / "b"),
+        )
         alone.prepare(workers=1, progress=False)
         assert capfd.readouterr().err == ""
         together.prepare(workers=2)

@@ -19,7 +19,9 @@ def data(luna_folder) -> LUNA16:
 
 
 def dataset_of(data, series=None, **options) -> PatchDataset:
-    return PatchDataset(data, data.series if series is None else series, **{"length": 24, "seed": 7} | options)
+    return PatchDataset(
+        data, data.series if series is None else series, **{"length": 24, "seed": 7} | options
+    )
 
 
 def assert_same(a, b) -> None:
@@ -52,7 +54,9 @@ class TestItem:
             assert item["image"].dtype == torch.int16 and item["image"].shape == (1, *size)
             voxels, corner = data.volume(item["series"]).voxels, item["corner"].numpy()
             padded = np.pad(voxels, 90, constant_values=AIR)
-            expected = padded[tuple(slice(90 + c, 90 + c + n) for c, n in zip(corner, size, strict=True))]
+            expected = padded[
+                tuple(slice(90 + c, 90 + c + n) for c, n in zip(corner, size, strict=True))
+            ]
             np.testing.assert_array_equal(unflipped(item), expected)
             room = np.array(voxels.shape) - size
             assert ((np.minimum(room, 0) <= corner) & (corner <= np.maximum(room, 0))).all()
@@ -63,7 +67,10 @@ class TestItem:
         assert (size[1] == 90) == any(y < 0 for _, _, y, _ in seen)
 
     def test_without_flips(self, data):
-        assert all(int(item["flips"]) == 0 for item in map(dataset_of(data, flips=False).__getitem__, range(24)))
+        assert all(
+            int(item["flips"]) == 0
+            for item in map(dataset_of(data, flips=False).__getitem__, range(24))
+        )
 
     @given(seed=st.integers(0, 2**40), size=st.tuples(*[st.integers(14, 40)] * 3))
     @settings(
@@ -77,11 +84,19 @@ class TestItem:
         for item in map(dataset.__getitem__, range(4)):
             image, boxes = item["image"][0].numpy(), item["boxes"].numpy()
             assert boxes.dtype == np.float32 and len(boxes) >= 1
-            assert (boxes[:, :3] >= 0).all() and (boxes[:, 3:] <= size).all() and (boxes[:, :3] < boxes[:, 3:]).all()
+            assert (
+                (boxes[:, :3] >= 0).all()
+                and (boxes[:, 3:] <= size).all()
+                and (boxes[:, :3] < boxes[:, 3:]).all()
+            )
             for box in boxes:
                 low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
                 region = image[tuple(map(slice, low, high))].astype(float) + 850
-                centroid = np.average(np.argwhere(region > -np.inf) + low + 0.5, axis=0, weights=region.clip(0).ravel())
+                centroid = np.average(
+                    np.argwhere(region > -np.inf) + low + 0.5,
+                    axis=0,
+                    weights=region.clip(0).ravel(),
+                )
                 if (box[:3] > 0).all() and (box[3:] < size).all():
                     assert np.abs(centroid - (box[:3] + box[3:]) / 2).max() < 0.5
                 assert region.max() > 800
@@ -89,7 +104,9 @@ class TestItem:
     def test_nodules_that_are_cut_and_excluded_findings_are_to_be_ignored(self, make_luna):
         scan = {"shape": (20, 20, 20), "spacing": (1, 1, 1)}
         root = make_luna(scan | {"nodules": [(9.5, 9.5, 9.5, 4)], "excluded": [(9.5, 9.5, 2.5, 2)]})
-        dataset = dataset_of(LUNA16(root), patch_size=(20, 20, 8), positive=0.0, flips=False, length=200)
+        dataset = dataset_of(
+            LUNA16(root), patch_size=(20, 20, 8), positive=0.0, flips=False, length=200
+        )
         seen = set()
         for item in map(dataset.__getitem__, range(200)):
             x = int(item["corner"][2])
@@ -106,24 +123,40 @@ class TestItem:
         assert seen >= set(range(1, 13))
 
     def test_a_nodule_larger_than_the_patch_fills_it(self, make_luna):
-        root = make_luna({"shape": (40, 40, 40), "spacing": (1, 1, 1), "nodules": [(20.4, 19, 20.2, 24)]})
+        root = make_luna(
+            {"shape": (40, 40, 40), "spacing": (1, 1, 1), "nodules": [(20.4, 19, 20.2, 24)]}
+        )
         for size in (1, 8, 20):
-            for item in map(dataset_of(LUNA16(root), patch_size=(size,) * 3, positive=1.0).__getitem__, range(5)):
+            for item in map(
+                dataset_of(LUNA16(root), patch_size=(size,) * 3, positive=1.0).__getitem__, range(5)
+            ):
                 assert item["boxes"].tolist() == [[0, 0, 0, size, size, size]]
 
     def test_places_the_nodule_all_over_the_patch(self, make_luna):
-        root = make_luna({"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]})
-        dataset = dataset_of(LUNA16(root), patch_size=(16, 16, 16), positive=1.0, flips=False, length=200)
+        root = make_luna(
+            {"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]}
+        )
+        dataset = dataset_of(
+            LUNA16(root), patch_size=(16, 16, 16), positive=1.0, flips=False, length=200
+        )
         lows = torch.cat([dataset[i]["boxes"] for i in range(200)])[:, :3]
         assert (lows.amin(0) < 1.6).all() and (lows.amax(0) > 10.4).all()
         assert ((lows.mean(0) - 6).abs() < 0.9).all()
 
     def test_is_placed_around_given_boxes_as_often_as_they_weigh(self, make_luna):
-        root = make_luna(*[{"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(5, 5, 5, 4)]}] * 2)
+        root = make_luna(
+            *[{"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(5, 5, 5, 4)]}] * 2
+        )
         data = LUNA16(root)
-        boxes = [[8, 8, 8, 12, 12, 12, 0.3], [48, 48, 48, 52, 52, 52, 0.0], [28, 28, 28, 32, 32, 32, 0.1]]
+        boxes = [
+            [8, 8, 8, 12, 12, 12, 0.3],
+            [48, 48, 48, 52, 52, 52, 0.0],
+            [28, 28, 28, 32, 32, 32, 0.1],
+        ]
         around = {data.series[1]: np.array(boxes)}
-        dataset = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, flips=False, length=400, around=around)
+        dataset = dataset_of(
+            data, patch_size=(8, 8, 8), positive=1.0, flips=False, length=400, around=around
+        )
         items = [dataset[i] for i in range(400)]
         assert {item["series"] for item in items} == {data.series[1]}
         corners = np.array([item["corner"].tolist() for item in items])
@@ -132,7 +165,9 @@ class TestItem:
         assert (first | third).all() and 260 < first.sum() < 340
         for none in ({}, {data.series[0]: np.zeros((2, 7))}):
             nowhere = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, around=none)
-            assert {nowhere[i]["series"] for i in range(24)} == set(data.series)  # background patches
+            assert {nowhere[i]["series"] for i in range(24)} == set(
+                data.series
+            )  # background patches
 
     def test_depends_on_seed_and_number_only(self, data):
         dataset, again = dataset_of(data, length=9), dataset_of(data, length=24)
@@ -156,15 +191,23 @@ class TestItem:
 
 class TestSampling:
     def test_share_of_positive_patches(self, make_luna):
-        root = make_luna({"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]})
+        root = make_luna(
+            {"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]}
+        )
         dataset = dataset_of(LUNA16(root), patch_size=(8, 8, 8), positive=0.7, length=300)
         assert 0.6 < np.mean([len(dataset[i]["boxes"]) for i in range(300)]) < 0.8
 
     @pytest.mark.parametrize("balance, share", [("nodule", 0.75), ("scan", 0.5)])
     def test_draws_nodules_or_scans_evenly(self, make_luna, balance, share):
         places = [(5, 20, 20, 3), (15, 20, 20, 3), (25, 20, 20, 3)]
-        root = make_luna({"nodules": places, "shape": (40, 40, 40)}, {}, {"nodules": places[:1], "shape": (40, 40, 40)})
-        dataset = dataset_of(LUNA16(root), positive=1.0, balance=balance, patch_size=(4, 4, 4), length=400)
+        root = make_luna(
+            {"nodules": places, "shape": (40, 40, 40)},
+            {},
+            {"nodules": places[:1], "shape": (40, 40, 40)},
+        )
+        dataset = dataset_of(
+            LUNA16(root), positive=1.0, balance=balance, patch_size=(4, 4, 4), length=400
+        )
         drawn = [dataset[i]["series"] for i in range(400)]
         assert drawn.count("1.2.1") == 0
         assert drawn.count("1.2.0") / 400 == pytest.approx(share, abs=0.08)
@@ -229,7 +272,9 @@ class TestLoader:
         batches = list(patch_loader(dataset, batch_size=5))
         assert len(batches) == 4
         for step, batch in enumerate(batches):
-            assert batch["image"].shape == (5, 1, 64, 64, 64) and batch["image"].dtype == torch.int16
+            assert (
+                batch["image"].shape == (5, 1, 64, 64, 64) and batch["image"].dtype == torch.int16
+            )
             assert batch["corner"].shape == (5, 3) and batch["flips"].shape == (5,)
             assert len(batch["boxes"]) == len(batch["ignore"]) == len(batch["series"]) == 5
             assert_same(batch, collate([dataset[i] for i in range(5 * step, 5 * step + 5)]))
@@ -248,7 +293,10 @@ class TestLoader:
     def test_ranks_see_together_what_one_process_sees(self, data):
         dataset = dataset_of(data, patch_size=(16, 16, 16))
         joint = list(patch_loader(dataset, batch_size=6, start=1))
-        ranks = [list(patch_loader(dataset, batch_size=3, start=1, rank=rank, world_size=2)) for rank in (0, 1)]
+        ranks = [
+            list(patch_loader(dataset, batch_size=3, start=1, rank=rank, world_size=2))
+            for rank in (0, 1)
+        ]
         assert len(joint) == len(ranks[0]) == len(ranks[1]) == 3
         for one, *parts in zip(joint, *ranks, strict=True):
             assert torch.equal(one["image"], torch.cat([part["image"] for part in parts]))
@@ -268,5 +316,11 @@ class TestLoader:
         torch.manual_seed(3)
         before = torch.get_rng_state()
         for workers in (0, 1):
-            next(iter(patch_loader(dataset_of(data, patch_size=(8, 8, 8)), batch_size=2, workers=workers)))
+            next(
+                iter(
+                    patch_loader(
+                        dataset_of(data, patch_size=(8, 8, 8)), batch_size=2, workers=workers
+                    )
+                )
+            )
         assert torch.equal(torch.get_rng_state(), before)

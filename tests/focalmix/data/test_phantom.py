@@ -23,7 +23,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def table(path: Path) -> list[list[str]]:
@@ -45,12 +47,16 @@ def test_layout_is_that_of_luna16(folder):
         header = folder / f"subset{index % 10}" / f"{uid}.mhd"
         fields = dict(line.split(" = ") for line in header.read_text().splitlines())
         assert fields["ElementType"] == "MET_SHORT" and fields["ElementDataFile"] == f"{uid}.raw"
-        assert header.with_suffix(".raw").stat().st_size == 2 * np.prod([int(n) for n in fields["DimSize"].split()])
+        assert header.with_suffix(".raw").stat().st_size == 2 * np.prod(
+            [int(n) for n in fields["DimSize"].split()]
+        )
     for name in ("annotations", "annotations_excluded"):
         head, *rows = table(folder / f"{name}.csv")
         assert head == FIELDS and rows and {row[0] for row in rows} <= set(uids)
     files = set(contents(folder)) - {".lock"}
-    assert files == {f"{name}.csv" for name in ("annotations", "annotations_excluded", "seriesuids")} | {
+    assert files == {
+        f"{name}.csv" for name in ("annotations", "annotations_excluded", "seriesuids")
+    } | {
         f"subset{i % 10}/{uid}{suffix}" for i, uid in enumerate(uids) for suffix in (".mhd", ".raw")
     }
 
@@ -67,7 +73,9 @@ def test_bytes_do_not_depend_on_the_workers_and_a_set_begins_with_the_smaller_on
 
 def test_another_seed_gives_another_set(tmp_path, folder):
     write_phantoms(tmp_path, size="tiny", scans=1, seed=1, progress=False)
-    assert (tmp_path / "seriesuids.csv").read_text().split()[0] not in (folder / "seriesuids.csv").read_text()
+    assert (tmp_path / "seriesuids.csv").read_text().split()[0] not in (
+        folder / "seriesuids.csv"
+    ).read_text()
 
 
 def test_findings_lie_where_the_tables_say(folder):
@@ -114,7 +122,11 @@ def test_looks_like_a_chest(folder):
             "tissue": np.mean((middle > -150) & (middle < 150)),
             "bone": np.mean(middle > 250),
         }
-        assert 0.08 < share["lung"] < 0.5 and 0.15 < share["tissue"] < 0.75 and 0.001 < share["bone"] < 0.1, share
+        assert (
+            0.08 < share["lung"] < 0.5
+            and 0.15 < share["tissue"] < 0.75
+            and 0.001 < share["bone"] < 0.1
+        ), share
 
 
 def test_scans_differ_in_geometry(folder):
@@ -133,13 +145,17 @@ def test_some_scans_are_flipped_and_some_hold_no_nodule(scenes):
 def test_small_nodules_are_far_more_frequent(scenes):
     diameters = np.concatenate([scene.nodules[:, 3] for scene in scenes])
     assert len(diameters) > 30 and diameters.min() >= 3 and diameters.max() <= 30
-    assert np.mean(diameters < 10) > 0.6 and 4.5 < np.median(diameters) < 9 and (diameters > 12).any()
+    assert (
+        np.mean(diameters < 10) > 0.6 and 4.5 < np.median(diameters) < 9 and (diameters > 12).any()
+    )
 
 
 def test_nodules_of_a_scan_do_not_overlap(scenes):
     for scene in scenes:
         points, radii = scene.nodules[:, :3], scene.nodules[:, 3] / 2
-        distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag(np.full(len(points), np.inf))
+        distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag(
+            np.full(len(points), np.inf)
+        )
         assert (distance > radii[:, None] + radii[None]).all()
 
 
@@ -172,7 +188,9 @@ def test_a_folder_with_another_set_is_refused(folder, other):
 
 
 def test_a_folder_with_other_tables_is_refused(tmp_path):
-    (tmp_path / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,0,0,0,4\n")
+    (tmp_path / "annotations.csv").write_text(
+        "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,0,0,0,4\n"
+    )
     with pytest.raises(InputError, match=r"annotations\.csv: names 1\.2\.3, not one of"):
         write_phantoms(tmp_path, size="tiny", scans=1, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["annotations.csv"]
@@ -180,7 +198,12 @@ def test_a_folder_with_other_tables_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"size": "huge"}, "size"), ({"scans": 0}, "scans"), ({"seed": -1}, "seed"), ({"workers": 0}, "workers")],
+    [
+        ({"size": "huge"}, "size"),
+        ({"scans": 0}, "scans"),
+        ({"seed": -1}, "seed"),
+        ({"workers": 0}, "workers"),
+    ],
 )
 def test_bad_arguments(tmp_path, arguments, words):
     with pytest.raises(InputError, match=f"^{words}: expected"):

@@ -35,7 +35,10 @@ def drawn(monkeypatch):
 
 
 def froc(*, bootstraps=50, scans=4):
-    candidates = {str(scan): [[0, 0, 0, 0.9 - 0.1 * scan], [50, 0, 0, 0.55], [60, 0, 0, 0.1]] for scan in range(scans)}
+    candidates = {
+        str(scan): [[0, 0, 0, 0.9 - 0.1 * scan], [50, 0, 0, 0.55], [60, 0, 0, 0.1]]
+        for scan in range(scans)
+    }
     nodules = {str(scan): [[1, 0, 0, 6], [90, 0, 0, 6]] for scan in range(scans)}
     return evaluate(candidates, nodules, {}, list(nodules), bootstraps=bootstraps)
 
@@ -50,21 +53,34 @@ def metrics(path, *rows, header=f"{COLUMNS},val_cpm"):
 
 def training_rows(n, *, every=0):
     cpm = {i: 0.5 for i in range(every, n + 1, every or n + 1) if i}
-    return [f"{i},{0.001 / i},{3 / i},{2 / i},{1 / i},0.1,{cpm.get(i, '')}" for i in range(1, n + 1)]
+    return [
+        f"{i},{0.001 / i},{3 / i},{2 / i},{1 / i},0.1,{cpm.get(i, '')}" for i in range(1, n + 1)
+    ]
 
 
 def slice_panel(true=(), predicted=(), *, shape=(60, 80), hu=-300, title="a slice"):
-    return Panel(np.full(shape, hu, np.int16), np.reshape(true, (-1, 4)), np.reshape(predicted, (-1, 5)), title)
+    return Panel(
+        np.full(shape, hu, np.int16),
+        np.reshape(true, (-1, 4)),
+        np.reshape(predicted, (-1, 5)),
+        title,
+    )
 
 
 def draw_each(folder, suffix=".png"):
     draw_froc(folder / f"froc{suffix}", {"fold 0": froc()})
-    draw_training(folder / f"training{suffix}", metrics(folder / "metrics.csv", *training_rows(30, every=10)))
-    draw_sheet(folder / f"sheet{suffix}", [slice_panel([[10, 10, 20, 20]], [[10, 10, 20, 20, 0.5]])])
+    draw_training(
+        folder / f"training{suffix}", metrics(folder / "metrics.csv", *training_rows(30, every=10))
+    )
+    draw_sheet(
+        folder / f"sheet{suffix}", [slice_panel([[10, 10, 20, 20]], [[10, 10, 20, 20, 0.5]])]
+    )
     return [folder / f"{name}{suffix}" for name in ("froc", "training", "sheet")]
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [(".svg", b"<?xml"), (".pdf", b"%PDF"), ("", b"\x89PNG")])
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [(".svg", b"<?xml"), (".pdf", b"%PDF"), ("", b"\x89PNG")]
+)
 def test_the_suffix_gives_the_format(tmp_path, suffix, magic):
     paths = draw_each(tmp_path, suffix)
     for path in paths:
@@ -78,7 +94,9 @@ def test_the_suffix_may_be_in_capitals(tmp_path):
 
 
 def test_an_unknown_suffix_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"curve\.csv: expected a picture's suffix \(.*png.*\), got \.csv"):
+    with pytest.raises(
+        InputError, match=r"curve\.csv: expected a picture's suffix \(.*png.*\), got \.csv"
+    ):
         draw_froc(tmp_path / "curve.csv", {"a": froc()})
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +105,9 @@ def test_the_callers_settings_neither_matter_nor_change(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     plain = [path.read_bytes() for path in draw_each(tmp_path / "a")]
-    with matplotlib.rc_context({"font.size": 30, "savefig.dpi": 50, "axes.facecolor": "pink", "lines.linewidth": 9}):
+    with matplotlib.rc_context(
+        {"font.size": 30, "savefig.dpi": 50, "axes.facecolor": "pink", "lines.linewidth": 9}
+    ):
         before = dict(matplotlib.rcParams)
         assert [path.read_bytes() for path in draw_each(tmp_path / "b")] == plain
         assert dict(matplotlib.rcParams) == before
@@ -107,7 +127,9 @@ def test_a_failed_drawing_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("draw", "name"), [(draw_froc, "draw_froc: curves"), (draw_sheet, "draw_sheet: panels")])
+@pytest.mark.parametrize(
+    ("draw", "name"), [(draw_froc, "draw_froc: curves"), (draw_sheet, "draw_sheet: panels")]
+)
 def test_nothing_to_draw_is_an_error(tmp_path, draw, name):
     with pytest.raises(ValueError, match=f"{name}: expected at least one, got none"):
         draw(tmp_path / "a.png", {})
@@ -120,11 +142,21 @@ def test_froc_marks_the_operating_points_and_names_the_cpm(tmp_path, drawn):
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert axes.get_xlim() == (1 / 8, 8)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "1/8",
+        "1/4",
+        "1/2",
+        "1",
+        "2",
+        "4",
+        "8",
+    ]
     for line, curve in zip(axes.lines, (with_band, without), strict=True):
         marked = slice(None, None, line.get_markevery())
         np.testing.assert_array_equal(line.get_xdata()[marked], OPERATING_POINTS)
-        np.testing.assert_allclose(line.get_ydata()[marked], 100 * np.array(curve.operating_sensitivities))
+        np.testing.assert_allclose(
+            line.get_ydata()[marked], 100 * np.array(curve.operating_sensitivities)
+        )
     assert len({line.get_color() for line in axes.lines}) == 2
     assert len(axes.collections) == 1
     (legend,) = figure.legends
@@ -138,13 +170,18 @@ def test_froc_marks_the_operating_points_and_names_the_cpm(tmp_path, drawn):
 
 def test_froc_says_how_many_scans_where_all_curves_share_them(tmp_path, drawn):
     draw_froc(tmp_path / "froc.png", {"one": froc(bootstraps=0), "two": froc(bootstraps=0)})
-    draw_froc(tmp_path / "froc.png", {"one": froc(bootstraps=0), "two": froc(bootstraps=0, scans=3)})
+    draw_froc(
+        tmp_path / "froc.png", {"one": froc(bootstraps=0), "two": froc(bootstraps=0, scans=3)}
+    )
     titles = [figure.axes[0].get_title() for figure in drawn]
     assert titles == ["Free-response ROC (scans: 4, nodules: 8)", "Free-response ROC"]
 
 
 def test_froc_without_any_candidate_is_a_line_at_zero(tmp_path, drawn):
-    draw_froc(tmp_path / "froc.png", {"untrained": evaluate({}, {"a": [[0, 0, 0, 6]]}, {}, ["a"], bootstraps=10)})
+    draw_froc(
+        tmp_path / "froc.png",
+        {"untrained": evaluate({}, {"a": [[0, 0, 0, 6]]}, {}, ["a"], bootstraps=10)},
+    )
     assert not drawn[0].axes[0].lines[0].get_ydata().any()
 
 
@@ -216,18 +253,29 @@ BOX = [10, 30, 30, 50]
         ([[16, 36, 40, 60, 0.9]], False),
         ([[30, 30, 50, 50, 0.9]], False),
     ],
-    ids=["none", "same box", "second one", "centre inside the ellipse", "centre in the corner", "next to it"],
+    ids=[
+        "none",
+        "same box",
+        "second one",
+        "centre inside the ellipse",
+        "centre in the corner",
+        "next to it",
+    ],
 )
 def test_a_sheet_tells_found_from_missed(tmp_path, drawn, predicted, found):
     draw_sheet(tmp_path / "sheet.png", [slice_panel([BOX], predicted)])
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
     assert ("missed" in texts) != found
-    assert [text for text in texts if text not in ("missed", "")] == [f"{row[4]:.2f}" for row in predicted]
+    assert [text for text in texts if text not in ("missed", "")] == [
+        f"{row[4]:.2f}" for row in predicted
+    ]
     true, *others = drawn[0].axes[0].patches
     assert true.get_bbox().bounds == (30, 10, 20, 20)
     assert colors.same_color(true.get_edgecolor(), report._TRUE if found else report._MISSED)
     assert true.get_linestyle() == ("-" if found else "--")
-    assert [box.get_edgecolor() for box in others] == [colors.to_rgba(report._PREDICTED)] * len(predicted)
+    assert [box.get_edgecolor() for box in others] == [colors.to_rgba(report._PREDICTED)] * len(
+        predicted
+    )
 
 
 def test_boxes_lie_on_the_pixels_they_hold(tmp_path):
@@ -254,12 +302,17 @@ def test_slices_are_shown_in_the_lung_window(tmp_path, hu, grey):
     path = tmp_path / "sheet.png"
     draw_sheet(path, [slice_panel(hu=hu)])
     picture = image.imread(path)
-    np.testing.assert_allclose(picture[picture.shape[0] // 2, picture.shape[1] // 2, :3], grey, atol=0.01)
+    np.testing.assert_allclose(
+        picture[picture.shape[0] // 2, picture.shape[1] // 2, :3], grey, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("panels", [1, 2, 4, 5, 9])
 def test_a_sheet_holds_every_panel_in_order(tmp_path, drawn, panels):
-    draw_sheet(tmp_path / "sheet.png", [slice_panel(shape=(20 + i, 30), title=f"slice {i}") for i in range(panels)])
+    draw_sheet(
+        tmp_path / "sheet.png",
+        [slice_panel(shape=(20 + i, 30), title=f"slice {i}") for i in range(panels)],
+    )
     shown = [axes.get_title() for axes in drawn[0].axes if axes.images]
     assert shown == [f"slice {i}" for i in range(panels)]
 

@@ -27,7 +27,9 @@ def wrong(n, probability=0.5):
 def froc_of(candidates, nodules, excluded=(), *, scans=1, **options):
     """FROC where scan "0" holds everything and the other scans are empty."""
     series = [str(scan) for scan in range(scans)]
-    return evaluate({"0": candidates}, {"0": nodules}, {"0": excluded}, series, **{"bootstraps": 0, **options})
+    return evaluate(
+        {"0": candidates}, {"0": nodules}, {"0": excluded}, series, **{"bootstraps": 0, **options}
+    )
 
 
 def oracle(candidates, nodules, excluded, series):
@@ -35,10 +37,15 @@ def oracle(candidates, nodules, excluded, series):
 
     def inside(candidate, finding):
         radius = Fraction(10 if finding[3] < 0 else float(finding[3])) / 2
-        offset = [Fraction(float(candidate[axis])) - Fraction(float(finding[axis])) for axis in range(3)]
+        offset = [
+            Fraction(float(candidate[axis])) - Fraction(float(finding[axis])) for axis in range(3)
+        ]
         return sum(x * x for x in offset) < radius * radius
 
-    taken = {uid: sorted(map(tuple, candidates.get(uid, [])), key=lambda c: -c[3])[:100] for uid in series}
+    taken = {
+        uid: sorted(map(tuple, candidates.get(uid, [])), key=lambda c: -c[3])[:100]
+        for uid in series
+    }
     total = sum(len(nodules.get(uid, [])) for uid in series)
     points = [(Fraction(0), Fraction(0))]
     for threshold in sorted({c[3] for marks in taken.values() for c in marks}, reverse=True):
@@ -48,7 +55,9 @@ def oracle(candidates, nodules, excluded, series):
             own = nodules.get(uid, [])
             found += sum(any(inside(c, nodule) for c in marks) for nodule in own)
             irrelevant = [*own, *excluded.get(uid, [])]
-            false_positives += sum(not any(inside(c, finding) for finding in irrelevant) for c in marks)
+            false_positives += sum(
+                not any(inside(c, finding) for finding in irrelevant) for c in marks
+            )
         points.append((Fraction(false_positives, len(series)), Fraction(found, total)))
     result = []
     for rate in map(Fraction, OPERATING_POINTS):
@@ -64,11 +73,15 @@ def random_case(rng, *, extent, crowded):
     levels = rng.integers(2, 40)
 
     def findings(n):
-        return np.c_[rng.integers(0, extent, (n, 3)), rng.choice([-1, 2, 4, 5, 6, 10], n)].astype(float)
+        return np.c_[rng.integers(0, extent, (n, 3)), rng.choice([-1, 2, 4, 5, 6, 10], n)].astype(
+            float
+        )
 
     for uid in series:
         n = rng.integers(90, 140) if crowded else rng.integers(0, 25)
-        candidates[uid] = np.c_[rng.integers(0, extent, (n, 3)), rng.integers(0, levels, n) / levels]
+        candidates[uid] = np.c_[
+            rng.integers(0, extent, (n, 3)), rng.integers(0, levels, n) / levels
+        ]
         nodules[uid] = findings(rng.integers(0, 4))
         excluded[uid] = findings(rng.integers(0, 3))
     nodules[series[-1]] = findings(2)
@@ -78,7 +91,9 @@ def random_case(rng, *, extent, crowded):
     return candidates, nodules, excluded, series
 
 
-@pytest.mark.parametrize(("cases", "extent", "crowded"), [(100, 8, False), (60, 14, False), (6, 20, True)])
+@pytest.mark.parametrize(
+    ("cases", "extent", "crowded"), [(100, 8, False), (60, 14, False), (6, 20, True)]
+)
 def test_it_agrees_with_a_count_at_every_threshold(cases, extent, crowded):
     rng = np.random.default_rng(1)
     seen = set()
@@ -100,7 +115,14 @@ def test_the_lowest_threshold_counts():
 
 @pytest.mark.parametrize(
     ("diameter", "distance", "found"),
-    [(10, 5, False), (10, 4.9999999, True), (-1, 5, False), (-1, 4.99, True), (-30, 6, False), (3, 1.49, True)],
+    [
+        (10, 5, False),
+        (10, 4.9999999, True),
+        (-1, 5, False),
+        (-1, 4.99, True),
+        (-30, 6, False),
+        (3, 1.49, True),
+    ],
 )
 def test_a_hit_lies_strictly_inside_the_radius(diameter, distance, found):
     froc = froc_of([[1, 2 + distance, 3, 0.9]], [[1, 2, 3, diameter]])
@@ -127,7 +149,9 @@ def test_a_candidate_on_two_nodules_finds_both():
 
 
 def test_candidates_on_excluded_findings_are_dropped():
-    froc = froc_of([[0, 0, 0, 0.4], [50, 0, 0, 0.9], [50, 4.9, 0, 0.8]], [[0, 0, 0, 6]], [[50, 0, 0, -1]])
+    froc = froc_of(
+        [[0, 0, 0, 0.4], [50, 0, 0, 0.9], [50, 4.9, 0, 0.8]], [[0, 0, 0, 6]], [[50, 0, 0, -1]]
+    )
     assert froc.cpm == 1
     assert froc.fps_per_scan.tolist() == [0]
 
@@ -150,7 +174,9 @@ def test_false_positives_are_counted_over_all_scans():
 
 
 def test_nodules_of_other_scans_are_passed_over():
-    froc = evaluate({"a": [[0, 0, 0, 0.4]]}, {"a": [[0, 0, 0, 6]], "z": [[0, 0, 0, 6]]}, {}, ["a"], bootstraps=0)
+    froc = evaluate(
+        {"a": [[0, 0, 0, 0.4]]}, {"a": [[0, 0, 0, 6]], "z": [[0, 0, 0, 6]]}, {}, ["a"], bootstraps=0
+    )
     assert froc.n_nodules == 1
     assert froc.cpm == 1
 
@@ -190,8 +216,14 @@ def test_equal_probabilities_are_taken_together():
 def test_interpolation_between_before_and_beyond_the_points():
     candidates = [*wrong(2, 0.9), [0, 0, 0, 0.9], *wrong(2, 0.7), [90, 0, 0, 0.6], *wrong(2, 0.6)]
     froc = froc_of(candidates, [[0, 0, 0, 6], [90, 0, 0, 6], [0, 90, 0, 6], [0, 0, 90, 6]])
-    assert list(zip(froc.fps_per_scan, froc.sensitivities, strict=True)) == [(2, 0.25), (4, 0.25), (6, 0.5)]
-    np.testing.assert_allclose(froc.operating_sensitivities, [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 4, 1 / 2])
+    assert list(zip(froc.fps_per_scan, froc.sensitivities, strict=True)) == [
+        (2, 0.25),
+        (4, 0.25),
+        (6, 0.5),
+    ]
+    np.testing.assert_allclose(
+        froc.operating_sensitivities, [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 4, 1 / 2]
+    )
 
 
 def test_without_candidates_nothing_is_found():
@@ -213,10 +245,22 @@ def test_any_finite_score_serves_as_a_probability():
         (({}, {}, {}, ["a"]), "nodules: expected at least one in the scans evaluated, got none"),
         (({}, {"b": [[0, 0, 0, 6]]}, {}, ["a"]), "nodules: expected at least one"),
         (({}, {}, {}, []), "nodules: expected at least one"),
-        (({"b": [[0, 0, 0, 1]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), "candidates: unknown series id b"),
-        (({}, {"a": [[0, 0, 0, 6]]}, {}, ["a", "b", "b"]), "series: expected every id once, got b 2 times"),
-        (({"a": [[0, 0, 0]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), r"candidates of series a: .*got \[1, 3\]"),
-        (({"a": [[0, 0, 0, np.nan]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]), "candidates of series a: .*got nan"),
+        (
+            ({"b": [[0, 0, 0, 1]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]),
+            "candidates: unknown series id b",
+        ),
+        (
+            ({}, {"a": [[0, 0, 0, 6]]}, {}, ["a", "b", "b"]),
+            "series: expected every id once, got b 2 times",
+        ),
+        (
+            ({"a": [[0, 0, 0]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]),
+            r"candidates of series a: .*got \[1, 3\]",
+        ),
+        (
+            ({"a": [[0, 0, 0, np.nan]]}, {"a": [[0, 0, 0, 6]]}, {}, ["a"]),
+            "candidates of series a: .*got nan",
+        ),
         (({}, {"a": [[0, np.inf, 0, 6]]}, {}, ["a"]), "nodules of series a: .*got inf"),
     ],
 )
@@ -228,7 +272,9 @@ def test_bad_input_is_named(arguments, message):
 def bootstrap_case():
     rng = np.random.default_rng(5)
     series = [str(i) for i in range(12)]
-    nodules = {uid: rng.uniform([0, 0, 0, 6], [60, 60, 60, 20], (rng.integers(0, 4), 4)) for uid in series}
+    nodules = {
+        uid: rng.uniform([0, 0, 0, 6], [60, 60, 60, 20], (rng.integers(0, 4), 4)) for uid in series
+    }
     candidates = {uid: np.c_[rng.uniform(0, 60, (30, 3)), rng.random(30)] for uid in series}
     for uid in series[::2]:
         candidates[uid][: len(nodules[uid])] = nodules[uid] * [1, 1, 1, 0] + [0, 0, 0, 0.9]
@@ -245,11 +291,15 @@ def test_bootstraps_resample_whole_scans():
         own = {copy: nodules[uid] for copy, uid in drawn.items()}
         if any(map(len, own.values())):
             marks = {copy: candidates[uid] for copy, uid in drawn.items()}
-            samples.append(evaluate(marks, own, {}, list(drawn), bootstraps=0).operating_sensitivities)
+            samples.append(
+                evaluate(marks, own, {}, list(drawn), bootstraps=0).operating_sensitivities
+            )
     lower, upper = np.quantile(np.mean(samples, axis=1), (0.025, 0.975))
     assert froc.interval == pytest.approx((lower, upper), abs=0.02)
     assert upper - lower > 0.1
-    np.testing.assert_allclose(froc.band[:, ::10], np.quantile(samples, (0.025, 0.975), axis=0), atol=0.06)
+    np.testing.assert_allclose(
+        froc.band[:, ::10], np.quantile(samples, (0.025, 0.975), axis=0), atol=0.06
+    )
 
 
 def test_the_bootstrap_is_seeded_and_brackets_the_curve():
@@ -282,7 +332,9 @@ def test_the_interval_is_that_of_the_binomial_for_one_nodule_a_scan():
     series = [str(i) for i in range(100)]
     nodules = {uid: [[0, 0, 0, 6]] for uid in series}
     froc = evaluate({uid: [[0, 0, 0, 0.9]] for uid in series[:60]}, nodules, {}, series)
-    assert froc.interval == pytest.approx((0.50, 0.695), abs=0.011)  # 2.5 % and 97.5 % points of B(100, 0.6)
+    assert froc.interval == pytest.approx(
+        (0.50, 0.695), abs=0.011
+    )  # 2.5 % and 97.5 % points of B(100, 0.6)
 
 
 def test_every_tenth_rate_of_the_band_is_an_operating_point():
@@ -297,10 +349,16 @@ def test_the_dictionary_is_strict_json(candidates, bootstraps):
     assert read == froc.to_dict()
     assert (read["n_scans"], read["n_nodules"], read["n_bootstraps"]) == (2, 1, bootstraps)
     assert [point["fps_per_scan"] for point in read["operating_points"]] == list(OPERATING_POINTS)
-    assert [point["sensitivity"] for point in read["operating_points"]] == list(froc.operating_sensitivities)
+    assert [point["sensitivity"] for point in read["operating_points"]] == list(
+        froc.operating_sensitivities
+    )
     assert ("lower" in read["operating_points"][0]) == bool(bootstraps)
     assert read["interval"] == (list(froc.interval) if bootstraps else None)
-    assert len(read["curve"]["threshold"]) == len(read["curve"]["sensitivity"]) == len(froc.fps_per_scan)
+    assert (
+        len(read["curve"]["threshold"])
+        == len(read["curve"]["sensitivity"])
+        == len(froc.fps_per_scan)
+    )
 
 
 def test_the_table_shows_what_counts():
@@ -356,7 +414,10 @@ HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
     [
         ("", ["empty file"]),
         ("\n\n", ["empty file"]),
-        ("seriesuid,coordX,coordY,diameter_mm\na,1,2,3\n", ["column coordZ", "seriesuid,coordX,coordY,diameter_mm"]),
+        (
+            "seriesuid,coordX,coordY,diameter_mm\na,1,2,3\n",
+            ["column coordZ", "seriesuid,coordX,coordY,diameter_mm"],
+        ),
         ("seriesuid;coordX;coordY;coordZ;diameter_mm\n", ["column seriesuid"]),
         ("seriesuid,coordX,coordX,coordY,coordZ,diameter_mm\n", ["one column coordX"]),
         (HEADER + "a,1,2,3,4\na,1,two,3,4\n", ["row 3", "coordY", "'two'"]),
@@ -384,12 +445,15 @@ def test_bad_findings_are_named_in_one_line(tmp_path, content, parts):
 
 
 @pytest.mark.parametrize(
-    ("row", "part"), [("a,1,2,3,nan", "probability"), ("a,1,2,3,inf", "probability"), ("a,1,2,x,0.5", "coordZ")]
+    ("row", "part"),
+    [("a,1,2,3,nan", "probability"), ("a,1,2,3,inf", "probability"), ("a,1,2,x,0.5", "coordZ")],
 )
 def test_bad_candidates_are_named(tmp_path, row, part):
     path = tmp_path / "submission.csv"
     path.write_text(f"seriesuid,coordX,coordY,coordZ,probability\na,1,2,3,0\n{row}\n")
-    with pytest.raises(InputError, match=f"submission.csv, row 3: {part}: expected a finite number, got '"):
+    with pytest.raises(
+        InputError, match=f"submission.csv, row 3: {part}: expected a finite number, got '"
+    ):
         read_candidates(path)
 
 
@@ -431,7 +495,9 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path_factory, submission):
         assert read[uid].tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize(("uid", "value", "error"), [("a", np.nan, InputError), ("\ud800", 0.5, UnicodeEncodeError)])
+@pytest.mark.parametrize(
+    ("uid", "value", "error"), [("a", np.nan, InputError), ("\ud800", 0.5, UnicodeEncodeError)]
+)
 def test_a_failed_write_keeps_the_old_file(tmp_path, uid, value, error):
     path = tmp_path / "submission.csv"
     path.write_text("old")

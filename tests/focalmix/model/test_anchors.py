@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmkernels.focalmix.model.anchors import Anchors, box_iou, decode_boxes, encode_boxes, match, nms
+from fmkernels.focalmix.model.anchors import (
+    Anchors,
+    box_iou,
+    decode_boxes,
+    encode_boxes,
+    match,
+    nms,
+)
 
 ANCHORS = Anchors((2, 4, 8), (((2.5,) * 3,), ((5.0,) * 3,), ((10.0,) * 3,)))
 PATCH = (32, 16, 24)
@@ -54,7 +61,10 @@ class TestAnchors:
     def test_a_flip_of_the_patch_maps_anchors_onto_anchors(self, axis):
         boxes = ANCHORS.boxes(PATCH)
         flipped = boxes.clone()
-        flipped[:, axis], flipped[:, axis + 3] = PATCH[axis] - boxes[:, axis + 3], PATCH[axis] - boxes[:, axis]
+        flipped[:, axis], flipped[:, axis + 3] = (
+            PATCH[axis] - boxes[:, axis + 3],
+            PATCH[axis] - boxes[:, axis],
+        )
         assert sorted(map(tuple, flipped.tolist())) == sorted(map(tuple, boxes.tolist()))
         start = 0
         for grid in ANCHORS.grids(PATCH):
@@ -63,7 +73,9 @@ class TestAnchors:
             start += math.prod(grid)
 
     def test_say_what_is_wrong(self):
-        with pytest.raises(ValueError, match=r"multiples of the strides \(2, 4, 8\), got \(32, 20, 32\)"):
+        with pytest.raises(
+            ValueError, match=r"multiples of the strides \(2, 4, 8\), got \(32, 20, 32\)"
+        ):
             ANCHORS.grids((32, 20, 32))
         with pytest.raises(ValueError, match="as many diameters for each stride"):
             Anchors.from_mm((2, 4), (4, 8, 12), (1, 1, 1))
@@ -76,7 +88,9 @@ class TestBoxes:
         a, b = random_cubes(0, 12, (16, 16, 16)), random_cubes(1, 9, (16, 16, 16))
         expected = [[iou_of(x, y) for y in b] for x in a]
         assert torch.tensor(expected).count_nonzero() > 20
-        torch.testing.assert_close(box_iou(a[:, None], b), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            box_iou(a[:, None], b), torch.tensor(expected), rtol=1e-4, atol=1e-6
+        )
 
     def test_iou_of_empty_boxes_is_zero(self):
         point = cubes((4, 4, 4, 0))
@@ -92,7 +106,9 @@ class TestBoxes:
     @settings(max_examples=30, deadline=None)
     def test_decoding_inverts_encoding(self, seed):
         boxes, anchors = random_cubes(seed, 20), random_cubes(seed + 1, 20)
-        torch.testing.assert_close(decode_boxes(encode_boxes(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            decode_boxes(encode_boxes(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-4
+        )
 
     def test_no_delta_overflows(self):
         boxes = decode_boxes(torch.full((1, 6), 1e4), cubes((0, 0, 0, 1)))
@@ -111,7 +127,10 @@ def matched_by_loops(anchors, patch, boxes, ignore, k):
         center = (box[:3] + box[3:]) / 2
         for start, size, stride in zip(starts, sizes, anchors.strides, strict=True):
             for i in range(start, start + size):
-                if all(abs(centers[i, a] - center[a]) <= max((box[a + 3] - box[a]) / 2, stride / 2) for a in range(3)):
+                if all(
+                    abs(centers[i, a] - center[a]) <= max((box[a + 3] - box[a]) / 2, stride / 2)
+                    for a in range(3)
+                ):
                     targets[i] = -1
     candidates, held, own = [], set(), []
     for box in boxes:
@@ -143,7 +162,10 @@ def matched_by_loops(anchors, patch, boxes, ignore, k):
 def pairs_of(matches, image, boxes):
     chosen = matches.positive & (matches.image == image)
     found = zip(matches.anchor[chosen].tolist(), matches.boxes[chosen], strict=True)
-    return {(anchor, next(j for j, other in enumerate(boxes) if other.equal(box))) for anchor, box in found}
+    return {
+        (anchor, next(j for j, other in enumerate(boxes) if other.equal(box)))
+        for anchor, box in found
+    }
 
 
 class TestMatch:
@@ -151,7 +173,9 @@ class TestMatch:
     @pytest.mark.parametrize("per_place", [1, 2])
     @pytest.mark.parametrize("seed", range(6))
     def test_equals_loops_over_anchors_and_boxes(self, seed, per_place, k):
-        anchors = Anchors.from_mm((2, 4, 8), (2.5, 4, 5, 7, 10, 13) if per_place == 2 else (2.5, 5, 10), (1, 1, 1))
+        anchors = Anchors.from_mm(
+            (2, 4, 8), (2.5, 4, 5, 7, 10, 13) if per_place == 2 else (2.5, 5, 10), (1, 1, 1)
+        )
         boxes = [random_cubes(10 * seed, 3), NONE, random_cubes(10 * seed + 1, 7)]
         ignore = [random_cubes(10 * seed + 2, 2), random_cubes(10 * seed + 3, 1), NONE]
         matches = match(anchors, PATCH, boxes, ignore, candidates=k)
@@ -164,7 +188,9 @@ class TestMatch:
     def test_targets_lie_where_the_logits_lie(self):
         matches = match(ANCHORS, (32, 32, 32), [cubes((11.2, 4.9, 21.3, 2.5))], [NONE])
         fine = matches.targets[0]
-        assert [tuple(level.shape) for level in matches.targets] == [(1, 1, n, n, n) for n in (16, 8, 4)]
+        assert [tuple(level.shape) for level in matches.targets] == [
+            (1, 1, n, n, n) for n in (16, 8, 4)
+        ]
         assert fine[0, 0, 5, 2, 10] == 1  # centre (11, 5, 21)
         assert (matches.targets[2] == 1).sum() == 0
 
@@ -195,7 +221,10 @@ class TestMatch:
         assert all((level == 1).sum() == 0 for level in matches.targets)
 
     def test_images_do_not_mix(self):
-        boxes, ignore = [random_cubes(3, 4), random_cubes(4, 2)], [random_cubes(5, 1), random_cubes(6, 3)]
+        boxes, ignore = (
+            [random_cubes(3, 4), random_cubes(4, 2)],
+            [random_cubes(5, 1), random_cubes(6, 3)],
+        )
         both = match(ANCHORS, PATCH, boxes, ignore)
         for i in range(2):
             one = match(ANCHORS, PATCH, boxes[i : i + 1], ignore[i : i + 1])
@@ -221,13 +250,20 @@ def suppressed_by_loops(boxes, scores, threshold):
 
 
 class TestNms:
-    @given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.3, 0.7]), st.booleans())
+    @given(
+        st.integers(0, 2**32),
+        st.integers(1, 40),
+        st.sampled_from([0.0, 0.1, 0.3, 0.7]),
+        st.booleans(),
+    )
     @settings(max_examples=60, deadline=None)
     def test_equals_loops(self, seed, n, threshold, ties):
         boxes = random_cubes(seed, n, (12, 12, 12), 3.0, 8.0)
         scores = torch.rand(n, generator=torch.Generator().manual_seed(seed))
         scores = (scores * 4).round() if ties else scores
-        assert nms(boxes, scores, threshold=threshold).tolist() == suppressed_by_loops(boxes, scores, threshold)
+        assert nms(boxes, scores, threshold=threshold).tolist() == suppressed_by_loops(
+            boxes, scores, threshold
+        )
 
     def test_keeps_boxes_that_overlap_exactly_by_the_threshold(self):
         boxes = torch.tensor([[0.0, 0, 0, 2, 2, 2], [0.0, 0, 0, 2, 2, 4]])
@@ -241,7 +277,9 @@ class TestNms:
 
     def test_many_boxes_need_little_memory(self):
         boxes = random_cubes(0, 100_000, (500, 500, 500))
-        kept = nms(boxes, torch.rand(100_000, generator=torch.Generator().manual_seed(1)), threshold=0.1)
+        kept = nms(
+            boxes, torch.rand(100_000, generator=torch.Generator().manual_seed(1)), threshold=0.1
+        )
         assert len(kept) == 100
 
     def test_nothing(self):

@@ -34,7 +34,9 @@ class TestDetector:
         logits, deltas = detector(per_place=per_place)(images())
         grids = [(8, 12, 16), (4, 6, 8), (2, 3, 4)]
         assert [tuple(level.shape) for level in logits] == [(2, per_place, *grid) for grid in grids]
-        assert [tuple(level.shape) for level in deltas] == [(2, per_place, 6, *grid) for grid in grids]
+        assert [tuple(level.shape) for level in deltas] == [
+            (2, per_place, 6, *grid) for grid in grids
+        ]
 
     def test_levels_may_be_the_coarse_ones_only(self):
         logits, _ = detector(strides=(4, 8))(images())
@@ -75,7 +77,9 @@ class TestDetector:
         model = detector()
         for layer in model.modules():
             if isinstance(layer, torch.nn.GroupNorm):
-                layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+                layer.register_forward_hook(
+                    lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+                )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(images())
         assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
@@ -93,7 +97,9 @@ class TestDetector:
         assert model(volume)[0][0].argmax() == target.argmax()
 
     def test_say_what_is_wrong(self):
-        with pytest.raises(ValueError, match=r"strides: expected the last of \[2, 4, 8\], got \[2, 8\]"):
+        with pytest.raises(
+            ValueError, match=r"strides: expected the last of \[2, 4, 8\], got \[2, 8\]"
+        ):
             detector(strides=(2, 8))
         with pytest.raises(ValueError, match=r"blocks: expected 3, as many as widths, got \[1\]"):
             detector(blocks=(1,))

@@ -61,7 +61,9 @@ class TestTiles:
             corner, end = np.array(tile.corner), np.array(tile.corner) + 32
             assert (points[mine] > corner).all() and (points[mine] < end).all()
             inner_low, inner_high = np.isfinite(low), np.isfinite(high)
-            assert (low - corner >= overlap / 2)[inner_low].all() and (end - high >= overlap / 2)[inner_high].all()
+            assert (low - corner >= overlap / 2)[inner_low].all() and (end - high >= overlap / 2)[
+                inner_high
+            ].all()
         assert (owners == 1).all()
 
     def test_no_more_patches_than_needed(self):
@@ -83,11 +85,15 @@ class TestDetect:
     def test_gives_world_coordinates(self):
         volume = volume_of((40, 60, 60), [(21, 31, 41, 4)])
         found = detect(Bright(), ANCHORS, volume, **SETTINGS)
-        assert found.candidates.shape == (len(found.boxes), 4) and found.candidates.dtype == np.float64
+        assert (
+            found.candidates.shape == (len(found.boxes), 4) and found.candidates.dtype == np.float64
+        )
         index = found.boxes.reshape(-1, 2, 3).mean(1) - 0.5
         expected = np.array([[10.0, -20.0, 30.0]]) + index[:, ::-1] * (1.5, 1.0, 2.0) * (-1, -1, 1)
         np.testing.assert_allclose(found.candidates[:, :3], expected, atol=1e-4)
-        np.testing.assert_array_equal(found.candidates[:, 3], found.probabilities.astype(np.float64))
+        np.testing.assert_array_equal(
+            found.candidates[:, 3], found.probabilities.astype(np.float64)
+        )
         assert (np.diff(found.probabilities) <= 0).all()
 
     @pytest.mark.parametrize("shape", [(5, 40, 31), (8, 8, 8), (32, 32, 32)])
@@ -102,10 +108,14 @@ class TestDetect:
         rng = np.random.default_rng(0)
         volume = volume_of((40, 60, 70))
         volume.voxels[:] = rng.integers(-1000, 500, volume.voxels.shape)
-        results = [detect(detector(), ANCHORS, volume, **SETTINGS, batch_size=n) for n in (1, 3, 100)]
+        results = [
+            detect(detector(), ANCHORS, volume, **SETTINGS, batch_size=n) for n in (1, 3, 100)
+        ]
         for other in results[1:]:
             np.testing.assert_allclose(other.boxes, results[0].boxes, rtol=1e-4, atol=1e-3)
-            np.testing.assert_allclose(other.candidates, results[0].candidates, rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(
+                other.candidates, results[0].candidates, rtol=1e-4, atol=1e-3
+            )
 
     def test_batches_hold_all_patches_once(self):
         model = Bright()

@@ -60,7 +60,10 @@ def hidden_call(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in content.items():
             upper = name.endswith("data.pkl")
-            archive.writestr(name.replace("data.pkl", "DATA.PKL") if upper else name, BYTEARRAY if upper else value)
+            archive.writestr(
+                name.replace("data.pkl", "DATA.PKL") if upper else name,
+                BYTEARRAY if upper else value,
+            )
 
 
 def lie(path: Path) -> None:
@@ -117,8 +120,12 @@ def nested(levels: int) -> list:
     return nest
 
 
-BYTEARRAY = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x40\x85R."  # bytearray(2 ** 38)
-FLOATS = b"\x80\x02ctorch\nFloatTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R."  # torch.FloatTensor(2 ** 36)
+BYTEARRAY = (
+    b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x40\x85R."  # bytearray(2 ** 38)
+)
+FLOATS = (
+    b"\x80\x02ctorch\nFloatTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R."  # torch.FloatTensor(2 ** 36)
+)
 LAUGHS = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"."
 HUGE = torch.zeros(1).expand(10**12)
 
@@ -130,7 +137,10 @@ BOMBS = {
     "bytearray": (repack(data_pkl=BYTEARRAY), "a call of '__builtin__ bytearray'"),
     "tensor class": (repack(data_pkl=FLOATS), "a call of 'torch FloatTensor'"),
     "another name": (hidden_call, "a call of '__builtin__ bytearray'"),
-    "code": (repack(data_pkl=pickle.dumps(os.getcwd, protocol=2)), "a call of 'posix getcwd'|a call of 'nt getcwd'"),
+    "code": (
+        repack(data_pkl=pickle.dumps(os.getcwd, protocol=2)),
+        "a call of 'posix getcwd'|a call of 'nt getcwd'",
+    ),
     "a later protocol": (repack(data_pkl=pickle.dumps(os.getcwd, protocol=4)), "a call of None"),
     "no pickle": (repack(data_pkl=b"\xff" * 99), "whole checkpoint"),
     "half a pickle": (repack(data_pkl=b"\x80\x02}"), "whole checkpoint"),
@@ -138,13 +148,19 @@ BOMBS = {
     "a lie": (lie, "whole checkpoint"),
     "a bit": (flip, "Bad CRC-32"),
     "expanded": (replaced(lambda c: c.update(found=HUGE)), r"\d+ bytes that become tensors of \d+"),
-    "expanded inside": (replaced(lambda c: c["optimizer"].update(x=[{"y": (HUGE,)}])), "become tensors of"),
+    "expanded inside": (
+        replaced(lambda c: c["optimizer"].update(x=[{"y": (HUGE,)}])),
+        "become tensors of",
+    ),
     "script": (script, "whole checkpoint"),
     "legacy": (legacy, "whole checkpoint"),
     "empty": (lambda path: path.write_bytes(b""), "whole checkpoint"),
     "empty archive": (lambda path: zipfile.ZipFile(path, "w").close(), "whole checkpoint"),
     "no weights": (replaced(lambda c: (c.pop("average"), c.pop("model"))), "whole checkpoint"),
-    "other weights": (replaced(lambda c: (c["average"].popitem(), c["model"].popitem())), "whole checkpoint"),
+    "other weights": (
+        replaced(lambda c: (c["average"].popitem(), c["model"].popitem())),
+        "whole checkpoint",
+    ),
     "numbers": (replaced(lambda c: c.update(average=1, model=1)), "whole checkpoint"),
     "wider": (replaced(lambda c: c["config"].update(widths=(512, 1024))), "whole checkpoint"),
 }
@@ -155,7 +171,10 @@ DETECTED = {
     "stages": (("widths", (4,) * 10_000), "widths: expected 1 to 8 numbers"),
     "blocks": (("blocks", (0, 10**9)), "blocks: expected 0 to 64"),
     "channels": (("channels", 4 * 10**9), "channels: expected a multiple of 4 up to 2048"),
-    "search": (("search_size", (4096, 4096, 4096)), "search_size: expected at most 268435456 voxels"),
+    "search": (
+        ("search_size", (4096, 4096, 4096)),
+        "search_size: expected at most 268435456 voxels",
+    ),
     "features": (("search_size", (320, 320, 320)), "fine"),
     "anchors": (("diameters", (5.0,) * 10**5), "diameters: expected at most 16 for each level"),
     "overlap": (("overlap", 16), "overlap: expected 0 to 15"),
@@ -175,7 +194,10 @@ RESUMED = {
     "boxes": (("found", torch.zeros(3, 7)), r"boxes of torch.float32 \(3, 7\)"),
     "no boxes": (("found", torch.full((3, 8), torch.nan)), "boxes of"),
     "random state": (("rng", torch.zeros(3, dtype=torch.uint8)), "whole checkpoint"),
-    "other scans": (("series", ["9"]), "series: expected the 1 training scans of the run, got 2, not the same"),
+    "other scans": (
+        ("series", ["9"]),
+        "series: expected the 1 training scans of the run, got 2, not the same",
+    ),
     "laughs": (("series", doubled(60)), "series: expected"),
 }
 
@@ -189,14 +211,20 @@ def run(tmp_path: Path) -> Path:
 def refused(use: Callable[[], object], path: Path, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         use()
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert (
+        str(error.value).startswith(f"{path}: ")
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 1000
+    )
 
 
 def test_the_good_one(run):
     config, model = load_run(run)
     fresh = State(TINY, CPU)
     assert config == TINY
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), fresh.model.parameters(), strict=True)
+    )
     image = torch.rand(1, 1, 16, 16, 16)
     for ours, theirs in zip(model(image), fresh.model(image), strict=True):
         assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(ours, theirs, strict=True))
@@ -227,7 +255,9 @@ def test_bad_configurations_in_checkpoints_are_refused(run, name):
 def test_bad_states_are_refused(run, name):
     (field, value), message = RESUMED[name]
     replaced(lambda checkpoint: checkpoint.update({field: value}))(run / "checkpoint.pt")
-    refused(lambda: State(TINY, CPU).load(run / "checkpoint.pt", SERIES), run / "checkpoint.pt", message)
+    refused(
+        lambda: State(TINY, CPU).load(run / "checkpoint.pt", SERIES), run / "checkpoint.pt", message
+    )
 
 
 def test_bombs_take_no_memory(run, tmp_path):
@@ -247,7 +277,9 @@ def test_bombs_take_no_memory(run, tmp_path):
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     argv = [sys.executable, "-c", code, *(str(tmp_path / "bombs" / name) for name in bombs)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
+    )
     taken = dict(zip(bombs, map(int, done.stdout.split()), strict=True))
     assert max(taken.values()) < 64 * (1 << 10 if sys.platform == "linux" else 1 << 20), taken
 
@@ -273,7 +305,9 @@ def test_bad_configuration_files_are_refused(tmp_path, text, message):
     [
         MemoryError(),
         MemoryError("Unable to allocate 8.00 TiB for an array\nof shape ..."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."
+        ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     ],
 )

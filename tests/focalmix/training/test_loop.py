@@ -24,7 +24,13 @@ from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import read_candidates
 from fmkernels.focalmix.model.inference import Detections
 from fmkernels.focalmix.training import loop as loop
-from fmkernels.focalmix.training.checkpoint import CHECKPOINT, autocast, build_model, learning_rate_factor, load_run
+from fmkernels.focalmix.training.checkpoint import (
+    CHECKPOINT,
+    autocast,
+    build_model,
+    learning_rate_factor,
+    load_run,
+)
 from fmkernels.focalmix.training.loop import train
 from fmkernels.focalmix.training.metrics import METRICS
 from tests.focalmix.conftest import SCANS, write_luna
@@ -54,9 +60,25 @@ TINY = Config(
     amp="off",
 )
 FOCALMIX = replace(
-    TINY, method="focalmix", train_subsets=(0, 1, 2), labeled=2, unlabeled_batch_size=4, burn_in=2, ramp=2, objects=2
+    TINY,
+    method="focalmix",
+    train_subsets=(0, 1, 2),
+    labeled=2,
+    unlabeled_batch_size=4,
+    burn_in=2,
+    ramp=2,
+    objects=2,
 )
-FILES = {CHECKPOINT, CONFIG, METRICS, "timing.json", "training.png", "candidates.csv", "evaluation.json", "froc.png"}
+FILES = {
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    "timing.json",
+    "training.png",
+    "candidates.csv",
+    "evaluation.json",
+    "froc.png",
+}
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -108,14 +130,18 @@ def test_a_run_leaves_everything_behind(whole, luna_folder):
     assert 0 <= evaluation["cpm"] <= 1
     assert set(read_candidates(whole / "candidates.csv")) <= {"1.3.6.1.4.1.1005"}
     timing = json.loads((whole / "timing.json").read_text())
-    assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= timing["milliseconds"].keys()
+    assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= timing[
+        "milliseconds"
+    ].keys()
     assert 0 <= timing["share_waiting_for_data"] < 1
     config, model = load_run(whole)
     assert config == TINY and not any(name.startswith("module") for name in model.state_dict())
 
 
 def test_training_lowers_the_loss(luna_folder, tmp_path):
-    config = replace(TINY, steps=60, warmup=5, learning_rate=5e-3, positive=1.0, test_subsets=(), log_every=10)
+    config = replace(
+        TINY, steps=60, warmup=5, learning_rate=5e-3, positive=1.0, test_subsets=(), log_every=10
+    )
     train(config, luna_folder, tmp_path / "run")
     losses = [float(row["loss"]) for row in metrics(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
@@ -192,7 +218,11 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
     """The checkpoint before stays, also where the broken step is one that would be saved."""
     config = TINY if method == "supervised" else FOCALMIX
     config = replace(config, steps=12, burn_in=4, log_every=5)
-    stock, calls, seen = getattr(loop, f"{method}_loss"), itertools.count(1 if method == "supervised" else 5), {}
+    stock, calls, seen = (
+        getattr(loop, f"{method}_loss"),
+        itertools.count(1 if method == "supervised" else 5),
+        {},
+    )
 
     def step(model, *arguments):
         labeled, unlabeled = (arguments[0], None) if method == "supervised" else arguments[1:3]
@@ -203,7 +233,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
         if where == "loss":
             return losses._replace(box=losses.box * math.nan)
         parameter = next(model.parameters())
-        return losses._replace(box=losses.box + (parameter - parameter.detach()).sqrt().sum())  # 0, its slope infinite
+        return losses._replace(
+            box=losses.box + (parameter - parameter.detach()).sqrt().sum()
+        )  # 0, its slope infinite
 
     monkeypatch.setattr(loop, f"{method}_loss", step)
     run = tmp_path / "run"
@@ -212,7 +244,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
         train(config, luna_folder, run)
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
     assert checkpoint["step"] == 4
-    assert all(v.isfinite().all() for part in ("model", "average") for v in checkpoint[part].values())
+    assert all(
+        v.isfinite().all() for part in ("model", "average") for v in checkpoint[part].values()
+    )
     batch = torch.load(run / "bad_batch.pt", weights_only=True)
     assert batch["step"] == 8 and torch.equal(batch["labeled"]["image"], seen["labeled"])
     assert len(batch["labeled"]["boxes"]) == len(batch["labeled"]["series"]) == config.batch_size
@@ -227,24 +261,38 @@ def test_a_scaler_that_leaves_out_every_step_is_told(luna_folder, tmp_path, monk
 
     def step(model, *arguments):
         losses, parameter = stock(model, *arguments), next(model.parameters())
-        return losses._replace(box=losses.box + (parameter - parameter.detach()).sqrt().sum())  # 0, its slope infinite
+        return losses._replace(
+            box=losses.box + (parameter - parameter.detach()).sqrt().sum()
+        )  # 0, its slope infinite
 
     monkeypatch.setattr(loop, "supervised_loss", step)
-    with pytest.raises(FloatingPointError, match=r"step \d+: the norm of the gradient is inf; .*bad_batch\.pt"):
-        train(replace(TINY, steps=40, log_every=10, validate_every=50, amp="fp16"), luna_folder, tmp_path / "run")
+    with pytest.raises(
+        FloatingPointError, match=r"step \d+: the norm of the gradient is inf; .*bad_batch\.pt"
+    ):
+        train(
+            replace(TINY, steps=40, log_every=10, validate_every=50, amp="fp16"),
+            luna_folder,
+            tmp_path / "run",
+        )
 
 
 def test_a_burn_in_that_is_not_finite_is_not_kept(luna_folder, tmp_path, monkeypatch):
     stock = loop.supervised_loss
-    monkeypatch.setattr(loop, "supervised_loss", lambda *a: stock(*a)._replace(box=torch.tensor(math.inf)))
-    with pytest.raises(FloatingPointError, match=r"step 1: the loss is inf; .*checkpoint\.pt is not yet written"):
+    monkeypatch.setattr(
+        loop, "supervised_loss", lambda *a: stock(*a)._replace(box=torch.tensor(math.inf))
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the loss is inf; .*checkpoint\.pt is not yet written"
+    ):
         train(replace(TINY, burn_in=3, log_every=8, checkpoint_every=8), luna_folder, tmp_path)
     assert not (tmp_path / "burn_in.pt").exists() and not (tmp_path / CHECKPOINT).exists()
 
 
 def test_a_folder_with_another_run_is_refused(whole, luna_folder):
     before = (whole / CHECKPOINT).read_bytes()
-    with pytest.raises(InputError, match=r"learning_rate: expected 0.004 as in the run it holds, got 0.1"):
+    with pytest.raises(
+        InputError, match=r"learning_rate: expected 0.004 as in the run it holds, got 0.1"
+    ):
         train(replace(TINY, learning_rate=0.1), luna_folder, whole, resume=True)
     with pytest.raises(InputError, match="expected a new folder, or --resume"):
         train(TINY, luna_folder, whole)
@@ -281,7 +329,11 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
     chosen = set()
     for seed in range(6):
         run = tmp_path / f"{seed}"
-        train(replace(TINY, labeled=1, seed=seed, steps=1, test_subsets=(), train_subsets=(0, 1)), luna_folder, run)
+        train(
+            replace(TINY, labeled=1, seed=seed, steps=1, test_subsets=(), train_subsets=(0, 1)),
+            luna_folder,
+            run,
+        )
         (series,) = trained_on(run)
         chosen.add(series)
     assert 1 < len(chosen) <= 3
@@ -291,7 +343,9 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["supervised", "focalmix"])
 def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path, method):
-    config = replace(TINY if method == "supervised" else FOCALMIX, batch_size=4, steps=6, positive=1.0, groups=2)
+    config = replace(
+        TINY if method == "supervised" else FOCALMIX, batch_size=4, steps=6, positive=1.0, groups=2
+    )
     train(config, luna_folder, tmp_path / "one")
     (tmp_path / "rank.py").write_text(
         "import sys; from pathlib import Path\n"
@@ -357,7 +411,9 @@ def test_the_teacher_may_be_the_current_weights(luna_folder, tmp_path):
         runs.append(metrics(tmp_path / teacher))
     averaged, current = runs
     assert averaged[: config.burn_in] == current[: config.burn_in]
-    assert all(a != b for a, b in zip(averaged[config.burn_in :], current[config.burn_in :], strict=True))
+    assert all(
+        a != b for a, b in zip(averaged[config.burn_in :], current[config.burn_in :], strict=True)
+    )
 
 
 def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, monkeypatch):
@@ -367,7 +423,10 @@ def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, 
     def search_all(config, model, data, series):
         searched.append(list(series))
         boxes = {uid: data.volume(uid).boxes(data.nodules(uid)) for uid in series}
-        return {uid: Detections(own, np.ones(len(own)), np.zeros((len(own), 4))) for uid, own in boxes.items()}
+        return {
+            uid: Detections(own, np.ones(len(own)), np.zeros((len(own), 4)))
+            for uid, own in boxes.items()
+        }
 
     def step(model, teacher, labeled, unlabeled, *args):
         seen.extend(image.max().item() > 30 for image in unlabeled)
@@ -387,10 +446,14 @@ def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, 
 
 def test_unlabeled_takes_so_many_of_the_other_scans(luna_folder, tmp_path, monkeypatch):
     searched, stock = [], loop._search_all
-    monkeypatch.setattr(loop, "_search_all", lambda *args: searched.extend(args[-1]) or stock(*args))
+    monkeypatch.setattr(
+        loop, "_search_all", lambda *args: searched.extend(args[-1]) or stock(*args)
+    )
     train(replace(FOCALMIX, unlabeled=1, steps=3, test_subsets=()), luna_folder, tmp_path / "run")
     assert len(searched) == 1 and searched[0] not in trained_on(tmp_path / "run")
-    with pytest.raises(InputError, match="unlabeled: expected at most the 2 other training scans, got 3"):
+    with pytest.raises(
+        InputError, match="unlabeled: expected at most the 2 other training scans, got 3"
+    ):
         train(replace(FOCALMIX, unlabeled=3), luna_folder, tmp_path / "many")
 
 
@@ -410,20 +473,38 @@ def test_presets_build_their_models(preset):
 
 def test_auto_is_bf16_where_the_cpu_is_made_for_it(monkeypatch):
     for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities
+        )
         with autocast(Config(), torch.device("cpu")):
             assert torch.is_autocast_enabled("cpu") is bool(capabilities.get("amx_bf16"))
-            assert not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") is torch.bfloat16
+            assert (
+                not torch.is_autocast_enabled("cpu")
+                or torch.get_autocast_dtype("cpu") is torch.bfloat16
+            )
 
 
 def test_schedules():
     cosine, step = Config(steps=100, warmup=9), Config(steps=100, warmup=0, schedule="step")
     factors = [learning_rate_factor(i, cosine) for i in range(101)]
-    assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0) and max(factors) > 0.95
+    assert (
+        factors[0] == pytest.approx(0.1)
+        and factors[100] == pytest.approx(0)
+        and max(factors) > 0.95
+    )
     assert np.argmax(factors) in (8, 9, 10)
-    assert [learning_rate_factor(i, step) for i in (0, 59, 60, 84, 85, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [learning_rate_factor(i, step) for i in (0, 59, 60, 84, 85, 99)] == [
+        1,
+        1,
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+    ]
     restart = Config(steps=100, warmup=0, burn_in=40, schedule="restart")
-    assert [learning_rate_factor(i, restart) for i in (0, 20, 40, 70, 100)] == pytest.approx([1, 0.5, 1, 0.5, 0])
+    assert [learning_rate_factor(i, restart) for i in (0, 20, 40, 70, 100)] == pytest.approx(
+        [1, 0.5, 1, 0.5, 0]
+    )
     assert learning_rate_factor(39, restart) < 0.01
     for burn_in in (0, 100, 150):  # one cosine alone
         once = Config(steps=100, warmup=0, burn_in=burn_in, schedule="restart")
@@ -508,7 +589,13 @@ def test_bad_configurations(field, value):
 
 
 def test_configurations_take_what_means_the_same():
-    given = Config(seed=np.int64(3), gamma=np.float32(2), train_subsets=range(7), spacing=[2, 2, 2], steps=np.int32(9))
+    given = Config(
+        seed=np.int64(3),
+        gamma=np.float32(2),
+        train_subsets=range(7),
+        spacing=[2, 2, 2],
+        steps=np.int32(9),
+    )
     assert given == Config(seed=3, steps=9) and all(type(v) is float for v in given.spacing)
     json.dumps(asdict(given))
 
@@ -516,7 +603,10 @@ def test_configurations_take_what_means_the_same():
 def test_a_run_without_a_single_nodule_is_refused(luna_folder, tmp_path):
     config = replace(TINY, train_subsets=(0, 1, 2), labeled=1)
     data = LUNA16(luna_folder, spacing=config.spacing, subsets=config.train_subsets)
-    drawn = {seed: data.series[np.random.default_rng(seed).permutation(len(data))[0]] for seed in range(20)}
+    drawn = {
+        seed: data.series[np.random.default_rng(seed).permutation(len(data))[0]]
+        for seed in range(20)
+    }
     seed = next(seed for seed, uid in drawn.items() if not len(data.nodules(uid)))
     with pytest.raises(InputError, match="train_subsets: expected at least one nodule"):
         train(replace(config, seed=seed), luna_folder, tmp_path / "run")

@@ -13,7 +13,13 @@ from fmkernels.focalmix.model.detector import apply_window
 from fmkernels.focalmix.training.checkpoint import build_model
 from fmkernels.focalmix.training.plain import hard_target_focal_loss
 from fmkernels.focalmix.training.plain import soft_target_focal_loss as plain_loss
-from fmkernels.focalmix.training.step import draw, focalmix_loss, pair_objects, predict, supervised_loss
+from fmkernels.focalmix.training.step import (
+    draw,
+    focalmix_loss,
+    pair_objects,
+    predict,
+    supervised_loss,
+)
 
 TINY = Config(
     patch_size=(16, 16, 16),
@@ -50,7 +56,10 @@ def images(count, seed=0):
 
 
 def labeled(seed=0):
-    boxes = [torch.tensor([[2.0, 3, 4, 7, 8, 9], [9, 9, 9, 14, 14, 14]]), torch.tensor([[4.0, 4, 4, 10, 10, 10]])]
+    boxes = [
+        torch.tensor([[2.0, 3, 4, 7, 8, 9], [9, 9, 9, 14, 14, 14]]),
+        torch.tensor([[4.0, 4, 4, 10, 10, 10]]),
+    ]
     return {"image": images(2, seed), "boxes": boxes, "ignore": [torch.empty(0, 6)] * 2}
 
 
@@ -64,13 +73,17 @@ class TestDraw:
     def test_has_one_view_that_is_not_flipped_and_others_that_differ(self):
         for views in range(1, 9):
             flips = draw(replace(TINY, views=views), 3).flips
-            assert flips.dtype == torch.uint8 and flips[0] == 0 and len(set(flips.tolist())) == views
+            assert (
+                flips.dtype == torch.uint8 and flips[0] == 0 and len(set(flips.tolist())) == views
+            )
 
     def test_mixes_within_groups_and_is_the_same_for_one_process_and_for_two(self):
         config = replace(TINY, groups=2)
         whole, halves = draw(config, 7), [draw(config, 7, rank, 2) for rank in range(2)]
         for rank, half in enumerate(halves):
-            members = torch.tensor([rank, 2 + 2 * rank, 3 + 2 * rank])  # of the joint batch of 2 + 4
+            members = torch.tensor(
+                [rank, 2 + 2 * rank, 3 + 2 * rank]
+            )  # of the joint batch of 2 + 4
             assert torch.equal(half.lam, whole.lam[members])
             assert torch.equal(members[half.index], whole.index[members])
             slots = (members[:, None] * config.objects + torch.arange(config.objects)).flatten()
@@ -82,7 +95,13 @@ class TestDraw:
 
     def test_the_weight_of_unlabelled_images_rises(self):
         config = replace(TINY, burn_in=10, ramp=3, unlabeled_weight=2.0)
-        assert [draw(config, step).unlabeled_weight.item() for step in range(10, 15)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+        assert [draw(config, step).unlabeled_weight.item() for step in range(10, 15)] == [
+            0.5,
+            1.0,
+            1.5,
+            2.0,
+            2.0,
+        ]
 
 
 class TestPredict:
@@ -92,14 +111,19 @@ class TestPredict:
         expected = [0.0, 0.0]
         for dims in axes:
             logits, _ = model(apply_window(images(2), TINY.window).flip(dims))
-            expected = [e + level.sigmoid().flip(dims) / 4 for e, level in zip(expected, logits, strict=True)]
+            expected = [
+                e + level.sigmoid().flip(dims) / 4
+                for e, level in zip(expected, logits, strict=True)
+            ]
         for ours, mean in zip(targets, expected, strict=True):
             up, down = mean ** (1 / TINY.temperature), (1 - mean) ** (1 / TINY.temperature)
             assert not ours.requires_grad
             torch.testing.assert_close(ours, (up / (up + down)).detach(), rtol=1e-4, atol=1e-6)
 
     def test_hard_targets_are_zero_or_one(self, model):
-        targets, _ = predict(model, images(1), replace(TINY, pseudo_labels="hard"), draw(TINY, 0).flips)
+        targets, _ = predict(
+            model, images(1), replace(TINY, pseudo_labels="hard"), draw(TINY, 0).flips
+        )
         assert {v for level in targets for v in level.unique().tolist()} == {0.0, 1.0}
 
     def test_objects_are_probable_and_apart(self, model):
@@ -115,7 +139,11 @@ class TestPredict:
 
 def test_objects_are_paired_with_the_most_wanted_other_one():
     objects = torch.full((2, 2, 6), torch.nan)
-    objects[0, 0], objects[0, 1], objects[1, 0] = torch.zeros(6), torch.ones(6), torch.full((6,), 2.0)
+    objects[0, 0], objects[0, 1], objects[1, 0] = (
+        torch.zeros(6),
+        torch.ones(6),
+        torch.full((6,), 2.0),
+    )
     preference = torch.tensor(
         [[-1, 0.1, 0.3, 0.9], [0.5, -1, 0.2, 0.9], [-1.0, -1, -1, 0.9], [0.4, 0.3, 0.2, -1]]
     )  # the fourth place is empty; nobody is there for the third object
@@ -127,9 +155,18 @@ def test_objects_are_paired_with_the_most_wanted_other_one():
 
 def test_the_loss_of_hard_targets_is_ours_for_those_and_another_for_soft_ones():
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 1, 2, 2, 2, generator=generator), torch.randint(-1, 2, (3, 1, 2, 2, 2), generator=generator)
+    x, y = (
+        torch.randn(3, 1, 2, 2, 2, generator=generator),
+        torch.randint(-1, 2, (3, 1, 2, 2, 2), generator=generator),
+    )
     mix = torch.tensor([0.7, 0.6, 1.0]), torch.tensor([0, 1, 2])  # each with itself
-    rest = {"alpha0": 0.25, "alpha1": 0.75, "gamma": 2.0, "normalizer": torch.tensor(3.0), "mix": mix}
+    rest = {
+        "alpha0": 0.25,
+        "alpha1": 0.75,
+        "gamma": 2.0,
+        "normalizer": torch.tensor(3.0),
+        "mix": mix,
+    }
     rest["weight"] = torch.tensor([1.0, 0.5, 2.0]).view(-1, 1, 1, 1, 1)
     hard = [y.float()]
     soft = [torch.full_like(x, 0.5)]
@@ -150,7 +187,9 @@ class TestFocalMixLoss:
     def test_each_kind_of_mixing_changes_the_loss(self, model, part):
         without = replace(TINY, image_mixup=False, object_mixup=False)
         losses = [
-            focalmix_loss(model, model, labeled(), images(4, 1), config, draw(TINY, 0)).classification
+            focalmix_loss(
+                model, model, labeled(), images(4, 1), config, draw(TINY, 0)
+            ).classification
             for config in (without, replace(without, **{part: True}))
         ]
         assert losses[0] != losses[1]
@@ -165,8 +204,12 @@ class TestFocalMixLoss:
     def test_images_mixed_with_themselves_stay_what_they_are(self, model):
         config = replace(TINY, object_mixup=False)
         drawn = draw(config, 0)
-        ours = focalmix_loss(model, model, labeled(), images(4, 1), config, drawn._replace(index=torch.arange(6)))
-        plain = focalmix_loss(model, model, labeled(), images(4, 1), replace(config, image_mixup=False), drawn)
+        ours = focalmix_loss(
+            model, model, labeled(), images(4, 1), config, drawn._replace(index=torch.arange(6))
+        )
+        plain = focalmix_loss(
+            model, model, labeled(), images(4, 1), replace(config, image_mixup=False), drawn
+        )
         torch.testing.assert_close(ours.classification, plain.classification, rtol=1e-4, atol=1e-6)
 
     def test_images_and_targets_are_mixed_alike(self, model):
@@ -192,11 +235,17 @@ class TestFocalMixLoss:
             y = (lam * y + (1 - lam) * y[drawn.index]).masked_fill(ignored, -1.0)
             weight = torch.tensor([1.0] * 2 + [drawn.unlabeled_weight] * 4).view(-1, 1, 1, 1, 1)
             focal = {"alpha0": config.alpha0, "alpha1": config.alpha1, "gamma": config.gamma}
-            expected = expected + soft_target_focal_loss(logits, y, weight=weight, reduction="sum", **focal)
-        torch.testing.assert_close(ours.classification, expected / matches.positive.sum(), rtol=1e-4, atol=1e-6)
+            expected = expected + soft_target_focal_loss(
+                logits, y, weight=weight, reduction="sum", **focal
+            )
+        torch.testing.assert_close(
+            ours.classification, expected / matches.positive.sum(), rtol=1e-4, atol=1e-6
+        )
 
     def test_plain_pytorch_takes_the_same_step(self, model):
-        config = replace(TINY, confidence=1.0)  # boxes of labels alone: those of voxels, which plain PyTorch can cut
+        config = replace(
+            TINY, confidence=1.0
+        )  # boxes of labels alone: those of voxels, which plain PyTorch can cut
         teacher, fused, plain = build_model(TINY), [], []
         for ops, into in (("fused", fused), ("plain", plain)):
             model.zero_grad()

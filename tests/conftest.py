@@ -47,7 +47,7 @@ def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
 
 
 def _interpreted(launch):
-    from tests.support.interpreter import checked
+    from tests.triton_checked.interpreter import checked
 
     def call(*args, **kwargs):
         with checked():

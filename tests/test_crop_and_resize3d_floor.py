@@ -9,8 +9,8 @@ import triton.language as tl
 
 from fmkernels.kernels import crop_and_resize3d as kernels
 from tests.support import on_gpu
-from tests.support.interpreter import KernelFault, checked
-from tests.support.plan import TARGETS, run_plan
+from tests.triton_checked.interpreter import KernelFault, checked
+from tests.triton_checked.plan import TARGETS, run_plan
 from tests.test_crop_and_resize3d import assert_right, boxes_of, make
 
 pytestmark = pytest.mark.skipif(

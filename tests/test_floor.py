@@ -7,7 +7,7 @@ import pytest
 import triton
 
 from tests.support import floor, on_gpu
-from tests.support.plan import run_plan
+from tests.triton_checked.plan import run_plan
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compilers report"

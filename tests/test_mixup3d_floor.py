@@ -8,9 +8,9 @@ import reference
 from fmkernels import mixup3d, sample_mixup
 from fmkernels.kernels import mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
-from tests.support.interpreter import KernelFault, checked
-from tests.support.plan import TARGETS, run_plan
+from tests.triton_checked.driver import no_host_sync
+from tests.triton_checked.interpreter import KernelFault, checked
+from tests.triton_checked.plan import TARGETS, run_plan
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"

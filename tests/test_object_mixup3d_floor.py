@@ -9,9 +9,9 @@ import triton
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
-from tests.support.interpreter import KernelFault, checked
-from tests.support.plan import TARGETS, run_plan
+from tests.triton_checked.driver import no_host_sync
+from tests.triton_checked.interpreter import KernelFault, checked
+from tests.triton_checked.plan import TARGETS, run_plan
 from tests.test_object_mixup3d import assert_right, draw, make, rows
 
 pytestmark = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from fmkernels import soft_target_focal_loss
 from fmkernels.kernels import soft_target_focal_loss as kernels
 from fmkernels.kernels.tuning import launch_parameters
 from tests.support import on_gpu
-from tests.support.interpreter import checked
+from tests.triton_checked.interpreter import checked
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="needs the interpreter")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels import crop_and_resize3d as kernels
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 I16 = torch.int16

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from tests.plans.crop_and_resize3d import crop, gradient
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 SIZES = [
     (1, 1, 1),

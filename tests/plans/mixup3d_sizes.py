@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from tests.plans.mixup3d import Mixup, case
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 SIZES = [
     (8, 8, 8),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fmkernels.kernels import object_mixup3d as kernels
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8

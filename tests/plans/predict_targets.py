@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels.predict_targets import launch_predict_targets
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 
 def call(dtype, *sizes, views=4, anchors_last=False):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from tests.plans.predict_targets import call
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 
 def cases() -> Iterator[Case]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels import soft_target_focal_loss as kernels
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
 N = 100_003  # of an odd size, so that main path and tail are both there

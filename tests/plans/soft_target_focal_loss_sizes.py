@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tests.plans.soft_target_focal_loss import F32, LARGE, elementwise, step
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 
 def cases() -> Iterator[Case]:

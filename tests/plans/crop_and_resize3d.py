@@ -29,8 +29,8 @@ def crop(
         return kernels.launch_crop_and_resize3d(volumes, boxes, size, clamp_box, window, result)
 
     samples = torch.Size(shape[1:2] + size).numel()
-    floor = dtype.itemsize + result.itemsize if size == shape[2:] else None
-    return Case(name, call, samples, floor)
+    min_bytes = dtype.itemsize + result.itemsize if size == shape[2:] else None
+    return Case(name, call, samples, min_bytes)
 
 
 def gradient(
@@ -44,8 +44,8 @@ def gradient(
             upstream, boxes, windowed, shape, clamp_box, window, dtype
         )
 
-    floor = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
-    return Case(name, call, torch.Size(shape).numel(), floor)
+    min_bytes = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
+    return Case(name, call, torch.Size(shape).numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:

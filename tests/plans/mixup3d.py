@@ -44,31 +44,33 @@ class Mixup:
         return lambda: kernels.launch_gradient(*common, len(upstream), upstream.dtype, own, donor)
 
 
-def case(name: str, call, shape=SHAPE, floor: float | None = None) -> Case:
-    return Case(name, call, torch.Size(shape).numel(), floor)
+def case(name: str, call, shape=SHAPE, min_bytes: float | None = None) -> Case:
+    return Case(name, call, torch.Size(shape).numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, U8):
         name = str(dtype).removeprefix("torch.")
-        floor = 2 * dtype.itemsize
-        yield case(f"in place {name}", Mixup(dtype).in_place(), floor=floor)
-        yield case(f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), floor=floor)
-    yield case("in place, flips float64", Mixup(F64, flips=True).in_place())
-    yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
-    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
-    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
+        min_bytes = 2 * dtype.itemsize
+        yield case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
+        yield case(
+            f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), min_bytes=min_bytes
+        )
+    yield case("in place, flips float64", Mixup(F64, flips=True).in_place(), min_bytes=16)
+    yield case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8)
+    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), min_bytes=8)
+    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), min_bytes=4)
     yield case(
         "window, flips int16 bfloat16",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16),
-        floor=4,
+        min_bytes=4,
     )
     yield case(
         "window, flips int16 float32",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(F32),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
+    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=12)
     into_donors = Mixup(F32, flips=True, donors=8)
     yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
     last = (8, 64, 64, 64, 4)
@@ -91,10 +93,12 @@ def cases() -> Iterator[Case]:
     yield case(
         "in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape
     )
-    yield case("gradient float32", Mixup(F32).gradient(True, True), floor=8)
+    yield case("gradient float32", Mixup(F32).gradient(True, True), min_bytes=8)
     yield case(
         "gradient, window, flips bfloat16",
         Mixup(BF16, flips=True, window=WINDOW).gradient(True, True),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("gradient to donors float32", Mixup(F32, donors=8).gradient(False, True))
+    yield case(
+        "gradient to donors float32", Mixup(F32, donors=8).gradient(False, True), min_bytes=8
+    )

@@ -35,21 +35,21 @@ class Objects:
         donor_boxes = self.boxes.roll(1, 0)
         return self.volumes, self.donors, self.boxes, donor_boxes, self.lam, *self.windows
 
-    def case(self, name: str, launch: Callable, last, floor: float | None) -> Case:
-        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), floor)
+    def case(self, name: str, launch: Callable, last, min_bytes: float | None) -> Case:
+        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), min_bytes)
 
-    def new(self, name: str, dtype: torch.dtype, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup, dtype, floor)
+    def new(self, name: str, dtype: torch.dtype, min_bytes: float | None = None) -> Case:
+        return self.case(name, kernels.launch_object_mixup, dtype, min_bytes)
 
-    def in_place(self, name: str, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup_into, self.volumes, floor)
+    def in_place(self, name: str, min_bytes: float | None = None) -> Case:
+        return self.case(name, kernels.launch_object_mixup_into, self.volumes, min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
-        floor = None if dtype == F64 else 3 * dtype.itemsize
-        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", floor)
+        min_bytes = 3 * dtype.itemsize
+        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes)
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
     yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6)
     yield Objects(F32).in_place("in place float32", 12)

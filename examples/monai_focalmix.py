@@ -29,9 +29,7 @@ def scan(size=24, side=5):
 
 
 def loader_of(scans, *augmentation):
-    window = ScaleIntensityRanged(
-        keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True
-    )
+    window = ScaleIntensityRanged("image", a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True)
     transforms = Compose([EnsureTyped(keys=list(scans[0])), window, *augmentation])
     return DataLoader(
         Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation

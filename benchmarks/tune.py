@@ -150,7 +150,7 @@ SWEEPS = (
     ),
     Sweep("crop_and_resize3d", {256: (2, 4), 512: (2, 4), 1024: (2, 4), 2048: (4,)}, _crop),
     Sweep(
-        "crop_and_resize3d_gradient", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient
+        "crop_and_resize3d_backward", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient
     ),
     Sweep("mixup3d", _VECTORS, _mixup),
     Sweep("mixup3d_in_place", _VECTORS, lambda: _mixup_in_place(False)),

@@ -9,9 +9,10 @@ import triton.language as tl
 
 from fmkernels.kernels import crop_and_resize3d as kernels
 from tests.support import on_gpu
+from tests.support.launch import launch
+from tests.test_crop_and_resize3d import assert_right, boxes_of, make
 from tests.triton_checked.interpreter import KernelFault, checked
 from tests.triton_checked.plan import TARGETS, run_plan
-from tests.test_crop_and_resize3d import assert_right, boxes_of, make
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
@@ -23,6 +24,19 @@ APART = [
     [1, 2, 0, 0, 4, 3, 5],
     [0, 3, 0, 0, 4, 6, 2],
 ]  # no two in the same voxels
+
+
+def crop(volumes, boxes, size, clamp_box, window, dtype):
+    return launch(
+        "crop_and_resize3d", volumes, boxes, clamp_box, window, output_size=size, dtype=dtype
+    )
+
+
+def crop_backward(grad_output, boxes, volumes, shape, clamp_box, window, dtype):
+    return launch(
+        "crop_and_resize3d_backward", grad_output, boxes, volumes, clamp_box, window,
+        shape=shape, dtype=dtype,
+    )  # fmt: skip
 
 
 def voxels_of(boxes):
@@ -38,13 +52,13 @@ def voxels_of(boxes):
 def test_reads_the_voxels_of_the_boxes_and_writes_every_sample_once(dtype, result):
     volumes, size = make((2, 1, 4, 6, 7), dtype), (8, 8, 8)
     with checked() as report:
-        out = kernels.launch_crop_and_resize3d(volumes, boxes_of(APART), size, True, None, result)
+        out = crop(volumes, boxes_of(APART), size, True, None, result)
     assert report["volumes"].read_once == voxels_of(APART) * dtype.itemsize
     assert report["out"].written == report["out"].written_once == out.nbytes
     assert report.never_written("out") == 0 and len(report.launches) == 1
     with checked() as report:  # one sample between 8 voxels; one on a voxel
         rows = boxes_of([[0, 0, 0, 0, 4, 6, 4], [1, 1, 1, 1, 2, 2, 2]])
-        kernels.launch_crop_and_resize3d(volumes, rows, (1, 1, 1), True, None, result)
+        crop(volumes, rows, (1, 1, 1), True, None, result)
     assert report["volumes"].read_once == (8 + 1) * dtype.itemsize
 
 
@@ -54,7 +68,7 @@ def test_unusable_boxes_read_nothing():
         boxes_of([[2, 0, 0, 0, 1, 1, 1], [0, math.nan, 0, 0, 1, 1, 1]]),
     )
     with checked() as report:
-        out = kernels.launch_crop_and_resize3d(volumes, rows, (2, 3, 4), True, None, torch.float32)
+        out = crop(volumes, rows, (2, 3, 4), True, None, torch.float32)
     assert report["volumes"].read == 0 and report.never_written("out") == 0 and (out == 0).all()
 
 
@@ -62,7 +76,7 @@ def test_unusable_boxes_read_nothing():
 def test_the_gradient_reads_every_sample_and_writes_every_voxel_once(window):
     volumes, upstream = make((2, 1, 4, 6, 7)), torch.ones(3, 1, 5, 4, 6)
     with checked(windowed=volumes) as report:
-        out = kernels.launch_crop_and_resize3d_gradient(
+        out = crop_backward(
             upstream,
             boxes_of(APART),
             volumes if window else None,
@@ -87,15 +101,11 @@ def test_no_race_and_nothing_left_unwritten(clamp, shuffle):
     for shape, size in (((2, 1, 5, 9, 18), (3, 2, 3)), ((2, 2, 3, 4, 5), (1, 12, 12))):
         volumes = make(shape)
         with checked(shuffle=shuffle) as report:
-            out = kernels.launch_crop_and_resize3d(
-                volumes, rows, size, clamp == "box", None, torch.float32
-            )
+            out = crop(volumes, rows, size, clamp == "box", None, torch.float32)
         assert_right(out, volumes, rows, size, clamp=clamp)
         assert report.never_written("out") == 0
         with checked(shuffle=shuffle) as report:
-            gradient = kernels.launch_crop_and_resize3d_gradient(
-                out, rows, None, shape, clamp == "box", None, torch.float32
-            )
+            gradient = crop_backward(out, rows, None, shape, clamp == "box", None, torch.float32)
         assert report.never_written("out") == 0
         # the gradient is the transpose: <crop(x), crop(x)> = <x, gradient(crop(x))>
         inner = (out.double() ** 2).sum(), (gradient.double() * volumes.double()).sum()
@@ -113,7 +123,7 @@ def test_the_checker_sees_what_would_be_wrong(monkeypatch):
 
     def launch():
         with checked() as report:
-            kernels.launch_crop_and_resize3d(volumes, box, (3, 4, 5), True, None, torch.float32)
+            crop(volumes, box, (3, 4, 5), True, None, torch.float32)
         return report
 
     with monkeypatch.context() as patch:
@@ -124,7 +134,7 @@ def test_the_checker_sees_what_would_be_wrong(monkeypatch):
         patch.setattr(triton, "cdiv", lambda a, b: max(1, a // b))  # a program too few
         patch.setattr(kernels, "LANES", 32)
         with checked() as report:
-            kernels.launch_crop_and_resize3d(volumes, box, (3, 5, 8), True, None, torch.float32)
+            crop(volumes, box, (3, 5, 8), True, None, torch.float32)
         assert report.never_written("out") > 0
     assert launch().never_written("out") == 0
 
@@ -135,7 +145,7 @@ def test_offsets_beyond_two_to_the_31():
     volumes[2, 0, -1, -1, -3:] = torch.tensor([10, 20, 30], dtype=torch.uint8)
     last = boxes_of([[2, 299, 1999, 1997, 300, 2000, 2000]])
     with checked(races=False):
-        crops = kernels.launch_crop_and_resize3d(volumes, last, (1, 1, 3), True, None, torch.uint8)
+        crops = crop(volumes, last, (1, 1, 3), True, None, torch.uint8)
     assert crops.flatten().tolist() == [10, 20, 30]
 
     wide = (1, 1, 1, 46_400, 46_400)
@@ -143,16 +153,14 @@ def test_offsets_beyond_two_to_the_31():
     volumes[0, 0, -1, -1, -3:] = torch.tensor([10, 20, 30], dtype=torch.uint8)
     whole = boxes_of([[0, 0, 0, 0, 1, 46_400, 46_400]])
     with checked(programs=[-1], races=False):
-        crops = kernels.launch_crop_and_resize3d(volumes, whole, wide[2:], True, None, torch.uint8)
+        crops = crop(volumes, whole, wide[2:], True, None, torch.uint8)
     assert crops[0, 0, 0, -1, -3:].tolist() == [10, 20, 30]
 
     upstream = torch.empty(wide, dtype=torch.float16)
     upstream[0, 0, 0, -9:, -17:] = 0
     upstream[0, 0, 0, -1, -3:] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)
     with checked(programs=[-1], races=False):
-        gradient = kernels.launch_crop_and_resize3d_gradient(
-            upstream, whole, None, wide, True, None, torch.float16
-        )
+        gradient = crop_backward(upstream, whole, None, wide, True, None, torch.float16)
     assert gradient[0, 0, 0, -1, -3:].tolist() == [1, 2, 3]
 
 

@@ -9,10 +9,10 @@ import triton
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
+from tests.test_object_mixup3d import assert_right, draw, make, rows
 from tests.triton_checked.driver import no_host_sync
 from tests.triton_checked.interpreter import KernelFault, checked
 from tests.triton_checked.plan import TARGETS, run_plan
-from tests.test_object_mixup3d import assert_right, draw, make, rows
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"

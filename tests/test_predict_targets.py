@@ -208,7 +208,7 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
 @pytest.mark.parametrize("anchors_last", [False, True])
 @pytest.mark.parametrize("size", [7, 8])
 def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
-    from fmkernels.kernels.predict_targets import launch_predict_targets
+    from tests.support.launch import launch
     from tests.triton_checked.interpreter import checked
 
     views = torch.zeros(
@@ -217,7 +217,7 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
     flips = torch.tensor([0, 3, 4, 7], dtype=torch.uint8)
     anchors = views[0].numel()
     with checked(x=views, flips=flips, shuffle=0) as report:
-        launch_predict_targets([views], flips, 0.7)
+        launch("predict_targets", [views], flips, 0.7)
     written = report["out"].written
     assert len(report.launches) == 1 and report.never_written("out") == 0
     assert report["x"].read == report["x"].read_once == views.nbytes
@@ -229,7 +229,7 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1100, 1400, 1401, 1), (2, 3, 2, 512, 512, 1024, 1)])
 def test_more_than_2_to_the_31_elements(shape):
     """The last program alone: memory that is never touched is never there."""
-    from fmkernels.kernels.predict_targets import launch_predict_targets
+    from tests.support.launch import launch
     from tests.triton_checked.interpreter import checked
 
     views, flips = (
@@ -239,7 +239,7 @@ def test_more_than_2_to_the_31_elements(shape):
     anchors = views[0].numel()
     views[:, -1, -1, -1, -1] = torch.arange(shape[5], dtype=torch.bfloat16).fmod(7)[:, None]
     with checked(x=views, flips=flips, programs=[-1]):
-        (out,) = launch_predict_targets([views], flips, 1.0)
+        (out,) = launch("predict_targets", [views], flips, 1.0)
     tail = min(BLOCK, shape[5]) // 4
     right = torch.sigmoid(views[0, -1, -1, -1, -1, :, 0].double()).flip(0)
     assert anchors * shape[0] > 2**31
@@ -317,7 +317,7 @@ VIEWS, FLIPS = torch.zeros(2, 1, 1, 2, 2, 2), torch.zeros(2, dtype=torch.uint8)
         (TypeError, "flips must be uint8, got int64", {"flips": FLIPS.long()}),
         (
             ValueError,
-            r"flips must have shape \(2,\), one per view, got \(1,\)",
+            r"flips must have shape \(2,\), got \(1,\)",
             {"flips": FLIPS[:1]},
         ),
         (ValueError, "flips must be on cpu", {"flips": FLIPS.to("meta")}),

@@ -195,7 +195,7 @@ def _calls():
         "soft_target_focal_loss": (loss, "sum_kernel", lambda constants: constants["BLOCK"]),
         "crop_and_resize3d": (lambda: crop(False), "crop_kernel",
                               lambda constants: constants["DEPTH"] * constants["LANES"]),
-        "crop_and_resize3d_gradient": (lambda: crop(True), "gradient_kernel",
+        "crop_and_resize3d_backward": (lambda: crop(True), "crop_backward_kernel",
                                        lambda constants: constants["Z"] * constants["Y"] * constants["X"]),
         "mixup3d": (lambda: fmkernels.mixup3d(volumes, lam, index), "mixup_kernel",
                     lambda constants: constants["VECTORS"]),

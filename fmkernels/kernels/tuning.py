@@ -52,7 +52,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         DEFAULT: Launch(block=1024, num_warps=4),
         "gfx942": Launch(block=1024, num_warps=2),
     },
-    "crop_and_resize3d_gradient": {
+    "crop_and_resize3d_backward": {
         DEFAULT: Launch(block=512, num_warps=4, max_registers=128),
         "gfx942": Launch(block=512, num_warps=2),
     },

@@ -7,13 +7,26 @@ from collections.abc import Iterator
 
 import torch
 
-from fmkernels.kernels import crop_and_resize3d as kernels
+from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 I16 = torch.int16
 WINDOW = (-1200.0, 600.0)
 CUBE, BRICKS = (24, 24, 24), (16, 16, 16)
+
+
+def launch_crop(volumes, boxes, size, clamp_box, window, dtype):
+    return launch(
+        "crop_and_resize3d", volumes, boxes, clamp_box, window, output_size=size, dtype=dtype
+    )
+
+
+def crop_backward(grad_output, boxes, volumes, shape, clamp_box, window, dtype):
+    return launch(
+        "crop_and_resize3d_backward", grad_output, boxes, volumes, clamp_box, window,
+        shape=shape, dtype=dtype,
+    )  # fmt: skip
 
 
 def whole(shape):
@@ -26,7 +39,7 @@ def crop(
     volumes, boxes, result = torch.zeros(shape, dtype=dtype), whole(shape), result or dtype
 
     def call():
-        return kernels.launch_crop_and_resize3d(volumes, boxes, size, clamp_box, window, result)
+        return launch_crop(volumes, boxes, size, clamp_box, window, result)
 
     samples = torch.Size(shape[1:2] + size).numel()
     min_bytes = dtype.itemsize + result.itemsize if size == shape[2:] else None
@@ -40,9 +53,7 @@ def gradient(
     windowed = torch.zeros(shape, dtype=dtype) if window else None
 
     def call():
-        return kernels.launch_crop_and_resize3d_gradient(
-            upstream, boxes, windowed, shape, clamp_box, window, dtype
-        )
+        return crop_backward(upstream, boxes, windowed, shape, clamp_box, window, dtype)
 
     min_bytes = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
     return Case(name, call, torch.Size(shape).numel(), min_bytes)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fmkernels.kernels.predict_targets import launch_predict_targets
+from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
 
@@ -14,7 +14,7 @@ def call(dtype, *sizes, views=4, anchors_last=False):
         shape = (views, 2, 1, *[size] * 3, 8) if anchors_last else (views, 2, 8, *[size] * 3, 1)
         levels.append(torch.zeros(shape, dtype=dtype))
     flips = torch.zeros(views, dtype=torch.uint8)
-    return lambda: launch_predict_targets(levels, flips, 0.7)
+    return lambda: launch("predict_targets", levels, flips, 0.7)
 
 
 def cases() -> Iterator[Case]:

@@ -1,6 +1,6 @@
-"""What production launches of crop_and_resize3d: types, both clamps, window, sizes of crops, the gradient.
+"""Launches of crop_and_resize3d: types, both clamps, window, sizes of crops, backward.
 
-The box is the volume and has as many samples as voxels: every one of them must be moved once.
+The box is the volume and has as many samples as voxels, so that each must be moved once.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The same calls over a sweep of sizes: how many variants do they compile?"""
+"""The same over a sweep of sizes, to count the variants that it compiles."""
 
 from collections.abc import Iterator
 

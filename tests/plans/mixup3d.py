@@ -1,4 +1,4 @@
-"""What production launches of mixup3d: in and out of place, with flips and window, every type, both gradients."""
+"""Launches of mixup3d: in and out of place, flips, window, every type, both gradients."""
 
 from collections.abc import Iterator
 
@@ -72,7 +72,9 @@ def cases() -> Iterator[Case]:
     )
     yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=12)
     into_donors = Mixup(F32, flips=True, donors=8)
-    yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
+    yield case(
+        "into the donors, flips float32", into_donors.in_place(into_donors.donors), min_bytes=12
+    )
     last = (8, 64, 64, 64, 4)
     yield case(
         "channels last, flips float32",
@@ -98,6 +100,9 @@ def cases() -> Iterator[Case]:
         "gradient, window, flips bfloat16",
         Mixup(BF16, flips=True, window=WINDOW).gradient(True, True),
         min_bytes=6,
+    )
+    yield case(
+        "gradient to volumes float32", Mixup(F32, donors=8).gradient(True, False), min_bytes=8
     )
     yield case(
         "gradient to donors float32", Mixup(F32, donors=8).gradient(False, True), min_bytes=8

@@ -1,6 +1,6 @@
-"""What production launches of object_mixup3d: in place and not, donors elsewhere or the volumes themselves, windows.
+"""Launches of object_mixup3d: in and out of place, donors given or the volumes, windows.
 
-In place, every volume is one box that fills its tiles; where voxels in no box are written too, there are no others.
+In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ LARGE = (2, 1, 64, 64, 64)
 
 
 class Objects:
-    """Arguments of the launch functions; box k is volume k as a whole, and its donor the next one."""
+    """Arguments of the launch functions. Box k is all of volume k; its donor is the next one."""
 
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The same calls over a sweep of sizes and numbers of boxes: how many variants do they compile?"""
+"""The same over a sweep of sizes and numbers of boxes, to count the variants."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What production launches of predict_targets: every type, several levels, channels last, sizes that forbid vectors."""
+"""Launches of predict_targets: types, levels, channels last, sizes that forbid vectors."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What production launches of soft_target_focal_loss: types, levels, mix, weights, forward and backward."""
+"""Launches of soft_target_focal_loss: types, levels, mix, weights, forward and backward."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from fmkernels.kernels import soft_target_focal_loss as kernels
 from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
-N = 100_003  # of an odd size, so that main path and tail are both there
+N = 100_003  # odd, so that both the main path and the tail run
 LARGE = 1 << 26  # where a program takes several tiles
 ONE = torch.ones(())
 
@@ -26,7 +26,7 @@ def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None):
 
 
 def step(dtype, target, gamma=2.0, normalizer=None, mean=False, **shape):
-    """Forward and, under an upstream gradient of 1, backward."""
+    """Forward and, with a grad_output of 1, backward."""
     logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
     common = *mix, rows, 0.05, 0.95, gamma
 

@@ -11,7 +11,7 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
 WINDOW = (-1200.0, 600.0)
 CHANNELS_FIRST, CHANNELS_LAST = (0, 1, 2, 4), (1, 2, 4, 0)
-SHAPE = (8, 1, 32, 32, 64)
+SHAPE = (8, 1, 16, 16, 64)
 
 
 class Mixup:

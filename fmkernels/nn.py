@@ -1,4 +1,4 @@
-"""Modules that hold hyper-parameters and call fmkernels.functional."""
+"""Modules that hold hyperparameters and call fmkernels.functional."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmkernels import functional
+from fmkernels.ops.soft_target_focal_loss import check_hyperparameters
 
 __all__ = ["SoftTargetFocalLoss"]
 
@@ -34,7 +35,10 @@ class SoftTargetFocalLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self.alpha0, self.alpha1, self.gamma, self.reduction = alpha0, alpha1, gamma, reduction
+        self.alpha0, self.alpha1, self.gamma = check_hyperparameters(
+            "SoftTargetFocalLoss", alpha0, alpha1, gamma, reduction
+        )
+        self.reduction: Any = reduction
 
     def forward(
         self,
@@ -44,7 +48,7 @@ class SoftTargetFocalLoss(nn.Module):
         weight: Tensor | Sequence[Tensor] | None = None,
         normalizer: float | Tensor | None = None,
         mix: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | Any:
+    ) -> Tensor | Sequence[Tensor]:
         return functional.soft_target_focal_loss(
             logits,
             targets,
@@ -58,4 +62,7 @@ class SoftTargetFocalLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"alpha0={self.alpha0}, alpha1={self.alpha1}, gamma={self.gamma}, reduction={self.reduction!r}"
+        return (
+            f"alpha0={self.alpha0}, alpha1={self.alpha1}, gamma={self.gamma}, "
+            f"reduction={self.reduction!r}"
+        )

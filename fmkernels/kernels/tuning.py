@@ -4,10 +4,14 @@ The default rows were chosen from the compiled code: registers, instructions per
 rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+DEBUG = os.environ.get("FMKERNELS_DEBUG") == "1"
+"""Whether kernels are compiled with their device assertions, which check ranges of arguments."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
+
+from fmkernels.ops.checks import check_no_tangent
 
 LIBRARY = torch.library.Library("fmkernels", "DEF")
 _BACKENDS = {"CPU": "fmkernels.cpu", "CUDA": "fmkernels.kernels"}
@@ -146,17 +149,23 @@ def _autograd_kernel(
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _C._after_autograd_keyset, *args, **options)
 
+    name, second = op._opname.removesuffix("_backward"), op._opname.endswith("_backward")
+
     def not_differentiable(ctx, *grad_outputs):
-        name, second = op._opname.removesuffix("_backward"), op._opname.endswith("_backward")
         raise RuntimeError(f"{name}: no {'second derivative' if second else 'gradient'} is offered")
 
     def kernel(keyset, *args, **options):
+        if forward_ad._current_level >= 0:  # public functions miss tangents of outer transforms
+            for value in _flat(args):
+                if isinstance(value, Tensor):
+                    check_no_tangent(name, "any argument", value)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return call_backend(keyset, args, options)
 
         def compute(ctx):
             nonlocal structure
-            structure = results = call_backend(keyset, args, options)
+            with _outer_gradients():
+                structure = results = call_backend(keyset, args, options)
             if save is not None:
                 save(ctx, args, results)
             return results if isinstance(results, Tensor) else tuple(_flat(results))
@@ -176,6 +185,11 @@ def _allowed_under_functorch() -> AbstractContextManager:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     return enable_single_level_autograd_function()
+
+
+def _outer_gradients() -> AbstractContextManager:
+    """The forward of an autograd function disables gradients, also those of outer transforms."""
+    return torch.enable_grad() if _C._are_functorch_transforms_active() else nullcontext()
 
 
 def _flat(values: Sequence) -> Iterator:

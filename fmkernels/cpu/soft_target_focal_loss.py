@@ -221,9 +221,7 @@ def _run_levels(
         lambdas, partners = _stored_as(lam, dtype), stored(index)
         wrong = lambdas[(lambdas < 0) | (lambdas > 1)]
         if wrong.size:
-            raise ValueError(
-                f"soft_target_focal_loss: mix lam must be in [0, 1], got {wrong[0]:g}"
-            )
+            raise ValueError(f"soft_target_focal_loss: mix lam must be in [0, 1], got {wrong[0]:g}")
     total, count = 0.0, 0.0
     for level, logit in enumerate(logits):
         x = _stored_as(logit, loop_dtype)

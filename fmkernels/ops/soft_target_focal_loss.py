@@ -123,10 +123,11 @@ def soft_target_focal_loss(
         The loss. With reduction "none" and a sequence of logits, a sequence of the same type.
 
     Only logits get a gradient. Backward may run any number of times and with any incoming gradient;
-    a second derivative raises. Infinite logits count as the largest finite float32. Elsewhere IEEE
-    arithmetic holds: NaN propagates from every input that counts, an infinite weight gives an
-    infinite loss, or NaN where the loss is 0, and an infinite normalizer gives 0; a normalizer of
-    -inf counts as 1, as all below 1 do.
+    a second derivative raises. Infinite logits count as the largest finite float32. Otherwise the
+    rules of IEEE arithmetic apply: NaN propagates from every input that counts. An infinite weight
+    gives an infinite loss, or NaN where the loss is 0. A normalizer of inf gives 0; one of -inf
+    counts as 1, like all below 1. With "sum" and "mean", an incoming gradient that is not finite
+    and a normalizer of NaN also make the gradients of ignored elements NaN.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.

@@ -1,6 +1,6 @@
 """Modules that hold hyperparameters and call fmkernels.functional."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class SoftTargetFocalLoss(nn.Module):
         self.alpha0, self.alpha1, self.gamma = check_hyperparameters(
             "SoftTargetFocalLoss", alpha0, alpha1, gamma, reduction
         )
-        self.reduction: Any = reduction
+        self.reduction = reduction
 
     def forward(
         self,
@@ -49,7 +49,8 @@ class SoftTargetFocalLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         mix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | Sequence[Tensor]:
-        return functional.soft_target_focal_loss(
+        loss: Callable[..., Any] = functional.soft_target_focal_loss  # overloads take no unions
+        return loss(
             logits,
             targets,
             alpha0=self.alpha0,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fmkernels.kernels.arithmetic import LOG2E, divide, log1p, log2
-from fmkernels.kernels.tuning import DEBUG, launch_parameters
+from fmkernels.kernels.tuning import debug, launch_parameters
 
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
 SMALLEST_DOUBLE = tl.constexpr(1e-290)
@@ -379,7 +379,7 @@ def soft_target_focal_loss(
                 alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
-                num_warps=launch.num_warps, debug=DEBUG,
+                num_warps=launch.num_warps, debug=debug(),
             )  # fmt: skip
         finish_kernel[(1,)](losses, counts, normalizer, loss, divisor, grid.programs, num_warps=8)
 
@@ -439,7 +439,7 @@ def _launch_elementwise(
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights),
                 GRAD_OUTPUT_IS_SCALAR=all(grad.dim() == 0 for grad in grad_outputs),
-                GAMMA_IS_2=gamma == 2.0, num_warps=launch.num_warps, debug=DEBUG,
+                GAMMA_IS_2=gamma == 2.0, num_warps=launch.num_warps, debug=debug(),
             )  # fmt: skip
 
 

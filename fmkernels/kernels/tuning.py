@@ -10,9 +10,6 @@ from functools import cache
 
 import torch
 
-DEBUG = os.environ.get("FMKERNELS_DEBUG") == "1"
-"""Whether kernels are compiled with their device assertions, which check ranges of arguments."""
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -87,3 +84,9 @@ def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
     return rows.get(architecture(device), rows[DEFAULT])
+
+
+@cache
+def debug() -> bool:
+    """Whether kernels check values that only the device knows: FMKERNELS_DEBUG=1, read once."""
+    return os.environ.get("FMKERNELS_DEBUG") == "1"

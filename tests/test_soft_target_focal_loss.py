@@ -1,4 +1,4 @@
-"""soft_target_focal_loss on the CPU path and through its kernels, against the float64 reference and against peers."""
+"""soft_target_focal_loss, CPU path and kernels, against the float64 reference and peers."""
 
 import math
 import shutil
@@ -26,15 +26,15 @@ BLOCK = launch_parameters("soft_target_focal_loss", torch.device("cpu")).block
 
 
 def make(shape, dtype=torch.float32, target_dtype=torch.float32, device="cpu", seed=0, spread=4.0):
-    """Logits, and targets of which some are 0, some 1, some ignored."""
+    """Logits, and targets: some 0, some 1, some ignored, others in between."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
     targets = torch.rand(shape, generator=generator)
-    kind = torch.rand(shape, generator=generator)
-    targets[kind < 0.3] = 0
-    targets[kind > 0.8] = 1
+    draw = torch.rand(shape, generator=generator)
+    targets[draw < 0.3] = 0
+    targets[draw > 0.8] = 1
     if target_dtype.is_floating_point:
-        targets[(kind > 0.5) & (kind < 0.6)] = -1
+        targets[(draw > 0.5) & (draw < 0.6)] = -1
         targets = targets.to(target_dtype)
     else:
         targets = (targets > 0.5).to(target_dtype)
@@ -97,12 +97,12 @@ def weights_for(shape, device):
     return [torch.rand(s, generator=generator).to(device) for s in shapes]
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("shape_of_weight", range(6))
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 4, 4), (5, 7), (3, 160)])
-def test_weight_and_mix(path, kind, mixed, shape):
+def test_weight_and_mix(path, shape_of_weight, mixed, shape):
     logits, targets = make(shape, device=path.device)
-    weight = weights_for(shape, path.device)[kind]
+    weight = weights_for(shape, path.device)[shape_of_weight]
     mix = None
     if mixed:
         lam = torch.linspace(0.5, 1, shape[0], device=path.device)
@@ -348,7 +348,7 @@ def test_repeated_backward_and_any_grad_output(path, dtype):
     again = torch.autograd.grad(loss, logits)[0]
     assert_close(again, once)
     assert_close(three, once.double() * 3, dtype)
-    assert torch.equal(once, kept), "a later backward changed a gradient already given away"
+    assert torch.equal(once, kept), "a later backward changed a gradient that was already returned"
 
 
 def test_inputs_are_left_alone(path):
@@ -392,7 +392,8 @@ def test_second_derivative_raises(path, dtype, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_function_transforms(path, dtype, reduction):
     logits, targets = make((3, 4, 5), dtype, device=path.device)
-    lam, index = torch.rand(4).to(path.device), torch.tensor([3, 2, 1, 0], device=path.device)
+    lam = torch.linspace(0.5, 1, 4, device=path.device)
+    index = torch.tensor([3, 2, 1, 0], device=path.device)
 
     def loss(x, y):
         losses = soft_target_focal_loss([x, x], [y, y], mix=(lam, index), reduction=reduction)
@@ -637,7 +638,7 @@ def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
 )
 def test_compiles_to_machine_code():
-    """Inductor, which writes C++ on the CPU: forward, and a backward that is pure and so can be repeated."""
+    """Inductor, which generates C++ on the CPU: forward, and a backward without side effects."""
 
     def step(x, y):
         return soft_target_focal_loss(torch.tanh(x), y, normalizer=(y > 0.5).sum())
@@ -757,12 +758,14 @@ def test_bad_arguments(error, words, arguments):
         soft_target_focal_loss(**{"logits": X, "targets": Y, **arguments})
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_takes_numbers_of_numpy(kind):
+@pytest.mark.parametrize("scalar", [np.float32, np.float64, np.int64])
+def test_takes_numpy_scalars(scalar):
     x, y = torch.linspace(-2, 2, 5), torch.linspace(0, 1, 5)
     numbers = {"alpha0": 0, "alpha1": 1, "gamma": 2, "normalizer": 3}
-    ours = soft_target_focal_loss(x, y, **{name: kind(value) for name, value in numbers.items()})
+    ours = soft_target_focal_loss(x, y, **{name: scalar(value) for name, value in numbers.items()})
     assert torch.equal(ours, soft_target_focal_loss(x, y, **numbers))
+    hyperparameters = [scalar(numbers[name]) for name in ("alpha0", "alpha1", "gamma")]
+    assert torch.equal(nn.SoftTargetFocalLoss(*hyperparameters)(x, y, normalizer=scalar(3)), ours)
 
 
 @pytest.mark.parametrize(
@@ -817,7 +820,7 @@ def test_weights_and_normalizers_that_are_not_finite(path, value):
 def test_process_wide_defaults_change_nothing(path):
     logits, targets = make((3, 200), device=path.device)
     mix = torch.full((3,), 0.75, device=path.device), torch.tensor([1, 2, 0], device=path.device)
-    weight, ones = torch.rand(3, 1).to(path.device), torch.ones(3, 200, device=path.device)
+    weight, ones = targets[:, :1].abs(), torch.ones(3, 200, device=path.device)
 
     def results():
         x = logits.clone().requires_grad_()
@@ -890,9 +893,9 @@ def check_case(case, device="cpu"):
         [*case["shape"][:1], *[n + i for n in case["shape"][1:]]]
         for i in range(case["levels"] or 1)
     ]
-    kinds = case["dtype"], case["target_dtype"], device
+    options = case["dtype"], case["target_dtype"], device
     pairs = [
-        make_strided(shape, case["layout"], *kinds, case["seed"] + i, case["spread"])
+        make_strided(shape, case["layout"], *options, case["seed"] + i, case["spread"])
         for i, shape in enumerate(shapes)
     ]
     logits, targets = map(list, zip(*pairs, strict=True))
@@ -940,7 +943,7 @@ def _as_list(x):
 
 
 def away_from_the_cusp(gamma, logits, targets, arguments):
-    """Where |y - p| is above 1 % if gamma < 2: near 0 a rounding of p changes |y - p|^gamma or its slope at will."""
+    """Where |y - p| is above 1%, if gamma < 2: near 0, |y - p|^gamma depends on rounding."""
     without, linear = (
         reference.soft_target_focal_loss(
             logits, targets, **{**arguments, "gamma": g, "reduction": "none", "normalizer": None}

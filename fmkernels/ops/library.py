@@ -160,7 +160,7 @@ def _autograd_kernel(
         keyset = keyset & _C._after_ADInplaceOrView_keyset
         function = backends.get(keyset.highestPriorityTypeId())
         with _C._AutoDispatchBelowAutograd():
-            if function is not None:  # redispatch, but without converting the arguments twice more
+            if function is not None:  # without conversion of arguments to C++ and back
                 return function(*args, **options)
             return op.redispatch(keyset, *args, **options)
 

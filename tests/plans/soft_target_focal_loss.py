@@ -59,7 +59,8 @@ def backward(dtype, target):
 
 def cases() -> Iterator[Case]:
     for dtype, target, both, one_way in [
-        (F32, F32, 12, 8), (BF16, BF16, 6, 4), (BF16, U8, 5, 3), (F16, F16, 10, 4), (F64, F64, 24, 16),
+        (F32, F32, 12, 8), (BF16, BF16, 6, 4), (BF16, U8, 5, 3), (F16, F16, 10, 4),
+        (F64, F64, 24, 16),
     ]:  # fmt: skip
         types = str(dtype if dtype == target else f"{dtype}, {target}").replace("torch.", "")
         yield Case(f"step {types}", step(dtype, target), N, both)

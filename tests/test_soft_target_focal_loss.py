@@ -14,9 +14,9 @@ import reference
 from fmkernels import nn, soft_target_focal_loss
 from fmkernels.kernels import soft_target_focal_loss as kernels
 from fmkernels.kernels.tuning import Launch, launch_parameters
-from tests.support.builder import CheckedBuilder
 from tests.support.cases import cases, kernel_cases, kernel_only
 from tests.support.tolerance import assert_close
+from tests.triton_checked.builder import CheckedBuilder
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TARGETS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]

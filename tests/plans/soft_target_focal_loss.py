@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels.soft_target_focal_loss import soft_target_focal_loss_scale
-from tests.support.driver import Case
 from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
 N = 100_003  # odd: some programs take the main path, one the masked tail

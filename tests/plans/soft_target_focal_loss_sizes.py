@@ -1,9 +1,9 @@
-"""The same call over a sweep of sizes: how many variants does it compile?"""
+"""The same over a sweep of sizes, to count the variants that it compiles."""
 
 from collections.abc import Iterator
 
 from tests.plans.soft_target_focal_loss import F32, LARGE, elementwise, step
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 
 def cases() -> Iterator[Case]:

@@ -31,9 +31,11 @@ from hypothesis import strategies as st
 
 import fmkernels.cpu
 from fmkernels.focalmix.config import Config, load_config
-from fmkernels.focalmix.data.luna16 import LUNA16, load_volume
+from fmkernels.focalmix.data.formats import load_volume
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.tables import read_candidates, write_candidates
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import read_candidates, write_candidates
+from fmkernels.focalmix.evaluation.froc import evaluate
 from fmkernels.focalmix.training.checkpoint import State, build_model, load_run
 from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
@@ -133,14 +135,15 @@ def read(target: str, path: Path) -> None:
         load_volume(path, (1.0, 1.0, 1.0))
     elif target in ("annotations", "excluded", "series"):
         data = LUNA16(run, cache=run / "cache")
-        data.evaluate({}, data.series, bootstraps=10)
-        data.volume(data.series[0])
+        evaluate({}, *data.findings(data.series), data.series, bootstraps=10)
+        data.boxes(data.series[0])
     elif target == "cache":
         volume = LUNA16(luna.parent, cache=luna).volume(SCANS[0].uid)
         volume.boxes(volume.to_world([[0, 0, 0]]).repeat(2, 0)[:, [0, 1, 2, 2]])
     elif target == "candidates":
         candidates = read_candidates(path)
-        LUNA16(luna / "luna").evaluate(candidates, [SCANS[0].uid], bootstraps=10)
+        series = [SCANS[0].uid]
+        evaluate(candidates, *LUNA16(luna / "luna").findings(series), series, bootstraps=10)
     elif target == "metrics":
         Metrics(run, 8).close()
     else:

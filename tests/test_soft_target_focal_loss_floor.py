@@ -1,5 +1,9 @@
 """A late factor costs the loss one more pass over the gradient; offsets beyond 2^31 are right."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +47,29 @@ def test_offsets_beyond_two_to_the_31(path):
         (gradient,) = torch.autograd.grad(loss, logits)
     assert LAUNCH.tiles(n) == LAUNCH.max_tiles
     assert torch.equal(losses[-3:], expected) and torch.equal(gradient[-3:], right)
+
+
+def test_debug_mode_compiles_range_checks_into_the_kernels():
+    code = """
+import triton
+from tests.plans.soft_target_focal_loss import F32, backward, step
+from tests.triton_checked.driver import recording
+
+with recording("sm_90") as calls:
+    step(F32, F32, rows=2, inner=2048)()
+    backward(F32, F32)()
+for variant in calls.variants:
+    kernel = triton.compile(variant.source, target=variant.target, options=variant.options)
+    if "__assertfail" not in kernel.asm["ptx"]:
+        continue
+    for name in ("targets", "lam", "index"):
+        if f"{name} must be in" in kernel.asm["ttgir"]:
+            print(variant.kernel, name)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["FMKERNELS_DEBUG"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    checks = [f"sum_kernel {name}" for name in ("targets", "lam", "index")]
+    assert done.stdout.splitlines() == [*checks, "elementwise_kernel targets"], done.stderr

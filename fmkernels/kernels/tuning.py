@@ -4,6 +4,7 @@ The default rows were chosen from the compiled code: registers, instructions per
 `python -m benchmarks.tune` prints a row for its architecture where that was measured to be faster.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -83,3 +84,9 @@ def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
     return rows.get(architecture(device), rows[DEFAULT])
+
+
+@cache
+def debug() -> bool:
+    """Whether kernels check values that only the device knows: FMKERNELS_DEBUG=1, read once."""
+    return os.environ.get("FMKERNELS_DEBUG") == "1"

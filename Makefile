@@ -21,7 +21,7 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test coverage bench lint types docs compat quick floor gpu clean environment-in-use
+.PHONY: train test nightly coverage bench lint types docs compat quick floor gpu clean environment-in-use
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
@@ -29,6 +29,10 @@ train: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest -n auto
+
+# long fuzzing
+nightly: $(READY)
+	$(PYTHON) -m tests.fuzz --minutes 30
 
 coverage: $(READY)
 	$(PYTHON) -m pytest -n auto --cov=fmkernels --cov-report=term
@@ -60,7 +64,7 @@ compat:
 
 # without what depends on the versions of compilers and tools, and with few cases of each property
 quick: $(READY)
-	FMKERNELS_TEST_CASES=0.02 $(PYTHON) -m pytest -n auto --ignore-glob='*floor*' --ignore=tests/support/test_compiled.py \
+	FMKERNELS_TEST_CASES=0.02 $(PYTHON) -m pytest -n auto --ignore-glob='*floor*' --ignore=tests/triton_checked/test_compiled.py \
 		--ignore=tests/test_docs.py --ignore=tests/test_types.py
 
 floor: $(READY)

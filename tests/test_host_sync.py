@@ -11,7 +11,7 @@ import fmkernels
 from fmkernels import functional
 from tests.conftest import launches
 from tests.support import on_gpu
-from tests.triton_checked.driver import HostSyncError, no_host_sync
+from tests.triton_checked.host_sync import HostSyncError, no_host_sync
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="the kernels of a GPU are not to run")
 

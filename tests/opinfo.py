@@ -573,24 +573,15 @@ def crop_samples(dtype: torch.dtype) -> dict[str, Arguments]:
             "boxes": parts,
             "output_size": (4, 1, 4),
             "clamp": "volume",
-            "window": {
-                "volumes": volumes,
-                "boxes": parts,
-                "output_size": (1, 2, 4),
-                "window": WINDOW,
-            },
-            "boxes without a volume": {
-                "volumes": volumes,
-                "boxes": outside,
-                "output_size": (2, 2, 2),
-            },
-            "a thin volume": {
-                "volumes": make((2, 1, 1, 9, 1), dtype),
-                "boxes": parts[:2],
-                "output_size": (2, 4, 2),
-            },
             "window": WINDOW,
         },
+        "unusable boxes": {"volumes": volumes, "boxes": outside, "output_size": (2, 2, 2)},
+        "a thin volume": {
+            "volumes": make((2, 1, 1, 9, 1), dtype),
+            "boxes": parts[:2],
+            "output_size": (2, 4, 2),
+        },
+        "window": {"volumes": volumes, "boxes": parts, "output_size": (1, 2, 4), "window": WINDOW},
     }
 
 

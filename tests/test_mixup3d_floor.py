@@ -5,10 +5,8 @@ import torch
 import triton.language as tl
 
 import reference
-from fmkernels import mixup3d, sample_mixup
 from fmkernels.kernels import mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
 from tests.support.interpreter import KernelFault, checked
 from tests.support.plan import TARGETS, run_plan
 
@@ -171,36 +169,7 @@ def test_offsets_beyond_two_to_the_31(row):
     assert gradient[1, ..., -3:].flatten().tolist() == [1, 2, 3]
 
 
-class Unlaunched:
-    """A kernel that is never run."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def test_no_op_synchronises_with_the_host(monkeypatch):
-    """Everything above the launches, run as on a GPU: nothing there may read a value of a tensor."""
-    from fmkernels.cpu import mixup3d as cpu
-
-    for name in ("launch_mixup", "launch_mixup_into", "launch_gradient"):
-        monkeypatch.setattr(cpu, name, getattr(kernels, name))
-    for kernel in ("mixup_kernel", "gradient_kernel"):
-        monkeypatch.setattr(kernels, kernel, Unlaunched())
-    volumes, donors = make(torch.float32).requires_grad_(), make(torch.float32).requires_grad_()
-    with no_host_sync():
-        lam, index = sample_mixup(3)
-        mixup3d(volumes, lam, index, flips=FLIPS, window=WINDOW).sum().backward()
-        mixup3d(volumes, lam, index, donors=donors, flips=(FLIPS, None)).sum().backward()
-        volumes, donors = volumes.detach(), donors.detach()
-        mixup3d(volumes, lam, index, flips=FLIPS, out=volumes)
-        mixup3d(volumes, lam, index, donors=donors, flips=(FLIPS, FLIPS), out=donors)
-        strided = volumes.transpose(2, 4)
-        mixup3d(strided, lam, index, flips=FLIPS, out=strided)
-        monkeypatch.setattr(kernels, "LARGEST_TILE", 1)
-        mixup3d(volumes, lam, index, out=volumes)
-
-
-# --- compiled code ---------------------------------------------------------------------------------------------------
+# --- compiled code -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

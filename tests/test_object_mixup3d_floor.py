@@ -6,10 +6,8 @@ import pytest
 import torch
 import triton
 
-from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
 from tests.support.interpreter import KernelFault, checked
 from tests.support.plan import TARGETS, run_plan
 from tests.test_object_mixup3d import assert_right, draw, make, rows
@@ -177,33 +175,7 @@ def test_offsets_beyond_two_to_the_31():
     assert out[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
 
 
-class Unlaunched:
-    """A kernel that is never run."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def test_no_op_synchronises_with_the_host(monkeypatch):
-    """Everything above the launches, run as on a GPU: nothing there may read a value of a tensor."""
-    from fmkernels.cpu import object_mixup3d as cpu
-
-    for name in ("launch_object_mixup", "launch_object_mixup_into"):
-        monkeypatch.setattr(cpu, name, getattr(kernels, name))
-    monkeypatch.setattr(kernels, "object_mixup_kernel", Unlaunched())
-    volumes, donors, boxes = make((2, 1, 4, 6, 7)), make((3, 1, 4, 4, 4)), draw(3, (2, 1, 4, 6, 7))
-    with no_host_sync():
-        for pool in (None, donors, volumes[:1]):
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), dtype=torch.int16)
-            object_mixup3d(volumes, *boxes, donors=pool, out=volumes)
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), out=volumes)
-        strided = volumes.transpose(2, 4)
-        object_mixup3d(
-            strided, *(x.repeat_interleave(1, 0) for x in boxes), window=(-1.0, 2.0), out=strided
-        )
-
-
-# --- compiled code ---------------------------------------------------------------------------------------------------
+# --- compiled code -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

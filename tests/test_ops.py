@@ -617,23 +617,23 @@ def idle_kernels(monkeypatch):
 
 
 def call_all(op: OpInfo) -> None:
-    """Every sample, forward, backward twice, into a new tensor and in place."""
+    """Every sample, dense and strided: forward, backward twice, into a new tensor and in place."""
     for dtype in {torch.float32, torch.float16, torch.int16} & set(op.dtypes):
-        for arguments in op.samples(dtype).values():
-            given = with_leaves(op, arguments)
-            with no_host_sync():
-                op.function(**arguments)
-                results = tree_leaves(op.function(**given))
-            if leaves(given):
-                for _ in range(2):
-                    sent = upstream(results)
+        for dense in op.samples(dtype).values():
+            for arguments in (dense, tree_map_only(Tensor, transposed, dense)):
+                given = with_leaves(op, arguments)
+                with no_host_sync():
+                    op.function(**arguments)
+                    results = tree_leaves(op.function(**given))
+                sent = upstream(results)
+                for _ in range(2 if leaves(given) else 0):
                     with no_host_sync():
                         torch.autograd.backward(results, sent, retain_graph=True)
-            if op.in_place:
-                arguments["dtype"] = dtype
-                for out in (arguments[op.in_place], torch.empty_like(arguments[op.in_place])):
-                    with no_host_sync():
-                        op.function(**arguments, out=out)
+                if op.in_place:
+                    own = arguments[op.in_place]
+                    for out in (torch.empty_like(own), own):
+                        with no_host_sync():
+                            op.function(**{**arguments, "dtype": dtype}, out=out)
 
 
 @each(OPS)

@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import isfunction
 from types import ModuleType
 
 import pytest
@@ -31,26 +32,25 @@ class Path:
 
 
 def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
-    """Every function of the CPU path that does an op's work: its module, its name, and the kernels' in its place."""
+    """Every launcher of the CPU path: its module, its name, and the launcher of the kernels."""
     import fmkernels.cpu
+    import fmkernels.ops
 
     for module in pkgutil.iter_modules(fmkernels.cpu.__path__):
         cpu = importlib.import_module(f"fmkernels.cpu.{module.name}")
-        names = [
-            n
-            for n, f in vars(cpu).items()
-            if n.startswith("launch_") and f.__module__ == cpu.__name__
-        ]
-        if names:  # an op; what ops share has none
-            kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
-            yield from ((cpu, name, getattr(kernels, name)) for name in names)
+        if not hasattr(fmkernels.ops, module.name):
+            continue  # shared by ops
+        kernels = importlib.import_module(f"fmkernels.kernels.{module.name}")
+        for name, function in vars(cpu).items():
+            if isfunction(function) and function.__module__ == cpu.__name__ and name[0] != "_":
+                yield cpu, name, getattr(kernels, name)
 
 
 def _interpreted(launch):
-    from tests.support.interpreter import checked
+    from tests.triton_checked.interpreter import checked
 
     def call(*args, **kwargs):
-        with checked():
+        with checked(shuffle=0):
             return launch(*args, **kwargs)
 
     return call

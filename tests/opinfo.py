@@ -319,7 +319,9 @@ LOSS_ERRORS = (
             "weight must be a tensor": {"weight": 2.0},
             "normalizer must be a number": {"normalizer": "3"},
             "mix must be a pair": {"mix": LAM},
-            "mix must be a pair of tensors": {"mix": (0.5, INDEX)},
+            r"mix must be a pair .* got \(float, a tensor\)": {"mix": (0.5, INDEX)},
+            "mix must be a pair .* got dict": {"mix": {"lam": LAM, "index": INDEX}},
+            "targets must be a tensor or a list .* got dict": {"targets": {"y": Y}},
             "mix index must be int64": {"mix": (LAM, INDEX.int())},
             "mix lam must be float16": {"mix": (INDEX, INDEX)},
         },
@@ -422,7 +424,7 @@ TARGET_ERRORS = (
             r"no gradient to view_logits .* torch\.no_grad": {
                 "view_logits": VIEWS.clone().requires_grad_()
             },
-            r"flips must have shape \(2,\), one per view, got \(1,\)": {"flips": FLIPS[:1]},
+            r"flips must have shape \(2,\), got \(1,\)": {"flips": FLIPS[:1]},
             "flips must be on cpu": {"flips": FLIPS.to("meta")},
             r"temperature must be in \(0, 1\], got 0": {"temperature": 0},
             r"temperature must be in \(0, 1\], got 1.5": {"temperature": 1.5},
@@ -729,6 +731,7 @@ OPS = (
         errors=LOSS_ERRORS,
         differentiable=("logits",),
         not_finite={"logits": (NAN,), "targets": (NAN,), "weight": ANY},
+        functorch=True,
     ),
     OpInfo(
         name="predict_targets",

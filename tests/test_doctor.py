@@ -57,7 +57,11 @@ def off_by_a_little(launch):
                 return type(x)(map(worse, x))
             return x * 1.001 if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-        return worse(launch(*args, **kwargs))
+        results = launch(*args, **kwargs)
+        if results is not None:
+            return worse(results)
+        for out in args[-1] if isinstance(args[-1], (list, tuple)) else [args[-1]]:
+            out.mul_(1.001)
 
     return call
 
@@ -65,12 +69,12 @@ def off_by_a_little(launch):
 @pytest.mark.parametrize(
     ("module", "name", "op", "wrong"),
     [
-        (loss, "launch_sum", "soft_target_focal_loss", "forward"),
-        (targets, "launch_predict_targets", "predict_targets", "forward"),
+        (loss, "soft_target_focal_loss", "soft_target_focal_loss", "gradient"),
+        (targets, "predict_targets", "predict_targets", "forward"),
         (mixup, "launch_mixup", "mixup3d", "forward"),
         (mixup, "launch_gradient", "mixup3d", "gradient"),
-        (crop, "launch_crop_and_resize3d", "crop_and_resize3d", "forward"),
-        (crop, "launch_crop_and_resize3d_gradient", "crop_and_resize3d", "gradient"),
+        (crop, "crop_and_resize3d", "crop_and_resize3d", "forward"),
+        (crop, "crop_and_resize3d_backward", "crop_and_resize3d", "gradient"),
         (objects, "launch_object_mixup", "object_mixup3d", "forward"),
     ],
 )
@@ -86,8 +90,20 @@ def test_a_wrong_operation_is_caught(monkeypatch, capsys, module, name, op, wron
     assert "1 of 6 self-tests failed" in said
 
 
+def test_a_wrong_loss_is_caught(monkeypatch):
+    launch = loss.soft_target_focal_loss
+
+    def wrong(*args):
+        launch(*args)
+        args[-3].mul_(1.001)  # the loss; the last argument holds the gradients
+
+    monkeypatch.setattr(loss, "soft_target_focal_loss", wrong)
+    (result,) = (r for r in doctor.examine() if r.problem)
+    assert result.op == "soft_target_focal_loss" and result.problem.startswith("forward is wrong")
+
+
 def test_a_gradient_that_forgets_its_factor_is_caught(monkeypatch):
-    monkeypatch.setattr(loss, "launch_scale", lambda gradients, factor, divisor: None)
+    monkeypatch.setattr(loss, "soft_target_focal_loss_scale", lambda *args: None)
     (result,) = (r for r in doctor.examine() if r.problem)
     assert result.op == "soft_target_focal_loss" and result.problem.startswith("gradient is wrong")
 
@@ -141,7 +157,7 @@ def test_without_triton_a_gpu_says_so(monkeypatch):
 def test_rows_of_the_launch_table(monkeypatch, architecture, row):
     monkeypatch.setattr(doctor.tuning, "architecture", lambda device: architecture)
     launch = doctor._launch("crop_and_resize3d", CPU)
-    for name in ("crop_and_resize3d", "crop_and_resize3d_gradient"):
+    for name in ("crop_and_resize3d", "crop_and_resize3d_backward"):
         used = TABLE[name].get(architecture, TABLE[name]["default"])
         assert f"{name} {row} {used}" in launch
 

@@ -436,6 +436,14 @@ def test_overlapping_memory_is_refused_or_right(path):
     assert torch.equal(base[:2], expected)
 
 
+def test_memory_of_another_width_is_refused():
+    volumes = make((2, 1, 2, 2, 4))
+    out = volumes.view(torch.float16).flatten()[: volumes.numel()].view(volumes.shape)
+    lam, index, _ = draw(2)
+    with pytest.raises(ValueError, match="must not overlap"):
+        mixup3d(volumes, lam, index, dtype=torch.float16, out=out)
+
+
 # --- sample_mixup --------------------------------------------------------------------------------
 
 

@@ -25,8 +25,8 @@ from fmkernels.kernels import tuning
 from tests.conftest import launches
 from tests.opinfo import FLOATS, OPS, VOXELS, Arguments, OpInfo, copy, rand
 from tests.support import on_gpu
-from tests.support.driver import HostSyncError, no_host_sync
 from tests.support.tolerance import assert_close
+from tests.triton_checked.host_sync import HostSyncError, no_host_sync
 
 ROOT = Path(__file__).parents[1]
 KERNELS = [op for op in OPS if op.launches]
@@ -439,12 +439,11 @@ def describe(x) -> object:
 
 
 def kept(func, arguments):
-    """Copies; gradients are asked for where the op has some."""
-    has_gradient = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd")
+    """Copies. Gradients are asked for where the op has some and the only result has them."""
+    asks = "_backward" not in func.name() and len(func._schema.returns) == 1
+    asks &= torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd")
     return tree_map_only(
-        Tensor,
-        lambda x: x.detach().clone().requires_grad_(has_gradient and x.requires_grad),
-        arguments,
+        Tensor, lambda x: x.detach().clone().requires_grad_(asks and x.requires_grad), arguments
     )
 
 

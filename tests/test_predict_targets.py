@@ -1,6 +1,7 @@
 """What is particular to predict_targets; test_ops.py has the tests that every op needs."""
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from fmkernels import predict_targets
+from fmkernels import predict_targets, soft_target_focal_loss
 from fmkernels.kernels.tuning import launch_parameters
 from tests.opinfo import FLOATS
 from tests.support import on_gpu
@@ -85,6 +86,15 @@ def test_levels(path, container):
     assert type(targets) is container
     for ours, theirs in zip(targets, reference.predict_targets(levels, flips), strict=True):
         assert_close(ours, theirs)
+
+
+def test_levels_of_any_tuple_give_a_tuple():
+    Levels = namedtuple("Levels", "fine coarse")
+    views = Levels(torch.zeros(2, 1, 1, 4, 4, 4), torch.zeros(2, 1, 1, 2, 2, 2))
+    targets = predict_targets(views, torch.tensor([0, 5], dtype=torch.uint8))
+    assert [y.shape[-1] for y in targets] == [4, 2]
+    losses = soft_target_focal_loss(views, Levels(*map(torch.zeros_like, views)), reduction="none")
+    assert [type(x) for x in (losses, targets)] == [tuple, tuple]
 
 
 @pytest.mark.parametrize("views", [1, 2, 7, 32, 70])
@@ -176,8 +186,8 @@ def test_nan_stays_where_it_is(path, dtype, width):
 @pytest.mark.parametrize("anchors_last", [False, True])
 @pytest.mark.parametrize("size", [7, 8])
 def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
-    from fmkernels.kernels.predict_targets import launch_predict_targets
-    from tests.support.interpreter import checked
+    from tests.support.launch import launch
+    from tests.triton_checked.interpreter import checked
 
     views = torch.zeros(
         (4, 3, 1, 5, size, size, 8) if anchors_last else (4, 3, 8, 5, size, size, 1), dtype=dtype
@@ -185,7 +195,7 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
     flips = torch.tensor([0, 3, 4, 7], dtype=torch.uint8)
     anchors = views[0].numel()
     with checked(x=views, flips=flips, shuffle=0) as report:
-        launch_predict_targets([views], flips, 0.7)
+        launch("predict_targets", [views], flips, 0.7)
     written = report["out"].written
     assert len(report.launches) == 1 and report.never_written("out") == 0
     assert report["x"].read == report["x"].read_once == views.nbytes
@@ -197,8 +207,8 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1100, 1400, 1401, 1), (2, 3, 2, 512, 512, 1024, 1)])
 def test_more_than_2_to_the_31_elements(shape):
     """The last program alone: memory that is never touched is never there."""
-    from fmkernels.kernels.predict_targets import launch_predict_targets
-    from tests.support.interpreter import checked
+    from tests.support.launch import launch
+    from tests.triton_checked.interpreter import checked
 
     views, flips = (
         torch.empty(shape, dtype=torch.bfloat16),
@@ -207,7 +217,7 @@ def test_more_than_2_to_the_31_elements(shape):
     anchors = views[0].numel()
     views[:, -1, -1, -1, -1] = torch.arange(shape[5], dtype=torch.bfloat16).fmod(7)[:, None]
     with checked(x=views, flips=flips, programs=[-1]):
-        (out,) = launch_predict_targets([views], flips, 1.0)
+        (out,) = launch("predict_targets", [views], flips, 1.0)
     tail = min(BLOCK, shape[5]) // 4
     right = torch.sigmoid(views[0, -1, -1, -1, -1, :, 0].double()).flip(0)
     assert anchors * shape[0] > 2**31

@@ -7,21 +7,19 @@ what the samples of one box after the other have taken from it: the layers of a 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
 from fmkernels.cpu.sampling import axis_of, box_of, is_usable, new_axis, place, sample
 from fmkernels.cpu.voxels import (
-    ZEROS,
     elements,
     load_block,
     located,
     own_kind,
     store_block,
     window_of,
+    zero_of,
 )
-from fmkernels.dtypes import compute_dtype
 
 LEAST = 1 << 15  # samples for which another thread is worth its while
 
@@ -134,46 +132,42 @@ def _gradient_planes(
         store_block(total.reshape(-1), out[0], out[1], plane * H * W)
 
 
-def launch_crop_and_resize3d(
+def crop_and_resize3d(
     volumes: Tensor,
     boxes: Tensor,
-    output_size: Sequence[int],
     clamp_box: bool,
     window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As fmkernels.kernels.crop_and_resize3d.launch_crop_and_resize3d."""
-    d, h, w = output_size
-    out = volumes.new_empty((boxes.shape[0], volumes.shape[1], d, h, w), dtype=dtype)
-    if out.numel():
-        shared(
-            _crop_layers, out.numel() // (h * w), LEAST // (h * w), located(volumes),
-            tuple(volumes.shape), volumes.stride(), boxes.data_ptr(), located(out), (d, h, w),
-            clamp_box, window_of(window), ZEROS[compute_dtype(volumes.dtype)],
-        )  # fmt: skip
-    return out
+    crops: Tensor,
+) -> None:
+    """Write crops [K, C, d, h, w] of strided volumes [B, C, D, H, W] at contiguous boxes [K, 7]."""
+    if not crops.numel():
+        return
+    d, h, w = crops.shape[2:]
+    shared(
+        _crop_layers, crops.numel() // (h * w), LEAST // (h * w), located(volumes),
+        tuple(volumes.shape), volumes.stride(), boxes.data_ptr(), located(crops), (d, h, w),
+        clamp_box, window_of(window), zero_of(volumes),
+    )  # fmt: skip
 
 
-def launch_crop_and_resize3d_gradient(
-    upstream: Tensor,
+def crop_and_resize3d_backward(
+    grad_output: Tensor,
     boxes: Tensor,
-    windowed: Tensor | None,
-    shape: Sequence[int],
+    volumes: Tensor | None,
     clamp_box: bool,
     window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As fmkernels.kernels.crop_and_resize3d.launch_crop_and_resize3d_gradient."""
-    out = upstream.new_empty(shape, dtype=dtype)
+    grad_volumes: Tensor,
+) -> None:
+    """Write the gradient to the volumes, contiguous. A window needs the volumes themselves."""
+    out = grad_volumes
     if not out.numel():
-        return out
+        return
     planes = out.numel() // (out.shape[3] * out.shape[4])
-    volumes = out if windowed is None else windowed
+    windowed = out if volumes is None else volumes
     low, high = window or (0.0, 1.0)
     shared(
-        _gradient_planes, planes, LEAST * planes // (upstream.numel() + out.numel()),
-        located(upstream), boxes.data_ptr(), boxes.shape[0], tuple(upstream.shape[2:]),
-        located(volumes), volumes.stride(), located(out), tuple(out.shape),
-        clamp_box, (windowed is not None, low, high, 1 / (high - low)), ZEROS[compute_dtype(dtype)],
+        _gradient_planes, planes, LEAST * planes // (grad_output.numel() + out.numel()),
+        located(grad_output), boxes.data_ptr(), boxes.shape[0], tuple(grad_output.shape[2:]),
+        located(windowed), windowed.stride(), located(out), tuple(out.shape),
+        clamp_box, (volumes is not None, low, high, 1 / (high - low)), zero_of(out),
     )  # fmt: skip
-    return out

@@ -101,14 +101,12 @@ def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
         _sharpen(total, dtype(views), inverse_temperature, target)
 
 
-def launch_predict_targets(
-    view_logits: Sequence[Tensor], flips: Tensor, temperature: float
-) -> list[Tensor]:
-    """As fmkernels.kernels.predict_targets.launch_predict_targets."""
-    masks, results = stored(flips), []
-    for x in view_logits:
-        out = torch.empty(x.shape[1:], dtype=torch.float32)
-        results.append(out)
+def predict_targets(
+    view_logits: Sequence[Tensor], flips: Tensor, temperature: float, targets: Sequence[Tensor]
+) -> None:
+    """Write targets [B, A, D, H, W, I] of levels [K, B, A, D, H, W, I] of any strides."""
+    masks = stored(flips)
+    for x, out in zip(view_logits, targets, strict=True):
         if not out.numel():
             continue
         x = x.float() if x.dtype == torch.float16 else x
@@ -119,4 +117,3 @@ def launch_predict_targets(
         memory = stored(x.as_strided((span,), (1,)))
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)
         shared(_run, blocks, LEAST, memory, tuple(x.shape), x.stride(), masks, inverse, stored(out))
-    return results

@@ -37,6 +37,11 @@ ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.flo
 """From which a loop knows in which type to compute."""
 
 
+def zero_of(x: Tensor) -> np.floating:
+    """A zero of the compute dtype, from which a loop takes it: float64 for float64, else float32."""
+    return np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+
+
 def located(x: Tensor) -> tuple[int, int]:
     """A tensor as loops take it: its address, and the number of its type."""
     return x.data_ptr(), KINDS[x.dtype]

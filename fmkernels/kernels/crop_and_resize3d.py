@@ -174,7 +174,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gradient_kernel(
+def crop_backward_kernel(
     upstream,  # [K, C, d, h, w]: gradient of the crops
     boxes,  # [K, 7] float32
     volumes,  # [B, C, D, H, W], with strides, read where there was a window; or None
@@ -228,54 +228,53 @@ def gradient_kernel(
     tl.store(out + at, to_storage(total, out.dtype.element_ty), inside)
 
 
-def launch_crop_and_resize3d(
+def crop_and_resize3d(
     volumes: Tensor,
     boxes: Tensor,
-    output_size: Sequence[int],
     clamp_box: bool,
     window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Crops [K, C, *output_size] of type ``dtype``; the volumes may be strided, the boxes are contiguous."""
-    (B, C, D, H, W), (d, h, w), K = volumes.shape, output_size, boxes.shape[0]
-    out = volumes.new_empty((K, C, d, h, w), dtype=dtype)
-    if out.numel():
-        launch = launch_parameters("crop_and_resize3d", volumes.device)
-        lanes = min(LANES, max(SMALLEST_LANES, triton.next_power_of_2(h * w)))
-        depth = launch.block // LANES
-        programs = K * C * triton.cdiv(h * w, lanes) * triton.cdiv(d, depth)
-        low, high = window or (0.0, 1.0)
-        with torch.cuda.device_of(volumes):
-            crop_kernel[(programs,)](
-                volumes, boxes, out, K, B, D, H, W, *volumes.stride(), C, d, h, w, low, 1 / (high - low),
-                LANES=lanes, DEPTH=depth, CLAMP_BOX=clamp_box, WINDOW=window is not None,
-                WIDE=h * w + lanes > 2**31, num_warps=max(1, launch.num_warps * lanes // LANES),
-            )  # fmt: skip
-    return out
+    crops: Tensor,
+) -> None:
+    """Write crops [K, C, d, h, w] of strided volumes [B, C, D, H, W] at contiguous boxes [K, 7]."""
+    if not crops.numel():
+        return
+    B, C, D, H, W = volumes.shape
+    K, _, d, h, w = crops.shape
+    launch = launch_parameters("crop_and_resize3d", volumes.device)
+    lanes = min(LANES, max(SMALLEST_LANES, triton.next_power_of_2(h * w)))
+    depth = launch.block // LANES
+    programs = K * C * triton.cdiv(h * w, lanes) * triton.cdiv(d, depth)
+    low, high = window or (0.0, 1.0)
+    with torch.cuda.device_of(volumes):
+        crop_kernel[(programs,)](
+            volumes, boxes, crops, K, B, D, H, W, *volumes.stride(), C, d, h, w,
+            low, 1 / (high - low),
+            LANES=lanes, DEPTH=depth, CLAMP_BOX=clamp_box, WINDOW=window is not None,
+            WIDE=h * w + lanes > 2**31, num_warps=max(1, launch.num_warps * lanes // LANES),
+        )  # fmt: skip
 
 
-def launch_crop_and_resize3d_gradient(
-    upstream: Tensor,
+def crop_and_resize3d_backward(
+    grad_output: Tensor,
     boxes: Tensor,
-    windowed: Tensor | None,
-    shape: Sequence[int],
+    volumes: Tensor | None,
     clamp_box: bool,
     window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient to volumes of ``shape`` and ``dtype``; ``windowed`` are these, needed only under a window."""
-    out = upstream.new_empty(shape, dtype=dtype)
-    if out.numel():
-        launch = launch_parameters("crop_and_resize3d_gradient", upstream.device)
-        (B, C, D, H, W), (K, _, d, h, w) = shape, upstream.shape
-        depth = launch.block // (BRICK_Y * BRICK_X)
-        bricks = B * C * triton.cdiv(D, depth) * triton.cdiv(H, BRICK_Y) * triton.cdiv(W, BRICK_X)
-        low, high = window or (0.0, 1.0)
-        strides = (0, 0, 0, 0, 0) if windowed is None else windowed.stride()
-        with torch.cuda.device_of(upstream):
-            gradient_kernel[(bricks,)](
-                upstream, boxes, windowed, out, K, B, D, H, W, *strides, C, d, h, w, low, high, 1 / (high - low),
-                Z=depth, Y=BRICK_Y, X=BRICK_X, BOXES=BOXES, CLAMP_BOX=clamp_box, WIDE=d * h * w >= NARROW,
-                num_warps=launch.num_warps, **launch.register_limit,
-            )  # fmt: skip
-    return out
+    grad_volumes: Tensor,
+) -> None:
+    """Write the gradient to the volumes, contiguous. A window needs the volumes themselves."""
+    if not grad_volumes.numel():
+        return
+    launch = launch_parameters("crop_and_resize3d_backward", grad_output.device)
+    (B, C, D, H, W), (K, _, d, h, w) = grad_volumes.shape, grad_output.shape
+    depth = launch.block // (BRICK_Y * BRICK_X)
+    bricks = B * C * triton.cdiv(D, depth) * triton.cdiv(H, BRICK_Y) * triton.cdiv(W, BRICK_X)
+    low, high = window or (0.0, 1.0)
+    strides = (0, 0, 0, 0, 0) if volumes is None else volumes.stride()
+    with torch.cuda.device_of(grad_output):
+        crop_backward_kernel[(bricks,)](
+            grad_output, boxes, volumes, grad_volumes, K, B, D, H, W, *strides, C, d, h, w,
+            low, high, 1 / (high - low),
+            Z=depth, Y=BRICK_Y, X=BRICK_X, BOXES=BOXES, CLAMP_BOX=clamp_box,
+            WIDE=d * h * w >= NARROW, num_warps=launch.num_warps, **launch.register_limit,
+        )  # fmt: skip

@@ -144,12 +144,11 @@ def _vector(x: Tensor, innermost: int) -> int:
     return width if fits else 1
 
 
-def launch_predict_targets(
-    view_logits: Sequence[Tensor], flips: Tensor, temperature: float
-) -> list[Tensor]:
-    """Targets [B, A, D, H, W, I], float32, contiguous, of levels [K, B, A, D, H, W, I] of any strides."""
+def predict_targets(
+    view_logits: Sequence[Tensor], flips: Tensor, temperature: float, targets: Sequence[Tensor]
+) -> None:
+    """Write targets [B, A, D, H, W, I] of levels [K, B, A, D, H, W, I] of any strides."""
     launch = launch_parameters("predict_targets", flips.device)
-    targets = [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
     with torch.cuda.device_of(flips):
         for x, out in zip(view_logits, targets, strict=True):
             if not out.numel():
@@ -170,4 +169,3 @@ def launch_predict_targets(
                 BLOCK=launch.block, K=views, V=vector, ANCHORS_LAST=innermost == 6,
                 WIDE=max(span, length + launch.block) >= 2**31, num_warps=launch.num_warps,
             )  # fmt: skip
-    return targets

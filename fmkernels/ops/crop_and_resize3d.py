@@ -1,70 +1,155 @@
-"""The ops behind crop_and_resize3d: schemas, fakes and autograd."""
+"""crop_and_resize3d: boxes cropped out of volumes and resized."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fmkernels.ops.library import define, fake
-
-_MODULE = "crop_and_resize3d"
-
-define(
-    "crop_and_resize3d",
-    "(Tensor volumes, Tensor boxes, SymInt[] output_size, bool clamp_box, float[]? window, ScalarType dtype) -> Tensor",
-    _MODULE,
-    "launch_crop_and_resize3d",
+from fmkernels.ops.checks import (
+    MAX_AXIS,
+    check_axes,
+    check_boxes,
+    check_integer,
+    check_volumes,
+    check_window,
+    describe,
+    result_dtype,
 )
-define(
-    "crop_and_resize3d_gradient",
-    "(Tensor upstream, Tensor boxes, Tensor? windowed, SymInt[] shape, bool clamp_box, float[]? window, "
-    "ScalarType dtype) -> Tensor",
-    _MODULE,
-    "launch_crop_and_resize3d_gradient",
-)
+from fmkernels.ops.library import functional_op
 
-
-@fake("crop_and_resize3d")
-def _(volumes, boxes, output_size, clamp_box, window, dtype):
-    return volumes.new_empty((boxes.shape[0], volumes.shape[1], *output_size), dtype=dtype)
-
-
-@fake("crop_and_resize3d_gradient")
-def _(upstream, boxes, windowed, shape, clamp_box, window, dtype):
-    return upstream.new_empty(shape, dtype=dtype)
-
-
-_ops = torch.ops.fmkernels
-
-
-class _CropAndResize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, volumes, boxes, output_size, clamp_box, window, dtype):
-        ctx.clamp_box, ctx.window = clamp_box, window
-        ctx.shape, ctx.dtype = volumes.shape, volumes.dtype
-        ctx.save_for_backward(boxes, volumes if window else None)
-        return _ops.crop_and_resize3d(volumes, boxes, output_size, clamp_box, window, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        boxes, windowed = ctx.saved_tensors
-        gradient = _ops.crop_and_resize3d_gradient(
-            upstream.contiguous(), boxes, windowed, ctx.shape, ctx.clamp_box, ctx.window, ctx.dtype
-        )
-        return (gradient, *[None] * 5)
+_CLAMPS = ("box", "volume")
 
 
 def crop_and_resize3d(
     volumes: Tensor,
     boxes: Tensor,
     output_size: Sequence[int],
-    clamp_box: bool,
-    window: Sequence[float] | None,
-    dtype: torch.dtype,
+    *,
+    clamp: str = "box",
+    window: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The resized crops; boxes contiguous, see launch_crop_and_resize3d."""
-    differentiable = volumes.requires_grad and torch.is_grad_enabled()
-    function = _CropAndResize.apply if differentiable else _ops.crop_and_resize3d.default
-    return function(volumes, boxes, output_size, clamp_box, window, dtype)
+    r"""Crop boxes out of volumes and resize each to one size by trilinear interpolation, all in one launch.
+
+    Sample i of n along an axis of a box [start, end) lies, in voxels whose centres are at 0, 1, 2 ..., at
+
+    .. math::
+        p_i = \mathrm{clamp}\left(\mathrm{start} + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n}
+              - \tfrac{1}{2}, \; \mathrm{first}, \; \mathrm{last}\right)
+
+    and is the mean of the 8 voxels around it, each weighted with ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Boxes are
+    float32, and arithmetic on voxels is float32 (float64 for float64) whatever the storage.
+
+    Args:
+        volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides; axes of at most
+            2^24 voxels.
+        boxes: float32 [K, 7], (batch index, z1, y1, x1, z2, y2, x2) in voxels, half-open, voxel i covering [i, i + 1).
+            Any numbers, also beyond the volume. A box that is not finite (or whose extents are not, in float32), or
+            whose batch index is out of range, gives zeros.
+        output_size: (d, h, w), each >= 1.
+        clamp: "box": first and last are the first and the last voxel of the volume whose centre lies in the box, as in
+            a crop followed by a resize. Where there is none, in a box smaller than a voxel, outside of the volume or
+            with end <= start, both are the voxel nearest to the middle of the box. "volume": the first and the last
+            voxel of the volume, so that samples near a face of the box take from beyond it; with end < start the crop
+            is mirrored.
+        window: (lo, hi), finite, lo < hi, applied to every voxel before the interpolation: v becomes
+            clamp((v - lo) / (hi - lo), 0, 1). None keeps the values as they are.
+        dtype: type of the result: one of those of the volumes. By default that of the volumes, float32 for windowed
+            integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
+
+    Returns:
+        The crops, [K, C, d, h, w], contiguous.
+
+    The gradient flows to the volumes, gathered without atomics in the order of the boxes, so that it is the same in
+    every run; not to the boxes. No value is read back to the host. A voxel that is not finite shows in the samples that
+    it has a weight in, and only there.
+
+    Raises:
+        TypeError: an argument is of a wrong type or dtype.
+        ValueError: shapes, devices or values do not fit.
+
+    Equivalent PyTorch, for integer boxes inside their volumes and clamp "box"::
+
+        out = torch.cat([
+            F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], output_size, mode="trilinear")
+            for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
+        ])
+
+    clamp "volume" is F.grid_sample with padding_mode="border" and align_corners=False, and inside of the volumes
+    roi_align with aligned=True and one sample per bin.
+
+    Source: He et al., Mask R-CNN, ICCV 2017 (RoIAlign, of which this is the form for volumes).
+
+    Example:
+        >>> import torch
+        >>> ramp = torch.arange(16.0).expand(1, 1, 1, 1, 16)
+        >>> box = torch.tensor([[0.0, 0, 0, 8, 1, 1, 12]])
+        >>> crop_and_resize3d(ramp, box, (1, 1, 8)).flatten().tolist()
+        [8.0, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.0]
+        >>> crop_and_resize3d(ramp, box, (1, 1, 8), clamp="volume").flatten().tolist()
+        [7.75, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.25]
+    """
+    name = "crop_and_resize3d"
+    check_volumes(name, "volumes", volumes)
+    check_axes(name, "volumes", volumes)
+    check_boxes(name, "boxes", boxes, volumes.device)
+    size = _check_output_size(name, output_size)
+    if clamp not in _CLAMPS:
+        raise ValueError(
+            f"{name}: clamp must be one of {', '.join(map(repr, _CLAMPS))}, got {clamp!r}"
+        )
+    window = check_window(name, window)
+    dtype = result_dtype(name, dtype, volumes, window)
+    if torch.is_grad_enabled() and volumes.requires_grad and not dtype.is_floating_point:
+        raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes detached")
+    return crop_and_resize3d_op(
+        volumes, boxes.contiguous(), clamp == "box", window, output_size=size, dtype=dtype
+    )
+
+
+def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
+    if not isinstance(output_size, (list, tuple)) or len(output_size) != 3:
+        raise TypeError(
+            f"{name}: output_size must be three ints (d, h, w), got {describe(output_size)}"
+        )
+    sizes = [
+        check_integer(name, f"output_size {axis}", size)
+        for axis, size in zip("dhw", output_size, strict=True)
+    ]
+    for axis, size in zip("dhw", sizes, strict=True):
+        if not 1 <= size <= MAX_AXIS:
+            raise ValueError(f"{name}: output_size {axis} must be in [1, {MAX_AXIS}], got {size}")
+    return sizes
+
+
+def _save(ctx, args, crops):
+    volumes, boxes, ctx.clamp_box, ctx.window = args
+    ctx.shape, ctx.dtype = volumes.shape, volumes.dtype
+    ctx.save_for_backward(boxes, volumes if ctx.window else None)
+
+
+def _backward(ctx, grad_output):
+    boxes, volumes = ctx.saved_tensors
+    grad_volumes = crop_and_resize3d_backward_op(
+        grad_output.contiguous(), boxes, volumes, ctx.clamp_box, ctx.window,
+        shape=ctx.shape, dtype=ctx.dtype,
+    )  # fmt: skip
+    return (grad_volumes,)
+
+
+@functional_op(
+    "crop_and_resize3d(Tensor volumes, Tensor boxes, bool clamp_box, float[]? window, "
+    "*, SymInt[] output_size, ScalarType dtype) -> Tensor",
+    save=_save,
+    backward=_backward,
+)
+def crop_and_resize3d_op(volumes, boxes, clamp_box, window, *, output_size, dtype):
+    return volumes.new_empty((boxes.shape[0], volumes.shape[1], *output_size), dtype=dtype)
+
+
+@functional_op(
+    "crop_and_resize3d_backward(Tensor grad_output, Tensor boxes, Tensor? volumes, bool clamp_box, "
+    "float[]? window, *, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
+def crop_and_resize3d_backward_op(grad_output, boxes, volumes, clamp_box, window, *, shape, dtype):
+    return grad_output.new_empty(shape, dtype=dtype)

@@ -1,20 +1,105 @@
-"""The op behind predict_targets: schema and fake. It has no gradient."""
+"""predict_targets: soft targets from the predictions of several views."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fmkernels.ops.library import define, fake
-
-define(
-    "predict_targets",
-    "(Tensor[] view_logits, Tensor flips, float temperature) -> Tensor[]",
-    "predict_targets",
-    "launch_predict_targets",
+from fmkernels.ops.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_levels,
+    check_no_tangent,
+    check_number,
+    check_per_sample,
+    shape_of,
 )
+from fmkernels.ops.library import functional_op
+from fmkernels.ops.tensors import in_structure
+
+_MIN_TEMPERATURE = 1e-30  # already gives exactly 0, 1/2 or 1
 
 
-@fake("predict_targets")
-def _(view_logits, flips, temperature):
+def predict_targets(
+    view_logits: Tensor | Sequence[Tensor], flips: Tensor, *, temperature: float = 0.7
+) -> Tensor | Any:  # a sequence where the logits are one
+    r"""Pseudo-targets from K flipped views: undo each flip, average the probabilities, sharpen.
+
+    .. math::
+        \bar y = \frac 1 K \sum_k \mathrm{unflip}_k(\sigma(\mathrm{view\_logits}_k)), \qquad
+        y = \frac{\bar y^{1/T}}{\bar y^{1/T} + (1 - \bar y)^{1/T}}
+
+    Tiny probabilities keep their digits. Arithmetic is float32 (float64 for float64) whatever the storage.
+
+    Args:
+        view_logits: raw logits of the views, [K, B, A, D, H, W]; float16, bfloat16, float32 or float64; any strides,
+            channels_last_3d views included, without a copy. Or a sequence of such tensors, the levels of a feature
+            pyramid. There are 8 flips: the kernel, whose code grows with K, is made for about as many views.
+        flips: uint8 [K] on the same device: how each view was flipped, as a bit mask, 1 = D, 2 = H, 4 = W; other bits
+            are not looked at. Never read back to the host.
+        temperature: T in (0, 1]; 1 leaves the mean as it is.
+
+    Returns:
+        float32 [B, A, D, H, W], whatever the type of the logits; in the order of memory of the views. For a sequence,
+        one of the same kind.
+
+    No gradient is offered. Logits of +inf and -inf are the probabilities 1 and 0; where a view is NaN, so is the
+    result; it is finite everywhere else.
+
+    Raises:
+        TypeError: an argument is of a wrong type or dtype.
+        ValueError: shapes, devices or values do not fit, or a gradient is asked for.
+
+    Equivalent PyTorch::
+
+        views = [view.flip(dims) for view, dims in zip(view_logits, dims_of_each_view)]
+        mean = torch.stack(views).sigmoid().mean(0)
+        targets = mean ** (1 / T) / (mean ** (1 / T) + (1 - mean) ** (1 / T))
+
+    Source: Wang et al., FocalMix: Semi-Supervised Learning for 3D Medical Image Detection, CVPR 2020; T = 0.7 is the
+    value that its figure shows.
+
+    Example:
+        >>> import torch
+        >>> views = torch.logit(torch.tensor([0.9, 0.8])).reshape(2, 1, 1, 1, 1, 1)
+        >>> targets = predict_targets(views, torch.tensor([0, 4], dtype=torch.uint8))
+        >>> round(targets.item(), 2)
+        0.92
+    """
+    name = "predict_targets"
+    levels = check_levels(name, "view_logits", view_logits)
+    first = levels[0]
+    for x in levels:
+        check_no_tangent(name, "view_logits", x)
+        check_dtype(name, "view_logits", x, (first.dtype,) if first.dtype in FLOATS else FLOATS)
+        check_device(name, "view_logits", x, first.device)
+        if x.dim() != 6 or x.shape[0] == 0 or x.shape[0] != first.shape[0]:
+            expected = "[K, B, A, D, H, W] with K >= 1 the same at every level"
+            raise ValueError(f"{name}: view_logits must be {expected}, got {shape_of(x)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: no gradient to view_logits is offered, call it under torch.no_grad()"
+            )
+    check_per_sample(name, "flips", flips, first.device, (torch.uint8,), first.shape[0])
+    check_number(name, "temperature", temperature)
+    if not 0 < temperature <= 1:
+        raise ValueError(f"{name}: temperature must be in (0, 1], got {temperature}")
+    anchors_last = [x.shape[2] > 1 and x.stride(2) < x.stride(5) for x in levels]
+    views = [
+        x.unsqueeze(2).movedim(3, 6) if last else x.unsqueeze(6)
+        for x, last in zip(levels, anchors_last, strict=True)
+    ]  # [K, B, 1, D, H, W, A] or [K, B, A, D, H, W, 1]
+    temperature = max(float(temperature), _MIN_TEMPERATURE)
+    results = predict_targets_op(views, flips.contiguous(), temperature)
+    targets = [
+        y.movedim(5, 2).squeeze(1) if last else y.squeeze(5)
+        for y, last in zip(results, anchors_last, strict=True)
+    ]
+    return in_structure(view_logits, targets)
+
+
+@functional_op("predict_targets(Tensor[] view_logits, Tensor flips, float temperature) -> Tensor[]")
+def predict_targets_op(view_logits, flips, temperature):
     return [x.new_empty(x.shape[1:], dtype=torch.float32) for x in view_logits]
-
-
-predict_targets = torch.ops.fmkernels.predict_targets.default

@@ -1,0 +1,79 @@
+"""sample_mixup: the random numbers of MixUp. It is composed of PyTorch's own functions."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from fmkernels.ops.checks import check_number, describe
+
+
+def sample_mixup(
+    batch_size: int,
+    *,
+    eta: float = 0.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Draw how a batch is mixed, for :func:`mixup3d` and the ``mix`` of :func:`soft_target_focal_loss`.
+
+    .. math::
+        \lambda = \max(l, 1 - l), \qquad l \sim \mathrm{Beta}(\eta, \eta)
+
+    Args:
+        batch_size: number of samples B, >= 0.
+        eta: both parameters of the Beta distribution, > 0; the smaller, the less is mixed.
+        generator: source of randomness, on the device; the same state gives the same draw. Torch's own by default;
+            ``torch.compile`` can trace no other.
+        device: where the result lies; that of the generator, else torch's default device.
+
+    Returns:
+        The pair ``(lam, index)``: float32 [B], in [0.5, 1]; and int64 [B], a permutation.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: a value is out of range, or the generator is not on the device.
+
+    Equivalent PyTorch::
+
+        l = torch.distributions.Beta(eta, eta).sample([batch_size])
+        lam, index = torch.maximum(l, 1 - l), torch.randperm(batch_size)
+
+    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018; Devroye, Random
+    variate generation in one line of code, WSC 1996 (how l is drawn).
+
+    Example:
+        >>> import torch
+        >>> lam, index = sample_mixup(4, generator=torch.Generator().manual_seed(0))
+        >>> bool((lam >= 0.5).all()), sorted(index.tolist())
+        (True, [0, 1, 2, 3])
+    """
+    name = "sample_mixup"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: batch_size must be an int, got {describe(batch_size)}")
+    if batch_size < 0:
+        raise ValueError(f"{name}: batch_size must be >= 0, got {batch_size}")
+    eta = check_number(name, "eta", eta)
+    if eta <= 0:
+        raise ValueError(f"{name}: eta must be > 0, got {eta}")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"{name}: generator must be a torch.Generator, got {describe(generator)}"
+            )
+        device = generator.device if device is None else torch.device(device)
+        if device.type != generator.device.type or device.index not in (
+            None,
+            generator.device.index,
+        ):
+            raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
+        device = generator.device
+    # Devroye's draw: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2) of two uniform u and v
+    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(
+        generator=generator
+    )
+    odds = torch.expm1(-u.log() / eta) * torch.cos(2 * math.pi * v) ** 2
+    lam = 0.5 + 0.5 * (1 + 1 / odds).rsqrt()
+    index = torch.randperm(batch_size, generator=generator, device=device)
+    return lam.float(), index

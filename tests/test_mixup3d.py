@@ -604,13 +604,17 @@ def check_gradients(case, device):
         assert_close(gradient, expected)
 
 
+def check_case(case, device="cpu"):
+    check_values(case, device)
+    check_gradients(case, device)
+
+
 @cases(2000)
 @given(case=CASE, voxels=st.sampled_from([32, 150, 1000, 1024]))
 def test_any_case_on_the_cpu_path(case, voxels):
     """With boxes of about so many voxels."""
     with mock.patch.multiple("fmkernels.cpu.mixup3d", BOX=voxels, SMALLEST_BOX=1):
-        check_values(case, "cpu")
-        check_gradients(case, "cpu")
+        check_case(case)
 
 
 @kernel_cases(200)

@@ -21,8 +21,15 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from fmkernels.focalmix.data.volume import Volume, index_to_box
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import BAND_RATES, OPERATING_POINTS, Froc, interpolate
+from fmkernels.focalmix.evaluation.froc import (
+    BAND_RATES,
+    OPERATING_POINTS,
+    Froc,
+    hits,
+    interpolate,
+)
 from fmkernels.focalmix.files import atomic_write
 
 LUNG_WINDOW = (-1200.0, 600.0)
@@ -63,6 +70,42 @@ class Panel:
     """[m, 5]: y1, x1, y2, x2, score of the detections."""
     title: str = ""
     """About 30 characters fit."""
+
+
+def slice_panel(
+    volume: Volume,
+    z: float,
+    nodules: np.ndarray,
+    boxes: np.ndarray,
+    candidates: np.ndarray,
+    title: str,
+) -> Panel:
+    """A slice through a scan, with the boxes that it cuts.
+
+    Args:
+        volume: the resampled scan.
+        z: box coordinate along the first axis, a point in the slice.
+        nodules: [n, 4]: world x, y, z, diameter, in mm.
+        boxes: [m, 6]: the detections, in voxels of the scan.
+        candidates: [m, 4]: world x, y, z of the detections, probability.
+        title: title of the panel.
+    """
+    index = math.floor(z)
+
+    def cuts(boxes: np.ndarray) -> np.ndarray:
+        center = index_to_box(index)
+        return (boxes[:, 0] <= center) & (center < boxes[:, 3])
+
+    true, plane = volume.boxes(nodules), [1, 2, 4, 5]
+    detected = np.any(hits(candidates[:, :3], nodules), axis=0)
+    predicted = np.column_stack([boxes[:, plane], candidates[:, 3]])
+    return Panel(
+        np.asarray(volume.voxels[index]),
+        true[cuts(true)][:, plane],
+        detected[cuts(true)],
+        predicted[cuts(boxes)],
+        title,
+    )
 
 
 def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:

@@ -32,7 +32,6 @@ from fmkernels.focalmix.data.patches import (
     patch_loader,
 )
 from fmkernels.focalmix.data.tables import write_candidates
-from fmkernels.focalmix.data.volume import index_to_box
 from fmkernels.focalmix.distributed import (
     any_process,
     choose_device,
@@ -340,18 +339,16 @@ def _sheet(
     )
 
     def panel(uid: str, z: float, title: str) -> figures.Panel:
-        volume, detections, nodules = data.volume(uid), found[uid], data.nodules(uid)
-        center = index_to_box(index := math.floor(z))
-
-        def in_slice(boxes: np.ndarray) -> np.ndarray:
-            return (boxes[:, 0] <= center) & (center < boxes[:, 3])
-
-        true, boxes = volume.boxes(nodules), detections.boxes
-        shown = in_slice(boxes) & (detections.probabilities >= threshold)
-        predicted = np.column_stack([boxes[:, [1, 2, 4, 5]], detections.probabilities])[shown]
-        detected = np.any(froc.hits(detections.candidates[shown, :3], nodules), axis=0)
-        true, detected = true[:, [1, 2, 4, 5]][in_slice(true)], detected[in_slice(true)]
-        return figures.Panel(np.asarray(volume.voxels[index]), true, detected, predicted, title)
+        detections = found[uid]
+        shown = detections.probabilities >= threshold
+        return figures.slice_panel(
+            data.volume(uid),
+            z,
+            data.nodules(uid),
+            detections.boxes[shown],
+            detections.candidates[shown],
+            title,
+        )
 
     nodules = sorted(
         (float(diameter), uid, float(box[0] + box[3]) / 2)

@@ -47,16 +47,16 @@ def oracle(candidates, nodules, excluded, series):
     total = sum(len(nodules.get(uid, [])) for uid in series)
     points = [(Fraction(0), Fraction(0))]
     for threshold in sorted({c[3] for marks in taken.values() for c in marks}, reverse=True):
-        found = false_positives = 0
+        detected = false_positives = 0
         for uid in series:
             marks = [c for c in taken[uid] if c[3] >= threshold]
-            own = nodules.get(uid, [])
-            found += sum(any(inside(c, nodule) for c in marks) for nodule in own)
-            irrelevant = [*own, *excluded.get(uid, [])]
+            true = nodules.get(uid, [])
+            detected += sum(any(inside(c, nodule) for c in marks) for nodule in true)
+            irrelevant = [*true, *excluded.get(uid, [])]
             false_positives += sum(
                 not any(inside(c, finding) for finding in irrelevant) for c in marks
             )
-        points.append((Fraction(false_positives, len(series)), Fraction(found, total)))
+        points.append((Fraction(false_positives, len(series)), Fraction(detected, total)))
     result = []
     for rate in map(Fraction, OPERATING_POINTS):
         last = max(i for i, (fps, _) in enumerate(points) if fps <= rate)
@@ -112,7 +112,7 @@ def test_the_lowest_threshold_counts():
 
 
 @pytest.mark.parametrize(
-    ("diameter", "distance", "found"),
+    ("diameter", "distance", "detected"),
     [
         (10, 5, False),
         (10, 4.9999999, True),
@@ -122,10 +122,10 @@ def test_the_lowest_threshold_counts():
         (3, 1.49, True),
     ],
 )
-def test_a_hit_lies_strictly_inside_the_radius(diameter, distance, found):
+def test_a_hit_lies_strictly_inside_the_radius(diameter, distance, detected):
     froc = froc_of([[1, 2 + distance, 3, 0.9]], [[1, 2, 3, diameter]])
-    assert froc.operating_sensitivities == (float(found),) * 7
-    assert froc.fps_per_scan[-1] == float(not found)
+    assert froc.operating_sensitivities == (float(detected),) * 7
+    assert froc.fps_per_scan[-1] == float(not detected)
 
 
 def test_hits_are_pairs_of_points_and_findings():
@@ -187,10 +187,10 @@ def test_nodules_of_other_scans_are_passed_over():
     assert froc.cpm == 1
 
 
-@pytest.mark.parametrize(("n_wrong", "found"), [(99, True), (100, False), (250, False)])
-def test_at_most_the_100_most_probable_candidates_of_a_scan_count(n_wrong, found):
+@pytest.mark.parametrize(("n_wrong", "detected"), [(99, True), (100, False), (250, False)])
+def test_at_most_the_100_most_probable_candidates_of_a_scan_count(n_wrong, detected):
     froc = froc_of([[0, 0, 0, 0.1], *wrong(n_wrong, 0.9)], [[0, 0, 0, 6]], scans=100)
-    assert froc.sensitivities[-1] == float(found)
+    assert froc.sensitivities[-1] == float(detected)
     assert froc.fps_per_scan[-1] == min(n_wrong, 100) / 100
 
 
@@ -205,11 +205,13 @@ def test_the_cap_comes_before_excluded_findings_are_dropped():
     assert froc_of([[0, 0, 0, 0.1], *on_excluded], [[0, 0, 0, 6]], [[50, 0, 0, 8]]).cpm == 0
 
 
-@pytest.mark.parametrize(("place", "found"), [(0, True), (99, True), (100, False), (120, False)])
-def test_equal_probabilities_at_the_cap_go_by_the_order_of_the_file(place, found):
+@pytest.mark.parametrize(
+    ("position", "detected"), [(0, True), (99, True), (100, False), (120, False)]
+)
+def test_equal_probabilities_at_the_cap_go_by_the_order_of_the_file(position, detected):
     candidates = wrong(120)
-    candidates.insert(place, [0, 0, 0, 0.5])
-    assert froc_of(candidates, [[0, 0, 0, 6]], scans=1000).sensitivities[-1] == float(found)
+    candidates.insert(position, [0, 0, 0, 0.5])
+    assert froc_of(candidates, [[0, 0, 0, 6]], scans=1000).sensitivities[-1] == float(detected)
 
 
 def test_equal_probabilities_are_taken_together():
@@ -294,11 +296,11 @@ def test_bootstraps_resample_whole_scans():
     samples = []
     while len(samples) < 1000:
         drawn = dict(enumerate(rng.choice(series, len(series))))
-        own = {copy: nodules[uid] for copy, uid in drawn.items()}
-        if any(map(len, own.values())):
+        true = {copy: nodules[uid] for copy, uid in drawn.items()}
+        if any(map(len, true.values())):
             marks = {copy: candidates[uid] for copy, uid in drawn.items()}
             samples.append(
-                evaluate(marks, own, {}, list(drawn), bootstraps=0).operating_sensitivities
+                evaluate(marks, true, {}, list(drawn), bootstraps=0).operating_sensitivities
             )
     lower, upper = np.quantile(np.mean(samples, axis=1), (0.025, 0.975))
     assert froc.interval == pytest.approx((lower, upper), abs=0.02)

@@ -1,17 +1,10 @@
-"""Float64 oracles in textbook form, named as in ``fmkernels.functional``. For tests and benchmarks."""
+"""Float64 oracles in textbook form, named as in ``fmkernels.functional``. For tests and benchmarks.
 
-from reference.crop_and_resize3d import crop_and_resize3d
-from reference.mixup3d import mixup3d
-from reference.object_mixup3d import object_mixup3d
-from reference.predict_targets import predict_targets
-from reference.sample_mixup import sample_mixup
-from reference.soft_target_focal_loss import soft_target_focal_loss
+Module ``reference.<op>`` holds the function ``<op>``.
+"""
 
-__all__ = [
-    "crop_and_resize3d",
-    "mixup3d",
-    "object_mixup3d",
-    "predict_targets",
-    "sample_mixup",
-    "soft_target_focal_loss",
-]
+from importlib import import_module
+from pkgutil import iter_modules
+
+__all__ = [module.name for module in iter_modules(__path__)]
+globals().update({name: getattr(import_module(f"reference.{name}"), name) for name in __all__})

@@ -34,7 +34,7 @@ def crop_and_resize3d(
 def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, window) -> Tensor:
     batch, *bounds = box.tolist()
     extents_are_finite = bool((box[4:] - box[1:4]).isfinite().all())  # as float32 has them
-    if not (0 <= batch < len(volumes) and extents_are_finite and volumes[0, 0].numel()):
+    if not (0 <= batch < len(volumes) and extents_are_finite and volumes.numel()):
         return torch.zeros(
             volumes.shape[1], *output_size, dtype=torch.float64, device=volumes.device
         )

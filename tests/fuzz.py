@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import fmkernels.cpu
+from fmkernels import functional
 from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.formats import load_volume
 from fmkernels.focalmix.data.luna16 import LUNA16
@@ -41,15 +42,8 @@ from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
 from tests.focalmix.training.test_loop import TINY
 
-CHECKS = {
-    "soft_target_focal_loss": ("check_case",),
-    "sample_mixup": ("check_case",),
-    "mixup3d": ("check_values", "check_gradients"),
-    "crop_and_resize3d": ("check_case",),
-    "object_mixup3d": ("check_case",),
-    "predict_targets": ("check_case",),
-}
-"""Operations, and the functions of their property tests that check a case."""
+OPS = functional.__all__
+"""Ops: ``tests.test_<op>`` holds ``CASE``, a strategy, and ``check_case``."""
 
 PER_ROUND = 40
 SECONDS, BYTES = 20, 4 << 30
@@ -64,7 +58,7 @@ TOKENS = (
 
 def check(target: str, case: Mapping[str, Any]) -> None:
     """Run one case. Raises if it fails."""
-    if target in CHECKS:
+    if target in OPS:
         check_operation(target, **case)
     else:
         check_file(target, **case)
@@ -83,8 +77,7 @@ def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
                     stack.enter_context(
                         mock.patch.object(cpu, "shared", functools.partial(cut_small, cpu.shared))
                     )
-        for function in CHECKS[name]:
-            getattr(module, function)(case, "cpu")
+        module.check_case(case, "cpu")
 
 
 def cut_small(shared: Callable, loop: Callable, size: int, least: int, *arguments: object) -> None:
@@ -272,7 +265,7 @@ def run(target: str, number: int, end: float) -> tuple[int, str]:
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=operation_cases(target) if target in CHECKS else file_cases(target))
+    @given(case=operation_cases(target) if target in OPS else file_cases(target))
     def each(case: dict) -> None:
         nonlocal count, failing
         if count and failing is None and time.monotonic() >= end:
@@ -314,7 +307,7 @@ def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int,
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a case failed, else 0."""
-    targets = [*CHECKS, *originals()[1]]
+    targets = [*OPS, *originals()[1]]
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description=__doc__.splitlines()[0]
     )

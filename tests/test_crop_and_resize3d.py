@@ -1,6 +1,7 @@
-"""crop_and_resize3d on the CPU path and through the kernels, against the float64 reference and outsiders."""
+"""What is particular to crop_and_resize3d; test_ops.py has the tests that every op needs."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ import reference
 from fmkernels import crop_and_resize3d
 from fmkernels.kernels import crop_and_resize3d as kernels
 from fmkernels.kernels import tuning
+from tests.opinfo import FLOATS, VOXELS, make
 from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import TOLERANCE, assert_close
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-VOXELS = [*FLOATS, torch.int16, torch.uint8]
 CLAMPS = ["box", "volume"]
 WINDOW = (-20.5, 30.0)
 BOXES = [
@@ -36,14 +36,7 @@ def two_layers_per_program(monkeypatch):
         monkeypatch.setitem(tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: launch})
 
 
-def make(shape, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point:
-        return (
-            (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype).to(device)
-        )
-    low = 0 if dtype == torch.uint8 else -50
-    return torch.randint(low, 51, tuple(shape), generator=generator).to(dtype).to(device)
+make = partial(make, scale=3.0)
 
 
 def boxes_of(rows, device="cpu"):
@@ -51,7 +44,7 @@ def boxes_of(rows, device="cpu"):
 
 
 def coordinate_error(shape, boxes):
-    """How far off, in voxels, samples of each box may lie because float32 holds coordinates, [K]."""
+    """How far off samples of each box may lie in voxels, as float32 holds coordinates; [K]."""
     start, end = boxes[:, 1:4].double(), boxes[:, 4:].double()
     edge = torch.tensor(shape[2:], device=boxes.device)
     outside = (start - start.clamp(min=0).minimum(edge)).abs()
@@ -66,24 +59,10 @@ def spread(volumes, window=None):
 
 
 def assert_right(result, volumes, boxes, size, **arguments):
-    """Within the tolerance of its type; integers are the nearest ones to the exact value."""
     arguments["dtype"] = torch.float64
     exact = reference.crop_and_resize3d(volumes, boxes, size, **arguments)
-    slack = coordinate_error(volumes.shape, boxes)[:, None, None, None, None] * spread(
-        volumes, arguments.get("window")
-    )
-    error = (result.double() - exact).abs()
-    if result.dtype.is_floating_point:
-        single = (
-            result.dtype == torch.float64 and volumes.dtype != torch.float64
-        )  # arithmetic was float32
-        rtol, atol = TOLERANCE[torch.float32 if single else result.dtype]
-        limit = atol + rtol * exact.abs()
-    else:
-        limits = torch.iinfo(result.dtype)
-        error, limit = (result.double() - exact.clamp(limits.min, limits.max)).abs(), 0.5 + 1e-4
-    right = (error <= limit + slack) | (result == exact) | (result.isnan() & exact.isnan())
-    assert right.all(), f"off by {error[~right].max()}"
+    slack = coordinate_error(volumes.shape, boxes) * spread(volumes, arguments.get("window"))
+    assert_close(result, exact, arithmetic=volumes.dtype, slack=slack[:, None, None, None, None])
 
 
 def compare(volumes, boxes, size, **arguments):
@@ -96,30 +75,10 @@ def compare(volumes, boxes, size, **arguments):
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
-@pytest.mark.parametrize("window", [None, WINDOW])
-@pytest.mark.parametrize("dtype", VOXELS)
-def test_matches_reference(path, dtype, window, clamp):
-    volumes = make((2, 1, 5, 6, 7), dtype, path.device)
-    result = compare(volumes, boxes_of(BOXES, path.device), (2, 3, 5), window=window, clamp=clamp)
-    assert result.dtype == (torch.float32 if window and not dtype.is_floating_point else dtype)
-
-
-@pytest.mark.parametrize("clamp", CLAMPS)
 def test_float64_on_the_cpu_is_exact(clamp):
     volumes, boxes = make((2, 2, 5, 6, 7), torch.float64), boxes_of(BOXES)
     exact = reference.crop_and_resize3d(volumes, boxes, (4, 3, 5), clamp=clamp)
     assert_close(crop_and_resize3d(volumes, boxes, (4, 3, 5), clamp=clamp), exact)
-
-
-@pytest.mark.parametrize("result", VOXELS)
-@pytest.mark.parametrize("dtype", VOXELS)
-def test_every_pair_of_types(path, dtype, result):
-    volumes, boxes = (
-        make((1, 1, 3, 4, 5), dtype, path.device),
-        boxes_of([[0, -0.4, 0.7, 1, 2.2, 3, 5.5]], path.device),
-    )
-    for window in (None, WINDOW):
-        assert compare(volumes, boxes, (2, 3, 3), window=window, dtype=result).dtype == result
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
@@ -194,8 +153,9 @@ def test_a_centre_on_a_face_is_inside_at_the_start_only(path):
 def test_boxes_without_a_centre_take_the_nearest_voxel(path):
     ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
     extents = {
-        (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3, (5, 2): 3, (6, 2): 4,
-        (0.59999996, 1.4): 0, (0.6, 1.4): 1, (-3, -2): 0, (8.5, 8.6): 7, (7.6, 9): 7, (-1, 0.5): 0, (30, -20): 5,
+        (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3,
+        (5, 2): 3, (6, 2): 4, (0.59999996, 1.4): 0, (0.6, 1.4): 1, (-3, -2): 0, (8.5, 8.6): 7,
+        (7.6, 9): 7, (-1, 0.5): 0, (30, -20): 5,
     }  # fmt: skip
     boxes = boxes_of([[0, 0, 0, start, 1, 1, end] for start, end in extents], path.device)
     crops = compare(ramp, boxes, (1, 1, 2))
@@ -247,7 +207,7 @@ def test_scaling_volume_and_box_changes_nothing(path):
     assert_close(*crops)
 
 
-# --- outsiders -------------------------------------------------------------------------------------------------------
+# --- outsiders -----------------------------------------------------------------------------------
 
 WHOLE = [[1, 0, 1, 2, 5, 6, 7], [0, 2, 0, 0, 3, 6, 4], [1, 1, 1, 1, 5, 4, 7], [0, 0, 0, 0, 5, 6, 7]]
 
@@ -324,7 +284,7 @@ def test_equals_roi_align(path):
     )
 
 
-# --- edges -----------------------------------------------------------------------------------------------------------
+# --- edges ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
@@ -372,20 +332,6 @@ def test_a_box_far_into_a_long_volume_keeps_its_fraction(path):
     torch.testing.assert_close(crop.flatten().double().cpu(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("shape", "count"),
-    [((0, 1, 2, 3, 4), 2), ((2, 0, 2, 3, 4), 2), ((2, 1, 0, 3, 4), 2), ((2, 1, 2, 3, 4), 0)],
-)
-def test_empty(path, shape, count):
-    volumes = make(shape, device=path.device).requires_grad_()
-    crops = crop_and_resize3d(
-        volumes, boxes_of([[0, 0, 0, 0, 2, 3, 4]] * count, path.device), (2, 1, 3), window=WINDOW
-    )
-    assert crops.shape == (count, shape[1], 2, 1, 3) and (crops == 0).all()
-    crops.sum().backward()
-    assert volumes.grad.shape == shape and (volumes.grad == 0).all()
-
-
 def layouts(x):
     return {
         "channels last": x.to(memory_format=torch.channels_last_3d),
@@ -395,20 +341,6 @@ def layouts(x):
         "expanded": x[:, :1, :1].expand(-1, 2, 5, -1, -1),
         "expanded batch": x[:1].expand(2, -1, -1, -1, -1),
     }
-
-
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 5, 6, 7)))
-def test_strided_input(path, layout):
-    for dtype in (torch.float32, torch.int16):
-        volumes = layouts(make((2, 2, 5, 6, 7), dtype, path.device))[layout]
-        boxes = boxes_of(BOXES[:2], path.device).repeat_interleave(2, 0)[::2]
-        for window in (None, WINDOW):
-            before = volumes.clone()
-            crops = compare(volumes, boxes, (2, 3, 5), window=window)
-            assert torch.equal(volumes, before)
-            assert torch.equal(
-                crops, crop_and_resize3d(before.contiguous(), boxes, (2, 3, 5), window=window)
-            )
 
 
 def test_strided_input_is_not_copied(path, monkeypatch):
@@ -487,7 +419,7 @@ def test_large_boxes():
             compare_gradients(volumes, boxes_of(rows), size, clamp=clamp)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients -----------------------------------------------------------------------------------
 
 
 def gradients(function, volumes, boxes, size, upstream, **arguments):
@@ -541,7 +473,7 @@ def test_gradients_over_more_than_a_brick(path, shape, size):
 
 
 def test_every_sample_is_given_away_whole(path):
-    """The shares of a sample add up to 1, so the gradient of a volume adds up to the samples taken from it."""
+    """The weights of a sample add up to 1, so the gradients of a volume add up to its samples."""
     spans = [
         (1.3, 17.9),
         (0, 20),
@@ -589,18 +521,6 @@ def test_gradients_of_many_boxes(path, monkeypatch):
     start = torch.rand(11, 3, generator=torch.Generator().manual_seed(0)) * 3
     rows = torch.cat([torch.arange(11)[:, None] % 3, start, start + 2.5], 1).to(path.device)
     compare_gradients(make((2, 2, 4, 5, 6), device=path.device), rows, (2, 1, 3))
-
-
-@pytest.mark.parametrize("clamp", CLAMPS)
-@pytest.mark.parametrize("window", [None, (-2.0, 3.0)])
-def test_gradcheck(path, window, clamp):
-    volumes = make((2, 1, 2, 2, 3), torch.float64, path.device).requires_grad_()
-    boxes = boxes_of(
-        [[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6], [2, 0, 0, 0, 1, 1, 1]],
-        path.device,
-    )
-    call = lambda x: crop_and_resize3d(x, boxes, (1, 3, 2), window=window, clamp=clamp)  # noqa: E731
-    assert torch.autograd.gradcheck(call, volumes, fast_mode=path.name == "kernel")
 
 
 def test_gradcheck_of_the_reference():
@@ -652,18 +572,6 @@ def test_gradient_through_a_cast_and_strided_tensors(path):
         assert_close(volumes.grad, exact.grad)
 
 
-def test_repeated_backward_is_the_same_bit_for_bit(path):
-    volumes = make((2, 1, 5, 6, 7), device=path.device).requires_grad_()
-    boxes = boxes_of([*BOXES, *BOXES[:2]], path.device)
-    crops = crop_and_resize3d(volumes, boxes, (2, 3, 5), window=(-2.0, 3.0))
-    upstream = make(crops.shape, device=path.device, seed=4)
-    first = torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0]
-    for _ in range(2):
-        assert torch.equal(
-            torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0], first
-        )
-
-
 def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
     leaf = make((1, 1, 2, 2, 4), device=path.device).requires_grad_()
     box = boxes_of([[0, 0, 0, 0, 2, 2, 4]], path.device)
@@ -676,21 +584,6 @@ def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
     volumes.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         crops.sum().backward()
-
-
-def test_no_graph_where_no_gradient_is_asked_for(path):
-    volumes, box = make((1, 1, 2, 2, 4), device=path.device), boxes_of(BOXES[:1], path.device)
-    assert not crop_and_resize3d(volumes, box, (1, 1, 2)).requires_grad
-    with torch.no_grad():
-        assert not crop_and_resize3d(volumes.requires_grad_(), box, (1, 1, 2)).requires_grad
-
-
-def test_second_derivative_raises(path):
-    volumes = make((1, 1, 2, 2, 4), device=path.device).requires_grad_()
-    crops = crop_and_resize3d(volumes, boxes_of(BOXES[:1], path.device), (1, 1, 2)).square()
-    (gradient,) = torch.autograd.grad(crops.sum(), volumes, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.sum().backward()
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
@@ -715,125 +608,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     )
 
 
-# --- torch.library, torch.compile ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clamp_box", [True, False])
-def test_opcheck(path, clamp_box):
-    ops, volumes, boxes = (
-        torch.ops.fmkernels,
-        make((2, 1, 3, 4, 5), device=path.device),
-        boxes_of(BOXES[:2], path.device),
-    )
-    tests = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    )
-    rest = clamp_box, (-2.0, 3.0)
-    shapes = {"output_size": (2, 1, 3), "dtype": torch.bfloat16}
-    arguments = volumes, boxes, *rest
-    torch.library.opcheck(ops.crop_and_resize3d.default, arguments, shapes, test_utils=tests)
-    upstream = make((2, 1, 2, 1, 3), device=path.device)
-    for windowed in (volumes, None):
-        arguments = (
-            upstream,
-            boxes,
-            windowed,
-            *(rest if windowed is not None else (clamp_box, None)),
-        )
-        torch.library.opcheck(
-            ops.crop_and_resize3d_backward.default,
-            arguments,
-            {"shape": volumes.shape, "dtype": torch.float32},
-            test_utils=tests,
-        )
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(path, dynamic):
-    def step(x, boxes, scale):
-        crops = crop_and_resize3d(x * scale, boxes, (2, 1, 3), window=(-2.0, 3.0))
-        return crop_and_resize3d(crops, boxes, x.shape[2:], clamp="volume", dtype=torch.float16)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n in (2, 3):
-        boxes = boxes_of(BOXES[:n], path.device)
-        results = []
-        for function in (step, compiled):
-            x = make((2, 1, 2, n, 4), device=path.device).requires_grad_()
-            y = function(x, boxes, torch.ones((), device=path.device))
-            y.float().square().sum().backward()
-            results.append((y, x.grad))
-        assert_close(results[1][0], results[0][0])
-        assert_close(results[1][1], results[0][1], torch.float16)
-
-
-# --- bad arguments ---------------------------------------------------------------------------------------------------
-
-X, BOX = torch.zeros(2, 1, 2, 3, 4), torch.zeros(3, 7)
-LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
-
-
-@pytest.mark.parametrize(
-    ("error", "words", "arguments"),
-    [
-        (TypeError, "volumes must be a tensor, got a list of 0", {"volumes": []}),
-        (TypeError, "volumes must be float16 .* or uint8, got int64", {"volumes": X.long()}),
-        (
-            ValueError,
-            r"volumes must be \[B, C, D, H, W\], got shape \(2, 1, 2, 3\)",
-            {"volumes": X[..., 0]},
-        ),
-        (
-            ValueError,
-            "volumes must have axes of at most 16777216 voxels",
-            {"volumes": X[..., :1].expand(2, 1, 2, 3, 2**25)},
-        ),
-        (TypeError, "boxes must be a tensor, got a list of 7", {"boxes": [0.0] * 7}),
-        (TypeError, "boxes must be float32, got float64", {"boxes": BOX.double()}),
-        (ValueError, r"boxes must be \[K, 7\], .*, got shape \(3, 6\)", {"boxes": BOX[:, :6]}),
-        (ValueError, r"boxes must be \[K, 7\], .*, got shape \(7,\)", {"boxes": BOX[0]}),
-        (ValueError, "boxes must be on cpu", {"boxes": BOX.to("meta")}),
-        (ValueError, "no gradient to boxes is offered", {"boxes": BOX.clone().requires_grad_()}),
-        (TypeError, r"output_size must be three ints \(d, h, w\), got int", {"output_size": 3}),
-        (TypeError, "output_size must be three ints .*, got a tuple of 2", {"output_size": (3, 3)}),
-        (TypeError, "output_size h must be an int, got float", {"output_size": (3, 3.0, 3)}),
-        (TypeError, "output_size w must be an int, got bool", {"output_size": (3, 3, True)}),
-        (
-            ValueError,
-            r"output_size d must be in \[1, 16777216\], got 0",
-            {"output_size": (0, 3, 3)},
-        ),
-        (ValueError, "output_size w must be in .*, got -1", {"output_size": (3, 3, -1)}),
-        (ValueError, "clamp must be one of 'box', 'volume', got 'border'", {"clamp": "border"}),
-        (ValueError, "clamp must be one of 'box', 'volume', got None", {"clamp": None}),
-        (TypeError, r"window must be a pair of numbers \(lo, hi\), got float", {"window": 3.0}),
-        (ValueError, "window hi must be finite, got inf", {"window": (0.0, math.inf)}),
-        (ValueError, "window must have lo < hi", {"window": (1.0, 1.0)}),
-        (TypeError, "dtype must be float16 .*, got int64", {"dtype": torch.int64}),
-        (ValueError, "no gradient through torch.int16", {"volumes": LEAF, "dtype": torch.int16}),
-    ],
-)
-def test_bad_arguments(error, words, arguments):
-    with pytest.raises(error, match=f"crop_and_resize3d: {words}"):
-        crop_and_resize3d(**{"volumes": X, "boxes": BOX, "output_size": (2, 2, 2), **arguments})
-
-
-@pytest.mark.parametrize("dtype", VOXELS)
-def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
-    volumes, boxes, size = make((2, 1, 5, 6, 7), dtype).abs().add_(1), boxes_of(BOXES), (8, 16, 16)
-    right = crop_and_resize3d(volumes, boxes, size)
-    assert_right(right, volumes, boxes, size)
-    shifts = [right.flatten().roll(n).view_as(right) for n in (kernels.LANES, 8 * kernels.LANES, 1)]
-    for wrong in (torch.zeros_like(right), *shifts, right.roll(1, 0)):
-        with pytest.raises(AssertionError):
-            assert_right(wrong, volumes, boxes, size)
-
-
-# --- any case --------------------------------------------------------------------------------------------------------
+# --- any case ------------------------------------------------------------------------------------
 
 FINITE = st.floats(-4, 12, width=32)
 BOUND = st.one_of(

@@ -1,6 +1,7 @@
-"""predict_targets on the CPU path and through its kernel, against the float64 reference and torch.flip."""
+"""What is particular to predict_targets; test_ops.py has the tests that every op needs."""
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -8,20 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from fmkernels import predict_targets
+from fmkernels import predict_targets, soft_target_focal_loss
 from fmkernels.kernels.tuning import launch_parameters
+from tests.opinfo import FLOATS
 from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import assert_close
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BLOCK = launch_parameters("predict_targets", torch.device("cpu")).block
-TESTS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
 
 
 def make(shape, dtype=torch.float32, device="cpu", seed=0, spread=4.0):
@@ -37,13 +32,6 @@ def compare(logits, flips, **arguments):
     assert targets.dtype == torch.float32 and targets.shape == logits.shape[1:]
     assert_close(targets, reference.predict_targets(logits, flips, **arguments))
     return targets
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize("shape", [(4, 2, 3, 5, 6, 7), (3, 2, 1, 4, 2, 16)])
-def test_matches_reference(path, dtype, temperature, shape):
-    compare(*make(shape, dtype, path.device), temperature=temperature)
 
 
 @pytest.mark.parametrize("width", [5, 8])
@@ -98,6 +86,15 @@ def test_levels(path, container):
     assert type(targets) is container
     for ours, theirs in zip(targets, reference.predict_targets(levels, flips), strict=True):
         assert_close(ours, theirs)
+
+
+def test_levels_of_any_tuple_give_a_tuple():
+    Levels = namedtuple("Levels", "fine coarse")
+    views = Levels(torch.zeros(2, 1, 1, 4, 4, 4), torch.zeros(2, 1, 1, 2, 2, 2))
+    targets = predict_targets(views, torch.tensor([0, 5], dtype=torch.uint8))
+    assert [y.shape[-1] for y in targets] == [4, 2]
+    losses = soft_target_focal_loss(views, Levels(*map(torch.zeros_like, views)), reduction="none")
+    assert [type(x) for x in (losses, targets)] == [tuple, tuple]
 
 
 @pytest.mark.parametrize("views", [1, 2, 7, 32, 70])
@@ -183,25 +180,6 @@ def test_nan_stays_where_it_is(path, dtype, width):
     assert torch.equal(predict_targets(logits, flips).isnan(), expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 1, 2, 2, 2), (2, 1, 0, 2, 2, 2), (2, 1, 1, 2, 2, 0)])
-def test_empty(path, shape):
-    targets = predict_targets(*make(shape, device=path.device))
-    assert targets.shape == shape[1:] and targets.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
-    logits, flips = make((2, 4, 1, 1, 1, BLOCK), dtype)
-    right = predict_targets(logits, flips)
-    for wrong in (
-        torch.zeros_like(right),
-        right.flatten().roll(BLOCK).view_as(right),
-        predict_targets(logits, 7 - flips),
-    ):
-        with pytest.raises(AssertionError):
-            assert_close(wrong, right)
-
-
 @pytest.mark.kernel
 @pytest.mark.skipif(on_gpu(), reason="needs the interpreter")
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 20), (torch.bfloat16, 12)])
@@ -246,31 +224,6 @@ def test_more_than_2_to_the_31_elements(shape):
     assert_close(out[-1, -1, -1, -1, -tail:, 0], right[-tail:])
 
 
-def test_no_gradient(path):
-    logits, flips = make((2, 1, 1, 2, 2, 2), device=path.device)
-    leaf = logits.clone().requires_grad_()
-    with pytest.raises(
-        ValueError, match=r"predict_targets: no gradient to view_logits .* torch\.no_grad"
-    ):
-        predict_targets(leaf, flips)
-    with torch.no_grad():
-        assert torch.equal(predict_targets(leaf, flips), predict_targets(logits, flips))
-
-
-def test_inputs_are_left_alone_and_results_repeat(path):
-    logits, flips = make((3, 2, 2, 5, 4, 8), device=path.device)
-    before = logits.clone()
-    first = predict_targets(logits, flips)
-    assert torch.equal(predict_targets(logits, flips), first) and torch.equal(logits, before)
-
-
-def test_opcheck(path):
-    op = torch.ops.fmkernels.predict_targets.default
-    logits, flips = make((3, 2, 2, 3, 4, 8, 1), device=path.device)
-    strided = logits.movedim(2, 6).squeeze(5).unsqueeze(2)
-    torch.library.opcheck(op, ([logits, strided, logits[..., :0, :]], flips, 0.5), test_utils=TESTS)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(dynamic):
     torch._dynamo.reset()
@@ -285,52 +238,6 @@ def test_compiles_without_graph_breaks(dynamic):
             compiled(levels, flips), predict_targets(levels, flips), strict=True
         ):
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
-
-
-VIEWS, FLIPS = torch.zeros(2, 1, 1, 2, 2, 2), torch.zeros(2, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("error", "words", "arguments"),
-    [
-        (TypeError, "view_logits must be a tensor or a list", {"view_logits": 1.0}),
-        (TypeError, "view_logits must be float16 or", {"view_logits": VIEWS.int()}),
-        (
-            TypeError,
-            "view_logits must be float32, got float64",
-            {"view_logits": [VIEWS, VIEWS.double()]},
-        ),
-        (ValueError, "view_logits must hold at least one", {"view_logits": []}),
-        (
-            ValueError,
-            r"view_logits must be \[K, B, A, D, H, W\] .* got \(1, 1, 2, 2, 2\)",
-            {"view_logits": VIEWS[0]},
-        ),
-        (
-            ValueError,
-            "view_logits must be .* K >= 1",
-            {"view_logits": VIEWS[:0], "flips": FLIPS[:0]},
-        ),
-        (ValueError, "the same at every level", {"view_logits": [VIEWS, VIEWS[:1]]}),
-        (ValueError, "view_logits must be on cpu", {"view_logits": [VIEWS, VIEWS.to("meta")]}),
-        (TypeError, "flips must be a tensor", {"flips": [0, 1]}),
-        (TypeError, "flips must be uint8, got int64", {"flips": FLIPS.long()}),
-        (
-            ValueError,
-            r"flips must have shape \(2,\), got \(1,\)",
-            {"flips": FLIPS[:1]},
-        ),
-        (ValueError, "flips must be on cpu", {"flips": FLIPS.to("meta")}),
-        (TypeError, "temperature must be a number", {"temperature": "0.7"}),
-        (TypeError, "temperature must be a number", {"temperature": torch.tensor(0.7)}),
-        (ValueError, r"temperature must be in \(0, 1\], got 0", {"temperature": 0}),
-        (ValueError, r"temperature must be in \(0, 1\], got 1.5", {"temperature": 1.5}),
-        (ValueError, "temperature must be finite", {"temperature": math.nan}),
-    ],
-)
-def test_bad_arguments(error, words, arguments):
-    with pytest.raises(error, match=f"predict_targets: .*{words}"):
-        predict_targets(**{"view_logits": VIEWS, "flips": FLIPS, **arguments})
 
 
 SIZE = st.sampled_from([1, 2, 3, 4, 5, 8, 13, 16])  # empty tensors have a test of their own

@@ -1,4 +1,4 @@
-"""Draws of sample_mixup for any size, parameter and state of the generator; its single properties: test_mixup3d.py."""
+"""Draws of sample_mixup for any size, eta and generator state; test_mixup3d.py has the rest."""
 
 import math
 
@@ -20,13 +20,13 @@ CASE = st.fixed_dictionaries(
     }
 )
 CHANCE = 1e-12
-"""That a case of right draws fails."""
+"""Probability that a correct draw fails."""
 
 
 def check_case(case, device="cpu"):
-    """A permutation; shares in [0.5, 1] whose distribution is near that of max(l, 1 - l); the same from the same state.
+    """A permutation; lam in [0.5, 1], nearly distributed as max(l, 1 - l); repeatable.
 
-    How near is the inequality of Dvoretzky, Kiefer, Wolfowitz and Massart.
+    The bound is the inequality of Dvoretzky, Kiefer, Wolfowitz and Massart.
     """
     size, eta = case["batch_size"], case["eta"]
     generator = torch.Generator(device).manual_seed(case["seed"])

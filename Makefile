@@ -21,7 +21,7 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test coverage bench lint types docs compat quick floor gpu clean environment-in-use
+.PHONY: train test nightly coverage bench lint types docs compat quick floor gpu clean environment-in-use
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
@@ -29,6 +29,10 @@ train: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest -n auto
+
+# long fault injection
+nightly: $(READY)
+	$(PYTHON) -m pytest -n auto -m nightly
 
 coverage: $(READY)
 	$(PYTHON) -m pytest -n auto --cov=fmkernels --cov-report=term

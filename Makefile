@@ -30,8 +30,9 @@ train: $(READY)
 test: $(READY)
 	$(PYTHON) -m pytest -n auto
 
-# long fuzzing
+# long fault injection and fuzzing
 nightly: $(READY)
+	$(PYTHON) -m pytest -n auto -m nightly
 	$(PYTHON) -m tests.fuzz --minutes 30
 
 coverage: $(READY)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels.focalmix.config import PRESETS, Config
-from fmkernels.focalmix.model.detector import apply_window
-from fmkernels.focalmix.training.checkpoint import autocast, build_model
-from fmkernels.focalmix.training.step import draw, focalmix_loss
+from fmkernels.focalmix.model.detector import apply_window, autocast, build_model
+from fmkernels.focalmix.training.step import focalmix_loss, sample_draws
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Workload:
             "boxes": boxes,
             "ignore": [boxes[0].new_empty(0, 6)] * labels,
         }
-        drawn = draw(config, config.burn_in + config.ramp).to(DEVICE)
-        return model, teacher, labeled, images[labels:], drawn, *model.parameters()
+        draws = sample_draws(config, config.burn_in + config.rampup_steps).to(DEVICE)
+        return model, teacher, labeled, images[labels:], draws, *model.parameters()
 
 
 WORKLOADS = {"cpu": [Workload("demo")], "cuda": [Workload("demo"), Workload("luna16")]}[DEVICE.type]
@@ -57,9 +56,9 @@ WORKLOADS = {"cpu": [Workload("demo")], "cuda": [Workload("demo"), Workload("lun
 def step(workload: Workload, ops: str) -> Callable[..., Tensor]:
     config = replace(workload.config, ops=ops)
 
-    def run(model, teacher, labeled, unlabeled, drawn, *_):
+    def run(model, teacher, labeled, unlabeled, draws, *_):
         with autocast(config, DEVICE):
-            losses = focalmix_loss(model, teacher, labeled, unlabeled, config, drawn)
+            losses = focalmix_loss(model, teacher, labeled, unlabeled, config, draws)
         return losses.classification + config.box_weight * losses.box
 
     return run
@@ -69,7 +68,7 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
     config = workload.config
     images: dict[nn.Module, Tensor] = {}
 
-    def run(model, teacher, labeled, unlabeled, drawn, *_):
+    def run(model, teacher, labeled, unlabeled, draws, *_):
         if model not in images:
             images[model] = apply_window(torch.cat([labeled["image"], unlabeled]), config.window)
         views = images[model][config.batch_size :].repeat(config.views, 1, 1, 1, 1)

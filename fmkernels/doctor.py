@@ -1,6 +1,6 @@
-"""``fmkernels doctor``: what is installed, which path each operation takes here and why, and whether it is right.
+"""``fmkernels doctor``: versions, devices, and a self-test of every operation.
 
-Every operation is held against its formula in plain float64 PyTorch on the CPU, on small tensors, on every device.
+On every device, every operation is compared with its formula in float64 PyTorch, on small tensors.
 """
 
 import importlib
@@ -9,8 +9,9 @@ import importlib.util
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fmkernels import __version__, functional
 from fmkernels.kernels import tuning
 
 TOLERANCE = 1e-5
-"""Of float32 results: the error counts as a share of 1 + |expected|."""
+"""Maximum error of float32 results, relative to 1 + |expected|."""
 
 SWITCHES = (
     "TRITON_INTERPRET",
@@ -29,32 +30,30 @@ SWITCHES = (
     "CUDA_LAUNCH_BLOCKING",
     "OMP_NUM_THREADS",
 )
-"""Environment variables that change what runs or how."""
+"""Environment variables that affect the operations."""
 
 _WINDOW = (-1200.0, 600.0)
-_Comparison = tuple[
-    str, Tensor | None, Tensor | None
-]  # what it is of, what came, what was expected
+_Comparison = tuple[str, Tensor | None, Tensor | None]  # name, actual, expected
 
 
 @dataclass(frozen=True)
 class Result:
-    """How one operation does on one device."""
+    """Self-test of one operation on one device."""
 
     op: str
     device: torch.device
     path: str
     launch: str
-    """Rows of the launch table that the kernels use, empty where there are none."""
+    """Launch parameters of the kernels; empty on the CPU."""
     errors: dict[str, float] = field(default_factory=dict)
-    """The worst error of the forward and of the gradient, where there is one."""
+    """Maximum error of each comparison: the forward, the gradient, ..."""
     seconds: float = 0.0
     problem: str = ""
-    """What went wrong, in one line."""
+    """The failure in one line; empty if there is none."""
 
 
 def doctor() -> int:
-    """Print the report and return the exit code: 0 where all is well, 1 where a self-test failed."""
+    """Print the report and return the exit code: 1 if a self-test failed, else 0."""
     print("Paste this block into a bug report:\n\n```text")
     print("\n".join((*_versions(), *_devices())), end="\n\n", flush=True)
     results = []
@@ -73,22 +72,16 @@ def doctor() -> int:
 
 
 def examine() -> Iterator[Result]:
-    """Test every operation on every device that torch finds."""
+    """Test every operation on the CPU and on every GPU."""
     for device in _usable_devices():
         missing = _missing_kernels() if device.type == "cuda" else ""
         path = _path(device, missing)
         for op, test in _TESTS.items():
             if op == "sample_mixup":
-                yield _examine(op, test, device, "calls of torch on any device", "")
+                yield _examine(op, test, device, "PyTorch operations on any device", "")
             else:
-                yield _examine(
-                    op,
-                    test,
-                    device,
-                    path,
-                    _launch(op, device) if device.type == "cuda" else "",
-                    missing,
-                )
+                launch = _launch(op, device) if device.type == "cuda" else ""
+                yield _examine(op, test, device, path, launch, missing)
 
 
 def _examine(
@@ -100,14 +93,15 @@ def _examine(
     problem = ""
     start = time.perf_counter()
     try:
-        for what, actual, expected in test(device):
-            errors[what] = max(errors.get(what, 0.0), _error(actual, expected))
-    except Exception as error:  # whatever it is, the other operations are still to be examined
+        for name, actual, expected in test(device):
+            errors[name] = max(errors.get(name, 0.0), _error(actual, expected))
+    except Exception as error:  # the other operations are tested all the same
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     seconds = time.perf_counter() - start
-    wrong = [what for what, error in errors.items() if not error <= TOLERANCE]
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]
     if wrong and not problem:
-        problem = f"{wrong[0]} is wrong: error {errors[wrong[0]]:.1e}, at most {TOLERANCE:.0e} is due to rounding"
+        worst = f"error {errors[wrong[0]]:.1e}, expected at most {TOLERANCE:.0e}"
+        problem = f"{wrong[0]} is wrong: {worst}"
     return Result(op, device, path, launch, errors, seconds, problem)
 
 
@@ -118,17 +112,16 @@ def _error(actual: Tensor | None, expected: Tensor | None) -> float:
         raise ValueError(
             f"expected a result of shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
         )
-    difference = (actual.detach().cpu().double() - expected.detach()).abs() / (
-        1 + expected.detach().abs()
-    )
-    return difference.nan_to_num(nan=torch.inf).max().item()
+    actual, expected = actual.detach().cpu().double(), expected.detach()
+    error = (actual - expected).abs() / (1 + expected.abs())
+    return error.nan_to_num(nan=torch.inf).max().item()
 
 
 def _row(result: Result) -> str:
-    errors = ", ".join(f"{what} {error:.0e}" for what, error in result.errors.items())
+    errors = ", ".join(f"{name} {error:.0e}" for name, error in result.errors.items())
     lines = [
         f"{'WRONG' if result.problem else 'ok':5} {result.op} on {result.device}: {result.path}",
-        f"      errors: {errors or 'none measured'}; {result.seconds:.2f} s",
+        f"      errors: {errors or 'not measured'}; {result.seconds:.2f} s",
     ]
     if result.launch:
         lines.append(f"      launch: {result.launch}")
@@ -138,9 +131,12 @@ def _row(result: Result) -> str:
 
 
 def _versions() -> Iterator[str]:
-    compiled = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    compiled = "CPU only"
+    if torch.version.cuda or torch.version.hip:
+        cuda, rocm = torch.version.cuda, torch.version.hip
+        compiled = f"CUDA {cuda}" if cuda else f"ROCm {rocm}"
     yield f"fmkernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield f"torch {torch.__version__} ({compiled if torch.version.cuda or torch.version.hip else 'for the CPU alone'})"
+    yield f"torch {torch.__version__} ({compiled})"
     for module in ("triton", "numba", "numpy"):
         yield f"{module} {_version(module) or 'is not installed'}"
     extra = {
@@ -149,10 +145,10 @@ def _versions() -> Iterator[str]:
     }
     yield (
         ", ".join(f"{module} {version}" for module, version in extra.items() if version)
-        or "nothing of fmkernels[train]"
+        or "fmkernels[train] is not installed"
     )
     if absent := [module for module, version in extra.items() if not version]:
-        yield f"not installed: {', '.join(absent)}; the extra fmkernels[train] brings what training and scans need"
+        yield f"not installed: {', '.join(absent)}; training and scans need fmkernels[train]"
     if switches := [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]:
         yield f"environment: {', '.join(switches)}"
 
@@ -161,19 +157,20 @@ def _version(module: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return None
     distributions = importlib.metadata.packages_distributions().get(module, [])
-    return importlib.metadata.version(distributions[0]) if distributions else "of unknown version"
+    return importlib.metadata.version(distributions[0]) if distributions else "(unknown version)"
 
 
 def _devices() -> Iterator[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    yield f"cpu: {platform.processor() or platform.machine()}, {capability}, {torch.get_num_threads()} threads of torch"
+    name, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    yield f"cpu: {name}, {capability}, {threads} threads of torch"
     for device in _usable_devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         gigabytes = properties.total_memory / 2**30
         yield f"{device}: {properties.name}, {tuning.architecture(device)}, {gigabytes:.1f} GiB"
     other = torch.accelerator.current_accelerator()
     if other is not None and other.type != "cuda":
-        yield f"{other.type}: no operation of fmkernels runs there, move tensors to the CPU"
+        yield f"{other.type}: not supported, move tensors to the CPU"
 
 
 def _usable_devices() -> list[torch.device]:
@@ -182,7 +179,7 @@ def _usable_devices() -> list[torch.device]:
 
 
 def _missing_kernels() -> str:
-    """Why the kernels cannot be loaded, empty where they can."""
+    """The reason why the kernels cannot be loaded; empty if they can."""
     try:
         importlib.import_module("fmkernels.kernels.soft_target_focal_loss")
     except ImportError as error:
@@ -199,10 +196,10 @@ def _path(device: torch.device, missing: str) -> str:
             else f"Triton kernels on {name} {tuning.architecture(device)}"
         )
     if torch.cuda.is_available():
-        return "CPU path: for tensors on the CPU"
+        return "CPU path, for tensors on the CPU"
     if torch.version.cuda or torch.version.hip:
-        return "CPU path: no GPU found"
-    return "CPU path: this torch is built without CUDA and ROCm"
+        return "CPU path, no GPU was found"
+    return "CPU path, this build of torch has no CUDA or ROCm"
 
 
 def _launch(op: str, device: torch.device) -> str:
@@ -216,12 +213,11 @@ def _launch(op: str, device: torch.device) -> str:
 
 
 def _soft_target_focal_loss(device: torch.device) -> Iterator[_Comparison]:
-    generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3, 4, 5, 6), (2, 3, 2, 2, 3)]
-    logits = [torch.randn(shape, generator=generator) * 4 for shape in shapes]
-    targets = [torch.rand(shape, generator=generator) for shape in shapes]
+    logits = [_randn(shape) * 4 for shape in shapes]
+    targets = [_randn(shape, seed=1).sigmoid() for shape in shapes]
     for y in targets:
-        y[:, 0, 0] = torch.tensor([0.0, 1.0, -1.0, 0.0, 1.0, -1.0])[: y.shape[-1]]  # -1 is ignored
+        y[:, 0, 0] = _tensor([0, 1, -1, 0, 1, -1])[: y.shape[-1]]  # -1 is ignored
     ours = [x.to(device, copy=True).requires_grad_() for x in logits]
     loss = functional.soft_target_focal_loss(
         ours, [y.to(device) for y in targets], alpha0=0.25, alpha1=0.75
@@ -234,7 +230,7 @@ def _soft_target_focal_loss(device: torch.device) -> Iterator[_Comparison]:
     losses = (0.25 + 0.5 * y) * (y - x.sigmoid()).abs() ** 2 * cross_entropy
     expected = losses.masked_fill(y < 0, 0).sum() / (y >= 0).sum()
     yield "forward", loss, expected
-    factor = 100.0  # the mean's gradients are small beside the 1 of the tolerance
+    factor = 100.0  # makes the gradients of the mean large, relative to the tolerance
     (loss * factor).backward()
     (expected * factor).backward()
     for actual, level in zip(ours, plain, strict=True):
@@ -242,48 +238,45 @@ def _soft_target_focal_loss(device: torch.device) -> Iterator[_Comparison]:
 
 
 def _predict_targets(device: torch.device) -> Iterator[_Comparison]:
-    views = torch.randn(4, 2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 3
-    flips = torch.tensor([0, 1, 6, 7], dtype=torch.uint8)
+    views = _randn((4, 2, 3, 4, 5, 6)) * 3
+    flips = _tensor([0, 1, 6, 7]).byte()
     targets = functional.predict_targets(views.to(device), flips.to(device), temperature=0.7)
-    mean = (
-        torch.stack(
-            [_flipped(view.double(), mask) for view, mask in zip(views, flips, strict=True)]
-        )
-        .sigmoid()
-        .mean(0)
-    )
-    sharp, rest = mean ** (1 / 0.7), (1 - mean) ** (1 / 0.7)
-    yield "forward", targets, sharp / (sharp + rest)
+    pairs = zip(views.double(), flips, strict=True)
+    mean = torch.stack([_flipped(view, mask) for view, mask in pairs]).sigmoid().mean(0)
+    up, down = mean ** (1 / 0.7), (1 - mean) ** (1 / 0.7)
+    yield "forward", targets, up / (up + down)
 
 
 def _sample_mixup(device: torch.device) -> Iterator[_Comparison]:
     count = 4096
     (lam, index), again = (
-        functional.sample_mixup(count, eta=1.0, generator=torch.Generator(device).manual_seed(0))
+        functional.sample_mixup(
+            count, eta=1.0, generator=torch.Generator(device).manual_seed(0), device=device
+        )
         for _ in range(2)
     )
-    yield "permutation", index.sort().values, torch.arange(count).double()
+    permutation = torch.arange(count, dtype=torch.float64, device="cpu")
+    yield "permutation", index.sort().values, permutation
     yield "same seed", lam, again[0].cpu().double()
     yield "range", lam.clamp(0.5, 1), lam.cpu().double()
-    if (
-        abs(lam.mean().item() - 0.75) > 0.01
-    ):  # the mean of a uniform distribution over [0.5, 1], 4 standard errors
-        raise ValueError(f"expected lambdas whose mean is 0.75, got {lam.mean().item():.3f}")
+    # lam is uniform in [0.5, 1]; 0.01 is 4 standard errors
+    if abs(lam.mean().item() - 0.75) > 0.01:
+        raise ValueError(f"expected lam with a mean of 0.75, got {lam.mean().item():.3f}")
 
 
 def _mixup3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(
-        -1500, 900, (3, 2, 4, 5, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int16
+    scans = _scans(3, 2, 4, 5, 16)
+    lam, index, flips = (
+        _tensor([0.9, 0.5, 0.7]),
+        _tensor([1, 2, 1]).long(),
+        _tensor([0, 5, 2]).byte(),
     )
-    lam, index = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([1, 2, 1])
-    flips = torch.tensor([0, 5, 2], dtype=torch.uint8)
 
     def plain(volumes: Tensor) -> Tensor:
-        x = torch.stack(
-            [_flipped(_windowed(v), mask) for v, mask in zip(volumes, flips, strict=True)]
-        )
-        share = lam.double().reshape(-1, 1, 1, 1, 1)
-        return share * x + (1 - share) * x[index]
+        pairs = zip(_windowed(volumes), flips, strict=True)
+        x = torch.stack([_flipped(volume, mask) for volume, mask in pairs])
+        weight = lam.double().reshape(-1, 1, 1, 1, 1)
+        return weight * x + (1 - weight) * x[index]
 
     def mix(volumes: Tensor) -> Tensor:
         return functional.mixup3d(
@@ -295,20 +288,14 @@ def _mixup3d(device: torch.device) -> Iterator[_Comparison]:
 
 
 def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(
-        -1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16
-    )
-    boxes = torch.tensor([[0.0, 1, 2, 3, 8, 6, 9], [1, 0, 0, 0, 2, 8, 5], [1, 4, 4, 4, 9, 8, 10]])
+    scans = _scans(2, 2, 9, 8, 10)
+    boxes = _tensor([[0, 1, 2, 3, 8, 6, 9], [1, 0, 0, 0, 2, 8, 5], [1, 4, 4, 4, 9, 8, 10]])
     size = (4, 5, 6)
 
     def plain(volumes: Tensor) -> Tensor:
         x = _windowed(volumes)
-        return torch.cat(
-            [
-                interpolate(x[[b]][_region(box)], size, mode="trilinear")
-                for b, *box in boxes.int().tolist()
-            ]
-        )
+        crops = [x[[b]][_region(box)] for b, *box in boxes.int().tolist()]
+        return torch.cat([interpolate(crop, size, mode="trilinear") for crop in crops])
 
     def crop(volumes: Tensor) -> Tensor:
         return functional.crop_and_resize3d(volumes, boxes.to(device), size, window=_WINDOW)
@@ -318,30 +305,22 @@ def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:
 
 
 def _object_mixup3d(device: torch.device) -> Iterator[_Comparison]:
-    scans = torch.randint(
-        -1500, 900, (2, 2, 9, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.int16
-    )
-    boxes = torch.tensor(
-        [[0.0, 1, 2, 3, 6, 6, 9], [0, 4, 4, 4, 9, 8, 10], [1, 0, 0, 0, 2, 8, 5]]
-    )  # two of them overlap
-    donor_boxes = torch.tensor(
-        [[1.0, 0, 0, 0, 4, 4, 4], [0, 1, 2, 3, 4, 7, 9], [0, 3, 3, 3, 9, 8, 10]]
-    )
-    lam = torch.tensor([0.5, 0.7, 0.9])
+    scans = _scans(2, 2, 9, 8, 10)
+    # the first two boxes overlap
+    boxes = _tensor([[0, 1, 2, 3, 6, 6, 9], [0, 4, 4, 4, 9, 8, 10], [1, 0, 0, 0, 2, 8, 5]])
+    donor_boxes = _tensor([[1, 0, 0, 0, 4, 4, 4], [0, 1, 2, 3, 4, 7, 9], [0, 3, 3, 3, 9, 8, 10]])
+    lam = _tensor([0.5, 0.7, 0.9])
     x = _windowed(scans.double())
     expected = x.clone()
-    for (b, *box), (j, *source), share in zip(
+    for (b, *box), (j, *source), weight in zip(
         boxes.int().tolist(), donor_boxes.int().tolist(), lam.double(), strict=True
     ):
         target = expected[[b]][_region(box)]
         donor = interpolate(x[[j]][_region(source)], target.shape[2:], mode="trilinear")
-        expected[b : b + 1][_region(box)] = share * target + (1 - share) * donor
+        expected[b : b + 1][_region(box)] = weight * target + (1 - weight) * donor
     arguments = (boxes.to(device), donor_boxes.to(device), lam.to(device))
-    yield (
-        "forward",
-        functional.object_mixup3d(scans.to(device), *arguments, window=_WINDOW),
-        expected,
-    )
+    mixed = functional.object_mixup3d(scans.to(device), *arguments, window=_WINDOW)
+    yield "forward", mixed, expected
     volumes = x.float().to(device)
     yield "in place", functional.object_mixup3d(volumes, *arguments, out=volumes), expected
 
@@ -359,16 +338,29 @@ _TESTS: dict[str, Callable[[torch.device], Iterator[_Comparison]]] = {
 def _gradient(
     op: Callable, plain: Callable, scans: Tensor, device: torch.device
 ) -> Iterator[_Comparison]:
-    """The gradients of two functions of volumes, for the same one that arrives from above."""
+    """Gradients of two functions of volumes, for the same grad_output."""
     ours = scans.to(device, torch.float32).requires_grad_()
     theirs = scans.double().requires_grad_()
     result, expected = op(ours), plain(theirs)
-    upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)) * (
-        _WINDOW[1] - _WINDOW[0]
-    )
-    result.backward(upstream.to(device))
-    expected.backward(upstream.double())
+    grad_output = _randn(result.shape, seed=1) * (_WINDOW[1] - _WINDOW[0])
+    result.backward(grad_output.to(device))
+    expected.backward(grad_output.double())
     yield "gradient", ours.grad, theirs.grad
+
+
+def _randn(shape: Sequence[int], seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _scans(*shape: int) -> Tensor:
+    """int16 HU."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(-1500, 900, shape, generator=generator, dtype=torch.int16, device="cpu")
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _windowed(volumes: Tensor) -> Tensor:
@@ -377,7 +369,7 @@ def _windowed(volumes: Tensor) -> Tensor:
 
 
 def _flipped(volume: Tensor, mask: Tensor) -> Tensor:
-    """The last three axes of a tensor, flipped as the bits of a mask say."""
+    """Flip the last three axes by a bit mask."""
     return volume.flip([axis - 3 for axis in range(3) if int(mask) >> axis & 1])
 
 

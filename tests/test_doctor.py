@@ -1,4 +1,4 @@
-"""``fmkernels doctor``: it says what runs where and why, passes where all is well, and catches what is wrong."""
+"""``fmkernels doctor``: the report, and that self-tests catch wrong operations."""
 
 import subprocess
 import sys
@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def only_the_cpu(monkeypatch):
-    """What this test plants is in the CPU path."""
+    """The faults of this test are in the CPU path."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_all_is_well_and_everything_is_said(capsys):
+def test_report(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -39,7 +39,7 @@ def test_all_is_well_and_everything_is_said(capsys):
         "numpy ",
         "triton ",
         "SimpleITK ",
-        "CPU path: ",
+        "CPU path, ",
         "forward",
         "gradient",
         f"all {len(OPS)} self-tests passed",
@@ -49,7 +49,7 @@ def test_all_is_well_and_everything_is_said(capsys):
 
 
 def off_by_a_little(launch):
-    """A launch whose results are one part in a thousand too large, whichever of them are floats."""
+    """A launch whose floating-point results are 0.1% too large."""
 
     def call(*args, **kwargs):
         def worse(x):
@@ -123,7 +123,7 @@ def test_lambdas_of_another_distribution_are_caught(monkeypatch):
 
     monkeypatch.setattr(functional, "sample_mixup", skewed)
     (result,) = (r for r in doctor.examine() if r.problem)
-    assert result.op == "sample_mixup" and "mean is 0.75" in result.problem
+    assert result.op == "sample_mixup" and "mean of 0.75" in result.problem
 
 
 def test_an_operation_that_raises_does_not_hide_the_others(monkeypatch, capsys):
@@ -163,17 +163,27 @@ def test_rows_of_the_launch_table(monkeypatch, architecture, row):
 
 
 def test_nothing_but_torch_and_numpy_is_needed():
-    """Neither triton nor anything of the extra train; the interpreter is new, so that nothing is loaded already."""
+    """In a new interpreter, without triton and the extra train."""
     code = """
 import sys
-for name in ("triton", "SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm", "reference", "tests"):
-    sys.modules[name] = None
+for name in ("triton", "SimpleITK", "scipy", "matplotlib", "tensorboard", "tqdm"):
+    sys.modules[name] = sys.modules["reference"] = sys.modules["tests"] = None
 from fmkernels.focalmix.cli import main
 sys.exit(main(["doctor"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "triton is not installed" in done.stdout
-    assert (
-        "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; the extra" in done.stdout
-    )
+    absent = "not installed: SimpleITK, scipy, matplotlib, tensorboard, tqdm; training"
+    assert absent in done.stdout
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_defaults_of_the_process_change_nothing(default):
+    is_dtype = isinstance(default, torch.dtype)
+    (torch.set_default_dtype if is_dtype else torch.set_default_device)(default)
+    try:
+        assert not [result for result in doctor.examine() if result.problem]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fmkernels
-from tests.test_house import imports
+from tests.test_layering import imports
 
 pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
 pytest.importorskip("wheel", reason="building a wheel needs wheel")

@@ -1,6 +1,6 @@
-"""The command ``fmkernels``: write phantoms, train, detect, evaluate, examine.
+"""The command ``fmkernels``.
 
-Bad input ends with one line and exit code 2.
+Exit codes: 0 success, 1 training diverged or a self-test failed, 2 invalid input, 130 interrupted.
 """
 
 import argparse
@@ -31,10 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    0; 1 where training diverged or a self-test failed; 2 on bad input; 130 after Ctrl-C.
-    """
+    """Run the command line and return its exit code."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else list(argv))
         return arguments.run(arguments)
@@ -43,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         print(
-            f"fmkernels: {error.name} is not installed; the extra fmkernels[train] brings it",
-            file=sys.stderr,
+            f"fmkernels: {error.name} is not installed; install fmkernels[train]", file=sys.stderr
         )
         return 2
     except FloatingPointError as error:
@@ -52,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenProcessPool:
         print(
-            "fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers",
+            "fmkernels: a worker process died, perhaps out of memory; try fewer --workers",
             file=sys.stderr,
         )
         return 2
@@ -70,33 +66,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Of Python, or as torch says it of a GPU (a type of its own) and of the host (a RuntimeError)."""
-    told = any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told
+    # torch has a type for GPUs and raises RuntimeError for the host; importing torch here is slow
+    texts = ("can't allocate memory", "not enough memory")
+    is_gpu, is_host = (
+        type(error).__name__ == "OutOfMemoryError",
+        any(t in str(error) for t in texts),
+    )
+    return isinstance(error, MemoryError) or is_gpu or is_host
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="fmkernels", description="Lung-nodule detection on CT in LUNA16's format."
+        prog="fmkernels", description="Lung-nodule detection in CT scans, with FocalMix."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, add, text in (
-        ("phantom", _add_phantom, "write a synthetic data set in LUNA16's layout"),
-        ("train", _add_train, "train a detector and evaluate it on the test scans"),
-        ("compare", _add_compare, "train both methods over seeds and print the paper's table"),
-        ("detect", _add_detect, "find nodules in scans with a trained detector"),
-        ("evaluate", _add_evaluate, "compute FROC and CPM of candidates by LUNA16's rules"),
+    for name, add, usage, text in (
+        ("phantom", _add_phantom, "OUT", "write a synthetic data set in LUNA16's layout"),
+        ("train", _add_train, "DATA [--out RUN]", "train a detector and evaluate it"),
         (
-            "doctor",
-            _add_doctor,
-            "say what is installed and which path each operation takes here, and test each",
+            "compare",
+            _add_compare,
+            "DATA --labeled N [N ...]",
+            "train both methods with several seeds and print the paper's table",
         ),
+        ("detect", _add_detect, "RUN SCAN [SCAN ...]", "detect nodules with a trained detector"),
+        (
+            "evaluate",
+            _add_evaluate,
+            "CANDIDATES DATA",
+            "compute FROC and CPM of candidates by LUNA16's rules",
+        ),
+        ("doctor", _add_doctor, "", "show versions and devices, and self-test every operation"),
     ):
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        # The options of train come from its configuration, whose import is slow: only where they are asked for.
+        usage = " ".join(filter(None, ["fmkernels", name, usage, "[options]"]))
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, usage=usage)
+        # importing the configuration is slow: add options only to the command that is asked for
         if name == next((word for word in argv if not word.startswith("-")), None):
             add(command)
-    # argparse takes a list that begins with a negative number for an option, unless it is joined to its own
+    # argparse takes a list that begins with a negative number for an option, unless joined by "="
     for at in range(len(argv) - 1, 0, -1):
         if re.match(r"-[\d.]+,", argv[at]) and argv[at - 1].startswith("--"):
             argv[at - 1 : at + 1] = [f"{argv[at - 1]}={argv[at]}"]
@@ -106,15 +114,30 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _add_phantom(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.data.phantom import SIZES
 
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument(
-        "--size", choices=SIZES, default="demo", help="of the scans (default: %(default)s)"
+        "--size",
+        choices=SIZES,
+        default="demo",
+        help="size of the scans: tiny (20 scans, 30 MB, 30 s), demo (240 scans, 4 GB with the "
+        "cache of training), or as large as those of LUNA16 (default: %(default)s)",
     )
-    parser.add_argument("--scans", type=_at_least(1), help="how many (default: as the size has)")
     parser.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of all randomness (default: %(default)s)"
+        "--scans",
+        metavar="N",
+        type=_at_least(1),
+        help="number of scans (default: depends on --size)",
     )
-    parser.add_argument("--workers", type=_at_least(1), help="processes (default: one per core)")
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="random seed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_at_least(1), help="worker processes (default: one per core)"
+    )
     parser.set_defaults(run=_phantom)
 
 
@@ -132,49 +155,71 @@ def _phantom(arguments: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    from fmkernels.focalmix.config import PRESETS
-
-    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    _add_data(parser)
     parser.add_argument(
-        "--out", metavar="RUN", type=Path, help="the folder of the run (default: runs/METHOD)"
+        "--out", metavar="RUN", type=Path, help="folder of the run (default: runs/METHOD)"
     )
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="settings that the options below change (default: demo)"
-    )
+    _add_preset(parser, default=None)
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in RUN from its checkpoint"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="wait for the GPU at every stage, to time each"
+        "--profile", action="store_true", help="synchronize after each stage to time it (slower)"
     )
-    _add_settings(parser)
+    _add_config(parser)
     parser.set_defaults(run=_train)
 
 
-def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """The fields of a configuration as options, which leave nothing behind where they are not given."""
-    from fmkernels.focalmix.config import Config
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder in LUNA16's layout")
 
-    settings = parser.add_argument_group(
-        "settings", "Lists are separated by commas, those of three are z,y,x."
+
+def _add_preset(parser: argparse.ArgumentParser, default: str | None) -> None:
+    from fmkernels.focalmix.config import PRESETS
+
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=default,
+        help="default values of the options below (default: demo)",
     )
-    hints = typing.get_type_hints(Config)
+
+
+def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Add the fields of a configuration as options; those that are not given set no attribute."""
+    from fmkernels.focalmix.config import GROUPS, HINTS, PRESETS, Config
+
+    groups = {
+        name: parser.add_argument_group(
+            name, "Lists are separated by commas; sizes are z,y,x." if name == GROUPS[0] else None
+        )
+        for name in GROUPS
+    }
     for option in (option for option in fields(Config) if option.name not in without):
-        default = "none" if option.default is None else _written(option.default)
-        if hints[option.name] is bool:
-            settings.add_argument(
-                f"--{option.name.replace('_', '-')}",
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=f"{option.metadata['help']} (demo: {'yes' if option.default else 'no'})",
-            )
-            continue
-        settings.add_argument(
+        hint, is_list = HINTS[option.name], isinstance(option.default, tuple)
+        values = {name: getattr(preset, option.name) for name, preset in PRESETS.items()}
+        defaults = [_written(option.default)]
+        defaults += [
+            f"{name}: {_written(value)}"
+            for name, value in values.items()
+            if value != option.default
+        ]
+        text = option.metadata["help"]
+        if option.default is not None:
+            text = f"{text} (default: {'; '.join(defaults)})"
+        elif len(defaults) > 1:  # such texts name their default
+            text = f"{text.removesuffix(')')}; {'; '.join(defaults[1:])})"
+        if hint is bool:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif choices := option.metadata["choices"]:
+            how = {"choices": choices}
+        else:
+            how = {"type": _reader(hint), "metavar": "LIST" if is_list else "VALUE"}
+        groups[option.metadata["group"]].add_argument(
             f"--{option.name.replace('_', '-')}",
-            type=_reader(hints[option.name]),
-            metavar="LIST" if isinstance(option.default, tuple) else "VALUE",
             default=argparse.SUPPRESS,
-            help=f"{option.metadata['help']} (demo: {default})".replace("%", "%%"),
+            help=text.replace("%", "%%"),
+            **how,
         )
 
 
@@ -208,37 +253,39 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     from fmkernels.focalmix.compare import ABLATIONS
-    from fmkernels.focalmix.config import PRESETS
 
-    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    _add_data(parser)
     parser.add_argument(
         "--out",
         metavar="FOLDER",
         type=Path,
         default=Path("runs/compare"),
-        help="of runs and tables (default: %(default)s)",
+        help="folder of the runs and tables (default: %(default)s)",
     )
     parser.add_argument(
-        "--labeled", metavar="N", type=_at_least(1), nargs="+", required=True, help="labelled scans"
+        "--labeled",
+        metavar="N",
+        type=_at_least(1),
+        nargs="+",
+        required=True,
+        help="numbers of labeled scans",
     )
     parser.add_argument(
         "--seeds",
         metavar="N",
         type=_at_least(1),
         default=5,
-        help="seeds of each (default: %(default)s)",
+        help="number of seeds per method (default: %(default)s)",
     )
     parser.add_argument(
         "--without",
         choices=ABLATIONS,
         nargs="+",
         default=[],
-        help="parts to leave out, a row for each",
+        help="ablations: add one row per component left out",
     )
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="demo", help="settings that the options below change"
-    )
-    _add_settings(parser, without=("labeled", "seed", "method"))
+    _add_preset(parser, default="demo")
+    _add_config(parser, without=("labeled", "seed", "method"))
     parser.set_defaults(run=_compare)
 
 
@@ -258,22 +305,22 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(as_text(rows), end="")
     if arguments.seeds < 3:
         print(
-            "fmkernels: from so few seeds the intervals do not tell how much training itself varies",
+            "fmkernels: with fewer than 3 seeds, intervals do not show the variation of training",
             file=sys.stderr,
         )
     return 0
 
 
 def _add_detect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument(
-        "scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files, or folders of such"
+        "scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files or folders containing them"
     )
     parser.add_argument(
-        "--out", metavar="CSV", type=Path, help="default: RUN/detections.csv, if not yet there"
+        "--out", metavar="CSV", type=Path, help="output CSV (default: RUN/detections.csv)"
     )
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)"
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"
     )
     parser.set_defaults(run=_detect)
 
@@ -284,27 +331,28 @@ def _detect(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.data.formats import check_header, load_volume
     from fmkernels.focalmix.data.tables import write_candidates
     from fmkernels.focalmix.distributed import choose_device
-    from fmkernels.focalmix.model.inference import search
+    from fmkernels.focalmix.model.inference import detect
     from fmkernels.focalmix.training.checkpoint import load_run
 
     out = arguments.out or arguments.run_folder / "detections.csv"
     if arguments.out is None and out.exists():
-        raise InputError(f"{out}: expected no such file yet; give another one with --out")
+        raise InputError(f"{out}: expected a new file; choose another one with --out")
     if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"{out}: expected the name of a file in an existing folder")
+        raise InputError(f"{out}: expected a file name in an existing folder")
     paths = _scans(arguments.scans)
     for path in paths:
         check_header(path)
     config, model = load_run(arguments.run_folder, choose_device(arguments.device))
-    found = {}
+    candidates = {}
     for path in tqdm(paths, "detecting", unit="scan"):
-        found[path.stem] = search(config, model, load_volume(path, config.spacing)).candidates
-    write_candidates(out, found)
+        volume = load_volume(path, config.spacing)
+        candidates[path.stem] = detect(config, model, volume).candidates
+    write_candidates(out, candidates)
     return 0
 
 
 def _scans(given: Sequence[Path]) -> list[Path]:
-    """The headers of scans: files as they are, of a folder those in it, or else those in its subsets."""
+    """The headers of scans: given files, those in a given folder, or else those in its subsets."""
     from fmkernels.focalmix.data.luna16 import scan_headers
 
     paths: dict[str, Path] = {}
@@ -326,14 +374,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "candidates",
         metavar="CANDIDATES",
         type=Path,
-        help="seriesuid,coordX,coordY,coordZ,probability",
+        help="CSV file with the columns seriesuid,coordX,coordY,coordZ,probability",
     )
-    parser.add_argument("data", metavar="DATA", type=Path, help="a folder in LUNA16's layout")
+    _add_data(parser)
     parser.add_argument(
-        "--subsets", type=_reader(tuple[int, ...]), help="such as 8,9 (default: all)"
+        "--subsets",
+        metavar="LIST",
+        type=_reader(tuple[int, ...]),
+        help="subsets to evaluate, e.g. 8,9 (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the curve")
+    parser.add_argument("--plot", metavar="PNG", type=Path, help="write the FROC curve to this PNG")
     parser.set_defaults(run=_evaluate)
 
 
@@ -350,19 +401,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     ]
     if not chosen:
         raise InputError(
-            f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, found none"
+            f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, "
+            "found none"
         )
-    elsewhere = set(data.series) - set(chosen)
     candidates = read_candidates(arguments.candidates)
     if unknown := sorted(set(candidates) - set(data.series)):
         raise InputError(
-            f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}"
+            f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, "
+            f"got {unknown[0]}"
         )
-    result = evaluate(
-        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere},
-        *data.findings(chosen),
-        chosen,
-    )
+    candidates = {uid: rows for uid, rows in candidates.items() if uid in chosen}
+    result = evaluate(candidates, *data.findings(chosen), chosen)
     print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
     if arguments.plot:
         from fmkernels.focalmix.evaluation.figures import draw_froc
@@ -382,25 +431,30 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
-    """What makes a value of a type out of an argument."""
-    if isinstance(hint, types.UnionType):  # int | None: an option not given is None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    """The function that reads a value of a type from an argument."""
+    if isinstance(hint, types.UnionType):  # of: int | None
+        hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is not tuple:
         return hint
     return partial(_read_tuple, typing.get_args(hint)[0])
 
 
-def _read_tuple(kind: type, text: str) -> tuple:
+def _read_tuple(number: type, text: str) -> tuple:
     try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        return tuple(number(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected {kind.__name__}s separated by commas, got {text!r}"
+            f"expected {number.__name__}s separated by commas, got {text!r}"
         ) from None
 
 
 def _written(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(map(_written, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _at_least(least: int) -> Callable[[str], int]:

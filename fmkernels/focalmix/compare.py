@@ -1,8 +1,8 @@
-"""FocalMix against the supervised baseline and against itself without one of its parts: the paper's table.
+"""FocalMix against the supervised baseline and against its ablations: the paper's table.
 
-Every run is a folder of `train.train`; what is finished is not run again, so that a comparison that was stopped goes on
-where it was. The steps before unlabelled patches come in are the same for all methods and are trained once; where
-targets are 0 or 1, both losses are one but for rounding.
+Every run has a folder of its own. Finished runs are not repeated, so that a comparison continues
+where it was stopped. The burn-in, and the detection in the unlabeled scans after it, are the same
+for all methods and done once. (For targets of 0 and 1 both losses agree up to rounding.)
 """
 
 import csv
@@ -24,8 +24,8 @@ from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write
-from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT
-from fmkernels.focalmix.training.loop import CANDIDATES, EVALUATION, draw_scans, train
+from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
+from fmkernels.focalmix.training.loop import CANDIDATES, EVALUATION, choose_scans, train
 from fmkernels.focalmix.training.metrics import METRICS
 
 BASELINE, FOCALMIX = "supervised", "FocalMix"
@@ -33,28 +33,28 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "image-mixup": ("no image MixUp", {"image_mixup": False}),
     "object-mixup": ("no object MixUp", {"object_mixup": False}),
     "soft-labels": ("hard pseudo-labels", {"pseudo_labels": "hard"}),
-    "soft-loss": ("plain focal loss", {"loss": "hard"}),
+    "soft-loss": ("usual focal loss", {"loss": "hard"}),
     "views": ("K = 1", {"views": 1}),
     "sharpening": ("T = 1", {"temperature": 1.0}),
 }
-"""What can be left out of FocalMix: the row's name and the settings."""
+"""Components of FocalMix that can be left out: name of the row, changed options."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method with one number of labelled scans; means over the seeds."""
+    """One method with one number of labeled scans; means over the seeds."""
 
     labeled: int
     method: str
     sensitivities: tuple[float, ...]
-    """At the seven operating points."""
+    """Sensitivity at the seven operating points."""
     cpm: float
     interval: tuple[float, float]
-    """95 % of the CPM, over scans and seeds drawn with replacement; few seeds make it too narrow."""
+    """95% bootstrap interval of the CPM over scans and seeds; too narrow if there are few seeds."""
     gain: float | None
-    """Of the CPM over the baseline, relative; None for the baseline."""
+    """Relative gain of the CPM over the baseline; None for the baseline."""
     gain_interval: tuple[float, float] | None
-    """95 %, the same scans and seeds drawn for both."""
+    """95% bootstrap interval, with the same scans and seeds for both methods."""
 
 
 def compare(
@@ -67,21 +67,23 @@ def compare(
     without: Sequence[str] = (),
     bootstraps: int = 1000,
 ) -> list[Row]:
-    """Train what is not yet trained, and write tables (``table.txt``, ``.md``, ``.csv``) and pictures to ``out``.
+    """Train all runs that are not finished, and write tables and figures to ``out``.
 
-    ``cpm.png`` has the CPM over the labelled scans, ``labeled-N/froc.png`` the curves of both methods with N of them.
+    ``table.txt``, ``table.md`` and ``table.csv`` are the table, ``cpm.png`` shows the CPM over the
+    number of labeled scans, ``labeled-N/froc.png`` the curves of both methods with N of them.
 
     Args:
-        config: of all runs; method, labelled scans and seed are set here. Both methods take as many steps.
+        config: the options of all runs; method, labeled scans and seed are set here.
         root: a folder in LUNA16's layout.
         out: the folder of the comparison.
-        labeled: numbers of labelled scans; a seed draws the same scans for every method.
-        seeds: 0 ... seeds - 1.
-        without: names of `ABLATIONS`, for each a row more.
-        bootstraps: of scans and seeds.
+        labeled: numbers of labeled scans; a seed chooses the same scans for every method.
+        seeds: number of seeds per method, 0 ... seeds - 1.
+        without: names of `ABLATIONS`; each adds a row.
+        bootstraps: number of bootstrap samples.
 
     Raises:
-        InputError: as `train`; there are no test subsets; or a part of ``without`` is missing from ``config`` already.
+        InputError: see `train`; there are no test subsets; or ``config`` already lacks a component
+            of ``without``.
     """
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")
@@ -95,46 +97,40 @@ def compare(
     for part in without:
         name, changes = ABLATIONS[part]
         if replace(config, **changes) == config:
-            raise InputError(
-                f"{part}: expected a part that the settings have, it is left out of all rows"
-            )
+            raise InputError(f"{part}: expected a component that the options have switched on")
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
     data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
-    for count, seed in itertools.product(
-        labeled, range(seeds)
-    ):  # an impossible draw is told before hours of training
-        draw_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
+    for count, seed in itertools.product(labeled, range(seeds)):
+        # an impossible choice of scans is reported before hours of training
+        choose_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
     runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
     results: dict[tuple[int, str], list[froc.Froc]] = {}
     for number, (count, name, seed) in enumerate(runs, start=1):
-        folders = {
-            method: out / f"labeled-{count}" / own / f"seed-{seed}"
-            for method, (own, _) in methods.items()
-        }
-        tqdm.write(f"run {number} of {len(runs)}: {count} labelled scans, {name}, seed {seed}")
+        folder, baseline = (
+            out / f"labeled-{count}" / methods[method][0] / f"seed-{seed}"
+            for method in (name, BASELINE)
+        )
+        tqdm.write(f"run {number} of {len(runs)}: {count} labeled scans, {name}, seed {seed}")
         chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
-        finished = load_config(folders[name]) if (folders[name] / EVALUATION).exists() else None
+        finished = load_config(folder) if (folder / EVALUATION).exists() else None
         if finished is None or finished.result != chosen.result:
             if chosen.method == "focalmix":
-                _share_burn_in(folders[BASELINE], folders[name])
-            train(chosen, root, folders[name], resume=True)
-        results.setdefault((count, name), []).append(
-            _evaluate(chosen, root, folders[name], bootstraps)
-        )
+                _share_burn_in(baseline, folder)
+            train(chosen, root, folder, resume=True)
+        if (baseline / BURN_IN).exists():  # beside it, for the runs to come
+            _copy(folder / PSEUDO_BOXES, baseline / PSEUDO_BOXES)
+        froc_of_run = _evaluate(chosen, root, folder, bootstraps)
+        results.setdefault((count, name), []).append(froc_of_run)
     means = {key: froc.average(runs) for key, runs in results.items()}
     rows = [
         _row(count, name, means[count, name], means[count, BASELINE])
         for count in labeled
         for name in methods
     ]
-    for name, text in {
-        "table.txt": as_text(rows),
-        "table.md": as_markdown(rows),
-        "table.csv": as_csv(rows),
-    }.items():
-        with atomic_write(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    for name, table in (("txt", as_text), ("md", as_markdown), ("csv", as_csv)):
+        with atomic_write(out / f"table.{name}") as temporary:
+            temporary.write_text(table(rows), encoding="utf-8")
     points = {
         name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name]
         for name in methods
@@ -147,12 +143,20 @@ def compare(
 
 
 def _share_burn_in(baseline: Path, run: Path) -> None:
-    """Let a run that has not begun go on from the end of the baseline's burn-in, until which both are the same."""
+    """Let a new run continue from the end of the baseline's burn-in, until which both are equal."""
     if (baseline / BURN_IN).exists() and not (run / CHECKPOINT).exists():
         run.mkdir(parents=True, exist_ok=True)
-        for source, target in ((METRICS, METRICS), (BURN_IN, CHECKPOINT)):
-            with atomic_write(run / target) as temporary:
-                shutil.copyfile(baseline / source, temporary)
+        for name in (METRICS, PSEUDO_BOXES):
+            (run / name).unlink(missing_ok=True)
+            _copy(baseline / name, run / name)
+        _copy(baseline / BURN_IN, run / CHECKPOINT)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, if it exists, to where there is none."""
+    if source.exists() and not target.exists():
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
@@ -162,7 +166,7 @@ def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> f
 
 
 def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
-    """Both are means over the same seeds, bootstrapped with the same draws of scans and seeds."""
+    """A row from two means over the same seeds, with the same bootstrap samples."""
     assert ours.interval is not None and ours.samples is not None and baseline.samples is not None
     gain = gain_interval = None
     if name != BASELINE and baseline.cpm > 0:
@@ -176,42 +180,22 @@ def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
     )
 
 
-_HEAD = (
-    "labelled",
-    "method",
-    "1/8",
-    "1/4",
-    "1/2",
-    "1",
-    "2",
-    "4",
-    "8",
-    "CPM",
-    "95 %",
-    "gain",
-    "95 % of the gain",
-)
+_RATES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
+_HEAD = ("labeled", "method", *_RATES, "CPM", "95%", "gain", "95% of the gain")
 
 
 def _cells(row: Row) -> list[str]:
     percent = [f"{100 * value:.1f}" for value in (*row.sensitivities, row.cpm)]
-    cells = [
-        str(row.labeled),
-        row.method,
-        *percent,
-        "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval)),
-    ]
+    interval = "{:.1f} to {:.1f}".format(*(100 * value for value in row.interval))
+    cells = [str(row.labeled), row.method, *percent, interval]
     if row.gain is None or row.gain_interval is None:
         return [*cells, "", ""]
-    return [
-        *cells,
-        f"{100 * row.gain:+.1f} %",
-        "{:+.1f} to {:+.1f} %".format(*(100 * v for v in row.gain_interval)),
-    ]
+    interval = "{:+.1f} to {:+.1f}%".format(*(100 * value for value in row.gain_interval))
+    return [*cells, f"{100 * row.gain:+.1f}%", interval]
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """The table for a terminal: sensitivities in % at false positives per scan."""
+    """The table as aligned text: sensitivities in % at false positives per scan."""
     lines = [_HEAD, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     line = "  ".join(f"{{:{'<' if i == 1 else '>'}{width}}}" for i, width in enumerate(widths))
@@ -225,19 +209,12 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The table for machines: shares instead of percent, intervals in two columns."""
+    """The table as CSV: fractions instead of percent, two columns per interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    rates = (f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS)
     bounds = ("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper")
-    writer.writerow(
-        [
-            "labeled",
-            "method",
-            *(f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS),
-            "cpm",
-            *bounds,
-        ]
-    )
+    writer.writerow(["labeled", "method", *rates, "cpm", *bounds])
     for row in rows:
         gains = (row.gain, *(row.gain_interval or (None, None)))
         writer.writerow(

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that ``torchrun`` started."""
+"""Device and processes of a run: one process, or those started by ``torchrun``."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from fmkernels.focalmix.errors import InputError, first_line
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: the process's GPU, or the CPU where there is none."""
+    """The device of that name; ``auto`` is the GPU of this process, or the CPU if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -27,14 +27,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"device: expected a GPU for {name!r}, found none")
-        own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        device = torch.device("cuda", own)
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes that ``torchrun`` started, if it did."""
+    """Join the process group of ``torchrun``; without it, do nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -47,13 +47,13 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_of_ranks(values: Tensor) -> Tensor:
-    """The sum over all processes, without a gradient."""
+    """All-reduce sum, without a gradient."""
     values = values.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -61,5 +61,5 @@ def sum_of_ranks(values: Tensor) -> Tensor:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    return bool(sum_of_ranks(torch.tensor(float(flag), device=device)))
+    """All-reduce OR."""
+    return bool(sum_of_ranks(torch.tensor(flag, dtype=torch.int32, device=device)))

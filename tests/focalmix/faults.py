@@ -1,6 +1,6 @@
-"""Commands in processes of their own that something happens to: killed, refused by the file system, without space.
+"""Commands in child processes with injected faults: killed, file system read-only or full.
 
-Children are forked from one server that has imported all there is, so that a command costs what its work does.
+Children are forked from a server that has imported everything, so that commands start at once.
 """
 
 import errno
@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-import torch._dynamo  # what an optimizer imports at its first use, for a second or two
+import torch._dynamo  # optimizers import it on first use, which takes a second or two
 
 import fmkernels.focalmix.compare  # noqa: F401 (for the server)
 from fmkernels.focalmix.cli import main
@@ -37,20 +37,20 @@ CONTEXT.set_forkserver_preload([__name__])
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process; by default nothing.
+    """A fault of a process; by default none.
 
-    ``event`` counts what it does to files in its folder: it opens one to write, moves, removes ...
+    Events are its changes to files in its folder: it opens one for writing, moves, removes ...
     """
 
     kill_at: int | None = None
-    """The event before which it is killed."""
+    """Number of the event before which the process is killed."""
     kill_after: float | None = None
-    """Seconds after which it is killed."""
+    """Seconds after which the process is killed."""
     refuse_from: int | None = None
-    """The first of the events that fail with ``error``."""
+    """Number of the first event that fails with ``error``."""
     error: int = errno.ENOSPC
     largest_file: int | None = None
-    """Bytes beyond which no file grows."""
+    """Maximum size of a file in bytes."""
 
 
 NOTHING = Fault()
@@ -59,7 +59,7 @@ NOTHING = Fault()
 def start(
     job: Callable[..., int], arguments: Sequence[object], folder: Path, fault: Fault = NOTHING
 ) -> "Running":
-    """Start a job whose events are those in the folder."""
+    """Start a job and count its events in the folder."""
     ours, theirs = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_child, args=(job, arguments, folder, fault, theirs))
     process.start()
@@ -69,7 +69,7 @@ def start(
 
 @dataclass
 class Running:
-    """A job under way."""
+    """A running job."""
 
     process: multiprocessing.Process
     output: Connection
@@ -94,12 +94,12 @@ class Running:
 
 @dataclass
 class Ended:
-    """What a job left behind."""
+    """The result of a job."""
 
     code: int
-    """-9 where it was killed."""
+    """Exit code; -9 if killed."""
     lines: list[str]
-    """What it said."""
+    """Its output."""
     events: int
 
 
@@ -136,7 +136,7 @@ def mortal_rank(number: int, port: int, *argv: object) -> int:
 
 
 def command_with_a_mortal_worker(*argv: object) -> int:
-    """A command whose process that reads patches is killed on the way."""
+    """A command whose data-loading process is killed."""
     stock = PatchDataset.__getitem__
 
     def read(self: PatchDataset, i: int) -> dict:
@@ -159,10 +159,11 @@ def prepare(root: Path, cache: Path, workers: int) -> int:
 
 
 def hold_with_a_worker(path: Path) -> int:
-    """Let a worker of a pool lock a file, and stay."""
+    """Let a worker of a pool hold a lock on a file."""
     with process_pool(1) as pool:
-        # a program, as a function of this module would import all of it
-        lock = f"import fcntl, os; fcntl.flock(os.open({str(path)!r}, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)"
+        # source text: a function of this module would import all of it
+        opened = f"os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)"
+        lock = f"import fcntl, os; fcntl.flock({opened}, fcntl.LOCK_EX)"
         pool.submit(exec, lock).result()
         path.with_suffix(".held").touch()
         time.sleep(600)
@@ -170,7 +171,7 @@ def hold_with_a_worker(path: Path) -> int:
 
 
 def _draw(path: Path, *_: object) -> None:
-    """In place of pictures, which take nine tenths of the time of so small a run."""
+    """Replaces the figures, which take most of the time of such a small run."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"IEND\xaeB`\x82")
 

@@ -1,4 +1,4 @@
-"""The command line end to end, and bad input: one line on standard error that says what and where, exit code 2."""
+"""The command line end to end; bad input ends with one clear line and exit code 2."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 
 from fmkernels.focalmix import cli
 from fmkernels.focalmix.cli import main
-from fmkernels.focalmix.config import PRESETS
+from fmkernels.focalmix.config import GROUPS, PRESETS, Config
 from fmkernels.focalmix.data.tables import read_candidates
 from tests.focalmix.conftest import SCANS, write_luna
 
@@ -58,7 +58,7 @@ def finished(data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(data, tmp_path) -> Path:
-    """A data set to break."""
+    """A data set that may be damaged."""
     return shutil.copytree(data, tmp_path / "luna", ignore=shutil.ignore_patterns(".cache*"))
 
 
@@ -80,7 +80,7 @@ def refuses(capsys, argv, *words) -> None:
 
 
 def test_the_readme_s_commands_are_understood():
-    """With the number of processes that torchrun is given, too."""
+    """Including the number of processes of torchrun."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(
         r"^(?:torchrun --nproc-per-node (\d+) -m )?fmkernels ([^#\n]+)", text, re.M
@@ -163,9 +163,7 @@ def test_detect_does_not_replace_what_is_there(run, data, capsys):
     assert main(["detect", str(run), str(scan), "--device=cpu"]) == 0
     capsys.readouterr()
     refuses(capsys, ["detect", run, scan, "--device=cpu"], "detections.csv", "--out")
-    refuses(
-        capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected the name of a file"
-    )
+    refuses(capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected a file name")
     refuses(
         capsys,
         ["detect", run, run, "--device=cpu", "--out=x.csv"],
@@ -173,7 +171,7 @@ def test_detect_does_not_replace_what_is_there(run, data, capsys):
     )
 
 
-def test_detect_checks_every_scan_before_it_searches_one(run, copy, tmp_path, capsys):
+def test_detect_checks_every_scan_before_it_runs_on_one(run, copy, tmp_path, capsys):
     last = copy / "subset9" / f"{SCANS[-1].uid}.raw"
     last.write_bytes(last.read_bytes()[:-1000])
     out = tmp_path / "found.csv"
@@ -201,12 +199,36 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
     refuses(capsys, ["phantom", tmp_path], "fmkernels[train]")
 
 
-def test_help_and_the_program_itself():
-    for argv in (["--help"], ["train", "--help"], ["phantom", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "fmkernels", *argv], capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == 0 and done.stdout.startswith("usage: fmkernels")
+def help_of(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--help"])
+    assert stop.value.code == 0
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_help(capsys):
+    text = help_of(capsys, "train")
+    assert text.startswith("usage: fmkernels train DATA [--out RUN] [options] Train ")
+    groups = [text.index(f" {group}: ") for group in GROUPS]
+    assert groups == sorted(groups)
+    assert "--method {supervised,focalmix} " in text and "--no-image-mixup" in text
+    assert "--steps VALUE training steps (default: 3000; luna16: 50000)" in text
+    assert "(default: all the others; luna16: 400)" in text and "None" not in text
+    for option in fields(Config):
+        name = option.name.replace("_", "-")
+        assert f" --{name} " in text or f" --{name}, --no-{name} " in text
+    assert "--seed " not in help_of(capsys, "compare")
+    assert help_of(capsys).count("--") == 1
+
+
+def test_the_program_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "fmkernels", "phantom", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: fmkernels phantom OUT [options]")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +239,7 @@ def test_help_and_the_program_itself():
         (["train", "data", "--out=x", "--steps=many"], "steps"),
         (["train", "data", "--out=x", "--spacing=1,a,1"], "spacing"),
         (["train", "data", "--out=x", "--steps=0"], "steps"),
+        (["train", "data", "--out=x", "--method=magic"], "method"),
         (["train", "data", "--out=x", "--preset=huge"], "preset"),
         (["phantom", "x", "--scans=0"], "scans"),
         (["phantom", "x", "--size=huge"], "size"),
@@ -391,5 +414,5 @@ def test_a_dead_worker_process_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fmkernels.focalmix.data.phantom.write_phantoms", die)
     assert main(["phantom", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "fmkernels: a worker process died, for lack of memory perhaps; try fewer --workers\n"
+        "fmkernels: a worker process died, perhaps out of memory; try fewer --workers\n"
     )

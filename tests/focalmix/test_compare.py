@@ -21,12 +21,19 @@ from fmkernels.focalmix.compare import (
     compare,
 )
 from fmkernels.focalmix.config import load_config
+from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import average, evaluate
-from fmkernels.focalmix.training.checkpoint import CHECKPOINT
+from fmkernels.focalmix.training import loop
+from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
 from fmkernels.focalmix.training.loop import train
 from tests.focalmix.conftest import SCANS, write_luna
-from tests.focalmix.training.test_loop import TINY, assert_same_weights, metrics
+from tests.focalmix.training.test_loop import (
+    TINY,
+    assert_same_weights,
+    metrics,
+    no_figures,  # noqa: F401
+)
 
 CONFIG = replace(
     TINY,
@@ -34,8 +41,8 @@ CONFIG = replace(
     steps=2,
     unlabeled_batch_size=2,
     burn_in=0,
-    ramp=0,
-    objects=1,
+    rampup_steps=0,
+    max_objects=1,
     views=2,
     warmup=0,
 )
@@ -48,7 +55,7 @@ def luna_folder(tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What is trained, as (labelled scans, method, seed, other changes)."""
+    """The configurations that are trained."""
     calls, stock = [], comparison.train
 
     def train(config, *args, **named):
@@ -101,34 +108,43 @@ def test_goes_on_where_it_was_stopped(luna_folder, tmp_path, trained, monkeypatc
     ]
 
 
-def test_the_burn_in_is_trained_once_and_changes_nothing(luna_folder, tmp_path, monkeypatch):
+def test_burn_in_and_detection_are_done_once_and_change_nothing(luna_folder, tmp_path, monkeypatch):
+    """By the first of FocalMix and two ablations, also if the comparison is stopped after it."""
     config = replace(CONFIG, burn_in=3, steps=5, log_every=1)
-    begun, stock = [], comparison.train
+    begun, detected, stock = [], [], (comparison.train, loop._detect_all)
 
     def train_from(chosen, root, folder, **named):
         begun.append((chosen.loss, (folder / CHECKPOINT).exists()))
-        return stock(chosen, root, folder, **named)
+        return stock[0](chosen, root, folder, **named)
+
+    def detect_all(chosen, model, data, series):
+        detected.append((chosen.method, chosen.loss, chosen.views, list(series)))
+        return stock[1](chosen, model, data, series)
 
     monkeypatch.setattr(comparison, "train", train_from)
-    compare(
-        config,
-        luna_folder,
-        tmp_path / "both",
-        labeled=[2],
-        seeds=1,
-        without=["soft-loss"],
-        bootstraps=10,
-    )
-    assert begun == [("soft", False), ("soft", True), ("hard", True)]
+    monkeypatch.setattr(loop, "_detect_all", detect_all)
+    settings = dict(labeled=[2], seeds=1, bootstraps=10)
+    out = tmp_path / "all"
+    compare(config, luna_folder, out, **settings)
+    runs = out / "labeled-2"
+    for name in (BURN_IN, PSEUDO_BOXES):
+        assert (runs / "supervised" / "seed-0" / name).exists()
+    compare(config, luna_folder, out, without=["soft-loss", "views"], **settings)
+    assert begun == [("soft", False), ("soft", True), ("hard", True), ("soft", True)]
+    data = LUNA16(luna_folder)
+    unlabeled = [call for call in detected if data.subset(call[-1][0]) in config.train_subsets]
+    assert [call[:3] for call in unlabeled] == [("focalmix", "soft", 2)]
+
     train(replace(config, method="focalmix", labeled=2), luna_folder, tmp_path / "alone")
-    shared = tmp_path / "both" / "labeled-2" / "focalmix" / "seed-0"
-    assert_same_weights(shared, tmp_path / "alone")
-    assert metrics(shared) == metrics(tmp_path / "alone")
-    for run in (
-        shared,
-        tmp_path / "alone",
-    ):  # only FocalMix's own steps are timed, wherever the others were trained
-        assert json.loads((run / "timing.json").read_text())["steps"] == 2
+    train(
+        replace(config, method="focalmix", labeled=2, views=1), luna_folder, tmp_path / "ablation"
+    )
+    for ours, theirs in (("focalmix", "alone"), ("without-views", "ablation")):
+        shared, alone = runs / ours / "seed-0", tmp_path / theirs
+        assert_same_weights(shared, alone)
+        assert metrics(shared) == metrics(alone)
+        for run in (shared, alone):  # FocalMix steps alone are timed, whoever trained the others
+            assert json.loads((run / "timing.json").read_text())["steps"] == 2
 
 
 def test_another_configuration_is_refused(luna_folder, tmp_path):
@@ -152,7 +168,9 @@ def test_another_configuration_is_refused(luna_folder, tmp_path):
 def test_a_part_that_is_missing_already_cannot_be_left_out(
     luna_folder, tmp_path, trained, changes, part
 ):
-    with pytest.raises(InputError, match=f"{part}: expected a part that the settings have"):
+    with pytest.raises(
+        InputError, match=f"{part}: expected a component that the options have switched on"
+    ):
         compare(
             replace(CONFIG, **changes), luna_folder, tmp_path, labeled=[2], seeds=1, without=[part]
         )
@@ -166,12 +184,12 @@ def test_a_burn_in_of_all_steps_is_no_focalmix(luna_folder, tmp_path, trained):
 
 
 def test_an_impossible_draw_is_told_before_any_training(luna_folder, tmp_path, trained):
-    """Of the four training scans one has no nodule; the first seed that draws it alone is not the first seed."""
+    """One of the four training scans has no nodule; the first seed does not choose it alone."""
     bare = next(
         seed for seed in itertools.count() if np.random.default_rng(seed).permutation(4)[0] == 3
     )
     assert bare > 0
-    with pytest.raises(InputError, match=f"found none in the scans that seed {bare} draws"):
+    with pytest.raises(InputError, match=f"found none in the scans chosen by seed {bare}"):
         compare(CONFIG, luna_folder, tmp_path, labeled=[1], seeds=bare + 1)
     assert not trained
 
@@ -203,7 +221,7 @@ def test_a_gain_over_nothing_has_no_upper_end():
     assert (
         row.gain == pytest.approx(2) and row.gain_interval[0] < 2 and row.gain_interval[1] == np.inf
     )
-    assert "inf %" in as_text([row])
+    assert "inf%" in as_text([row])
 
 
 def test_one_process_compares(luna_folder, tmp_path, monkeypatch):
@@ -225,7 +243,7 @@ def test_tables_say_the_same():
         comparison._row(4, FOCALMIX, average([froc(12)]), average([froc(10)])),
     ]
     (_, first, second) = as_text(rows).splitlines()
-    assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0 %" in second
+    assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0%" in second
     table = as_markdown(rows).splitlines()
     assert len({line.count("|") for line in table}) == 1 and "| FocalMix | 60.0 |" in table[3]
     parsed = list(csv.DictReader(io.StringIO(as_csv(rows))))
@@ -255,7 +273,7 @@ def test_command(luna_folder, tmp_path, capsys):
         "--overlap=4",
         "--workers=0",
     ]
-    settings += ["--search-size=16,16,16", "--spacing=2.5,2,2", "--device=cpu"]
+    settings += ["--roi-size=16,16,16", "--spacing=2.5,2,2", "--device=cpu"]
     command = [
         "compare",
         str(luna_folder),

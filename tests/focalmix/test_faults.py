@@ -1,6 +1,6 @@
-"""Killed, without space, locked out, raced: what is there is whole, and going on ends as if nothing had been.
+"""Fault injection: files are always whole, and a resumed job ends as if nothing had happened.
 
-FMKERNELS_FAULTS=50 kills each job fifty times.
+Most of it runs in ``make nightly``; FMKERNELS_FAULTS=50 kills each job fifty times.
 """
 
 import csv
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-fcntl = pytest.importorskip("fcntl", reason="no fork, no SIGKILL, no limits of files")
+fcntl = pytest.importorskip("fcntl", reason="needs fork, SIGKILL and resource limits")
 
 import torch  # noqa: E402
 
@@ -33,6 +33,7 @@ from tests.focalmix.faults import Fault, run  # noqa: E402
 from tests.focalmix.test_cli import SETTINGS  # noqa: E402
 
 KILLS = int(os.environ.get("FMKERNELS_FAULTS", "2"))
+nightly = pytest.mark.nightly
 TRAIN = [
     *SETTINGS,
     "--steps=8",
@@ -41,13 +42,18 @@ TRAIN = [
     "--burn-in=2",
     "--amp=off",
 ]
-UNLABELED = ["--train-subsets=0,1,2", "--unlabeled-batch-size=2", "--ramp=2", "--objects=2"]
+UNLABELED = [
+    "--train-subsets=0,1,2",
+    "--unlabeled-batch-size=2",
+    "--rampup-steps=2",
+    "--max-objects=2",
+]
 FOCALMIX = [*TRAIN, *UNLABELED, "--method=focalmix", "--labeled=2"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The little data set, and a finished run beside it to detect with."""
+    """The small data set, with a finished run beside it."""
     root = write_luna(tmp_path_factory.mktemp("faults") / "luna", SCANS)
     ended = run(faults.command, ["train", root, "--out", root.parent / "run", *TRAIN], root.parent)
     assert ended.code == 0, ended.lines
@@ -87,11 +93,11 @@ JOBS = {
         ["phantom", out / "set", "--size=tiny", "--scans=1", "--workers=1"],
     ),
 }
-"""What is done: the function and its arguments, which write into ``out`` only."""
+"""The jobs: function and arguments; they write into ``out`` only."""
 
 
 def plain(value):
-    """What ``torch.load`` gives, in a form that == compares."""
+    """The contents of ``torch.load`` in a form that == compares."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
@@ -102,7 +108,7 @@ def plain(value):
 
 
 def read(path: Path):
-    """What a file says but times and the number of workers; it raises where the file is not whole."""
+    """The contents of a file without times and workers; raises if the file is not whole."""
     content = path.read_bytes()
     if path.suffix == ".pt":
         return plain(torch.load(path, weights_only=True))
@@ -126,7 +132,7 @@ def read(path: Path):
 
 
 def hidden(folder: Path) -> set[Path]:
-    """What killed processes left: hidden files, and all that is in hidden folders."""
+    """Files that killed processes have left: hidden ones, and those in hidden folders."""
     roots = [
         path
         for path in folder.rglob(".*")
@@ -136,7 +142,7 @@ def hidden(folder: Path) -> set[Path]:
 
 
 def written(folder: Path) -> dict[str, object]:
-    """What all files say but hidden ones, the events of TensorBoard and timings."""
+    """The contents of all files except hidden ones, TensorBoard events and timings."""
     aside = hidden(folder) | {
         *folder.rglob(".lock"),
         *folder.rglob("events.*"),
@@ -147,8 +153,7 @@ def written(folder: Path) -> dict[str, object]:
 
 
 def whole_meanwhile(folder: Path, finished: dict[str, object]) -> None:
-    """Each file is one that the job writes, whole; those that are written once are final, and so are the metrics up to
-    the checkpoint."""
+    """Every file is whole; files written once are final, as are metrics up to the checkpoint."""
     files = written(folder)
     for name, content in files.items():
         if name.endswith("metrics.csv"):
@@ -158,13 +163,13 @@ def whole_meanwhile(folder: Path, finished: dict[str, object]) -> None:
                 for rows in (content, finished[name])
             )
             assert ours == final
-        elif not name.endswith(("checkpoint.pt", "burn_in.pt")):
+        elif not name.endswith(("checkpoint.pt", "burn_in.pt")):  # a later one may follow
             assert content == finished[name], name
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that was left alone."""
+    """A job without faults."""
 
     files: dict[str, object]
     events: int
@@ -184,9 +189,11 @@ def finished(data, tmp_path_factory):
     return finish
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", [name if name == "focalmix" else pytest.param(name, marks=nightly) for name in JOBS]
+)
 def test_killed_at_random_moments(name, data, finished, tmp_path):
-    """Between any two things that it does to files, or after any time."""
+    """Killed before a random change of files, or at a random time."""
     draw, alone, kills = random.Random(name), finished(name), 0
     while kills < KILLS:
         out = tmp_path / str(kills)
@@ -209,11 +216,12 @@ def test_killed_at_random_moments(name, data, finished, tmp_path):
 
 
 def assert_says_so(ended: faults.Ended, *words: str) -> None:
-    """It ended with 2 and one line."""
+    """The job ended with code 2 and one line."""
     assert ended.code == 2 and "Traceback" not in "".join(ended.lines), ended.lines
     assert all(word in ended.lines[-1] for word in words), ended.lines[-1]
 
 
+@nightly
 @pytest.mark.parametrize(
     ("name", "fault", "word"),
     [
@@ -248,6 +256,7 @@ def test_a_folder_in_use_is_refused(name, folder, data, tmp_path):
     assert not written(tmp_path)
 
 
+@nightly
 @pytest.mark.parametrize("name", ["supervised", "prepare", "detect", "compare", "phantom"])
 def test_two_at_once_in_one_folder(name, data, finished, tmp_path):
     pair = [faults.start(*JOBS[name](data, tmp_path), tmp_path) for _ in range(2)]
@@ -259,6 +268,7 @@ def test_two_at_once_in_one_folder(name, data, finished, tmp_path):
     assert written(tmp_path) == finished(name).files
 
 
+@nightly
 def test_a_worker_that_dies(data, finished, tmp_path):
     _, arguments = JOBS["supervised"](data, tmp_path)
     ended = run(faults.command_with_a_mortal_worker, [*arguments, "--workers=1"], tmp_path)
@@ -288,14 +298,14 @@ def locks(file) -> bool:
 def wait_for(condition) -> None:
     end = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < end, "it does not happen"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
+@nightly
 @pytest.mark.parametrize("years", [-30, 30])
 def test_a_clock_that_jumps_between_sessions(years, data, finished, tmp_path):
-    """Whatever the times of files say: the same result from the same scans, what has changed is read again, and going
-    on ends as if nothing had been."""
+    """Changed scans are read again whatever their time, and a run resumes all the same."""
     luna, out = tmp_path / "luna", tmp_path / "out"
     shutil.copytree(data, luna)
     out.mkdir()
@@ -319,7 +329,7 @@ def test_a_clock_that_jumps_between_sessions(years, data, finished, tmp_path):
 
 
 def turn_the_clock(path: Path, years: int) -> None:
-    """Let a file, or all files of a folder, have been written then."""
+    """Move the modification time of a file, or of all files of a folder."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             moved = file.stat().st_mtime_ns + years * 31_556_952 * 10**9
@@ -327,12 +337,13 @@ def turn_the_clock(path: Path, years: int) -> None:
 
 
 def volume(luna: Path) -> np.ndarray:
-    """The first scan as training reads it, from the cache."""
+    """The first scan, from the cache."""
     return np.array(LUNA16(luna, spacing=(2.5, 2.0, 2.0)).volume(SCANS[0].uid).voxels)
 
 
+@nightly
 def test_a_rank_that_dies(data, tmp_path):
-    """The other one does not wait for it, and two new ones go on."""
+    """The other process ends too, and two new ones resume the run."""
 
     def ranks(folder: str, second=faults.rank) -> list[int]:
         port, argv = free_port(), ["train", data, "--resume", *TRAIN, "--out", tmp_path / folder]
@@ -356,7 +367,7 @@ def free_port() -> int:
 
 
 def test_orphans_are_removed_and_files_in_use_are_not(tmp_path):
-    """And nothing else, hidden though it may be."""
+    """Other hidden files stay."""
     name = (
         "import os; from fmkernels.focalmix.files import _PREFIX; "
         "print(f'{_PREFIX}{os.getpid()}-12345678-b.txt')"

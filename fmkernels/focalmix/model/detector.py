@@ -1,29 +1,33 @@
-"""A slim 3D detector: residual backbone, feature pyramid, one head for all levels; one class, group normalisation."""
+"""A slim 3D detector of one class: residual backbone, feature pyramid, one head for all levels."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.group_norm import GroupNorm
+from fmkernels.focalmix.model.anchors import Anchors
 
-PRIOR = 0.01  # the probability every anchor starts with, so that easy background does not fill the first steps
+PRIOR = 0.01  # initial probability of every anchor: easy background does not dominate early steps
 
 
 def apply_window(volumes: Tensor, window: tuple[float, float]) -> Tensor:
-    """float32 clamp((v - lo) / (hi - lo), 0, 1) of volumes in HU of any dtype; window = (lo, hi)."""
+    """Map volumes in HU of any dtype to float32 clamp((v - lo) / (hi - lo), 0, 1)."""
     low, high = window
     return volumes.float().sub(low).div_(high - low).clamp_(0, 1)
 
 
 def flipped(volumes: Tensor, mask: int) -> Tensor:
-    """Volumes [..., D, H, W] flipped along the axes that a mask names: 1 = D, 2 = H, 4 = W."""
+    """Flip volumes [..., D, H, W] along the axes of a bit mask: 1 = D, 2 = H, 4 = W."""
     return volumes.flip([axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit])
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution of 3 voxels, group normalisation (groups of 4), sum with a residual if one is given, ReLU."""
+    """3x3x3 convolution, group normalization (groups of 4 channels), optional residual, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
         super().__init__(
@@ -51,17 +55,18 @@ class Residual(nn.Module):
 class Detector(nn.Module):
     """Feature-pyramid detector of one class.
 
-    Stage i of the backbone halves the resolution, to stride 2^(i+1), and has ``widths[i]`` channels and ``blocks[i]``
-    residual blocks. ``forward`` takes images float ``[B, 1, D, H, W]``, windowed to [0, 1], sides multiples of the last
-    stage's stride, and returns two lists over the levels, fine to coarse: logits ``[B, A, d, h, w]`` and box deltas
-    ``[B, A, 6, d, h, w]`` (see `anchors.encode_boxes`), d = D / stride and so on.
+    Stage i of the backbone halves the resolution, to stride 2^(i+1), and has ``widths[i]`` channels
+    and ``blocks[i]`` residual blocks. ``forward`` takes images float ``[B, 1, D, H, W]``, windowed
+    to [0, 1], whose sides are multiples of the last stage's stride. It returns two lists over the
+    levels, fine to coarse: logits ``[B, A, d, h, w]`` and box deltas ``[B, A, 6, d, h, w]`` (see
+    `anchors.encode_boxes`), where d = D / stride and so on.
 
     Args:
-        strides: of the levels that carry anchors; successive powers of two that end with the backbone's last.
-        per_place: A, anchors at each place.
-        widths: channels of the backbone's stages, multiples of 4.
-        blocks: residual blocks of each.
-        channels: of the pyramid and the head, a multiple of 4.
+        strides: strides of the levels with anchors: the last ones of the backbone.
+        anchors_per_cell: A, the number of anchors in each cell of a level.
+        widths: channels of each backbone stage, multiples of 4.
+        blocks: residual blocks of each backbone stage.
+        channels: channels of the pyramid and the head, a multiple of 4.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -70,21 +75,22 @@ class Detector(nn.Module):
     def __init__(
         self,
         strides: Sequence[int],
-        per_place: int,
+        anchors_per_cell: int,
         *,
         widths: Sequence[int],
         blocks: Sequence[int],
         channels: int,
     ) -> None:
         super().__init__()
-        every = [2 ** (i + 1) for i in range(len(widths))]
-        if not strides or list(strides) != every[-len(strides) :]:
+        stages = [2 ** (i + 1) for i in range(len(widths))]
+        if not strides or list(strides) != stages[-len(strides) :]:
             raise ValueError(
-                f"Detector: strides: expected the last of {every}, got {list(strides)}"
+                f"Detector: strides: expected the last of {stages}, got {list(strides)}"
             )
         if len(blocks) != len(widths):
             raise ValueError(
-                f"Detector: blocks: expected {len(widths)}, as many as widths, got {list(blocks)}"
+                f"Detector: blocks: expected {len(widths)} numbers, one per width, "
+                f"got {list(blocks)}"
             )
         if any(width % 4 or width < 4 for width in (*widths, channels)):
             raise ValueError(
@@ -100,8 +106,8 @@ class Detector(nn.Module):
             nn.Conv3d(width, channels, 1) for width in widths[-len(strides) :]
         )
         self.head = ConvNorm(channels, channels)
-        self.logits = nn.Conv3d(channels, per_place, 1)
-        self.deltas = nn.Conv3d(channels, per_place * 6, 1)
+        self.logits = nn.Conv3d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv3d(channels, anchors_per_cell * 6, 1)
         for layer in (self.logits, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.get_parameter("bias"))
@@ -122,3 +128,42 @@ class Detector(nn.Module):
         return [self.logits(x) for x in heads], [
             self.deltas(x).unflatten(1, (-1, 6)) for x in heads
         ]
+
+
+def build_model(config: Config, device: torch.device | str = "cpu") -> Detector:
+    """The detector of a configuration, float32, channels last (fast on CPU and GPU)."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            model = Detector(
+                config.strides,
+                Anchors.from_config(config).per_cell,
+                widths=config.widths,
+                blocks=config.blocks,
+                channels=config.channels,
+            )
+    finally:
+        torch.set_default_dtype(default)
+    return channels_last(model)
+
+
+def channels_last(model: nn.Module) -> Any:
+    """The same model with channels-last weights."""
+    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision on a device; None is full precision."""
+    if config.amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    if device.type != "cuda":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The precision of the detector on a device."""
+    dtype = amp_dtype(config, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,4 +1,4 @@
-"""Find nodules in a whole scan: overlapping patches through the detector, candidates in world coordinates."""
+"""Detection in whole scans: a sliding window, non-maximum suppression, world coordinates."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,141 +7,146 @@ from itertools import pairwise, product
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.volume import Volume, cut_patch
-from fmkernels.focalmix.model.anchors import Anchors, decode_boxes, nms
-from fmkernels.focalmix.model.detector import apply_window
-from fmkernels.focalmix.training.checkpoint import autocast
+from fmkernels.focalmix.model.anchors import Anchors, box_iou, decode_boxes, flat_deltas
+from fmkernels.focalmix.model.detector import apply_window, autocast
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Candidates of one scan, most probable first.
-
-    ``boxes``: float32 ``[n, 6]``, voxels of the resampled scan; ``probabilities``: float32 ``[n]``; ``candidates``:
-    float64 ``[n, 4]``: x, y, z of the box centres in world mm, probability.
-    """
+    """Candidates of one scan, most probable first."""
 
     boxes: np.ndarray
+    """float32 ``[n, 6]``, in voxels of the resampled scan."""
     probabilities: np.ndarray
+    """float32 ``[n]``."""
     candidates: np.ndarray
-
-
-def search(config: Config, model: nn.Module, volume: Volume) -> Detections:
-    """Detect in one scan with the settings of a run, on the device of the model."""
-    device = next(model.parameters()).device
-    with autocast(config, device):
-        return detect(
-            model,
-            config.anchors,
-            volume,
-            patch_size=config.search_size,
-            overlap=config.overlap,
-            window=config.window,
-            nms_threshold=config.nms_threshold,
-        )
+    """float64 ``[n, 4]``: x, y, z of the box centers in world mm, probability."""
 
 
 @torch.inference_mode()
 def detect(
+    config: Config,
     model: nn.Module,
-    anchors: Anchors,
     volume: Volume,
     *,
-    patch_size: Sequence[int],
-    overlap: int,
-    window: tuple[float, float],
-    nms_threshold: float,
     batch_size: int = 4,
     per_patch: int = 100,
     keep: int = 100,
 ) -> Detections:
-    """Run the detector over a scan.
+    """Run the detector over a scan, on the device of the model.
 
-    Patches overlap by at least ``overlap`` voxels and each answers only for the anchors nearer to its middle than to
-    that of any other patch, so that an object up to ``overlap`` voxels long is seen whole by the patch that answers for
-    its centre. Beyond the scan there is air. Runs on the device of the model, under the autocast of the caller.
+    Sliding windows of ``config.roi_size`` overlap by at least ``config.overlap`` voxels. Each one
+    is responsible for the anchors that are closer to its middle than to that of any other window,
+    so that an object of up to ``config.overlap`` voxels lies entirely in the window responsible for
+    its center. The scan is padded with air.
 
     Args:
+        config: the configuration that the model was trained with.
         model: a :class:`~fmkernels.focalmix.model.detector.Detector`.
-        anchors: the anchors it was trained with.
         volume: the resampled scan.
-        patch_size: (D, H, W), multiples of the strides.
-        overlap: voxels, less than any side of the patch.
-        window: (lo, hi) HU.
-        nms_threshold: intersection over union above which the less probable of two boxes goes.
-        batch_size: patches at a time; changes speed and memory only.
-        per_patch: the most boxes taken from a patch.
-        keep: the most candidates returned.
+        batch_size: windows per forward pass; changes speed and memory only.
+        per_patch: maximum number of boxes from one window.
+        keep: maximum number of candidates.
 
     Raises:
-        FloatingPointError: what the detector says is not finite.
+        FloatingPointError: the output of the detector is not finite.
     """
-    if not 0 <= overlap < min(patch_size):
-        raise ValueError(f"detect: overlap: expected 0 to {min(patch_size) - 1}, got {overlap}")
     device = next(model.parameters()).device
-    every = anchors.boxes(patch_size, device)
-    centers = (every[:, :3] + every[:, 3:]) / 2
-    per_patch = min(per_patch, len(every))
-    found_boxes, found_scores = [], []
-    tiles = list(_tiles(volume.voxels.shape, patch_size, overlap))
-    for first in range(0, len(tiles), batch_size):
-        batch = tiles[first : first + batch_size]
-        corners = torch.tensor([tile.corner for tile in batch], dtype=torch.float32, device=device)[
-            :, None
-        ]
-        cores = torch.tensor([tile.core for tile in batch], dtype=torch.float32, device=device)[
-            :, :, None
-        ]
-        patches = [cut_patch(volume.voxels, tile.corner, patch_size) for tile in batch]
+    anchors = Anchors.from_config(config).boxes(config.roi_size, device)
+    centers = (anchors[:, :3] + anchors[:, 3:]) / 2
+    per_patch = min(per_patch, len(anchors))
+    all_boxes, all_scores = [], []
+    windows = list(_windows(volume.voxels.shape, config.roi_size, config.overlap))
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        corners = _rows([window.corner for window in batch], device)[:, None]  # [B, 1, 3]
+        cores = _rows([window.core for window in batch], device)[:, :, None]  # [B, 2, 1, 3]
+        patches = [cut_patch(volume.voxels, window.corner, config.roi_size) for window in batch]
         images = torch.from_numpy(np.stack(patches)[:, None])
-        logits, deltas = model(apply_window(images.to(device), window))
+        with autocast(config, device):
+            logits, deltas = model(apply_window(images.to(device), config.window))
         scores = torch.cat([level.flatten(1) for level in logits], 1).float()
-        deltas = torch.cat([level.movedim(2, -1).reshape(len(batch), -1, 6) for level in deltas], 1)
-        place = centers + corners
-        owned = ((place >= cores[:, 0]) & (place < cores[:, 1])).all(-1)
-        scores, choice = scores.masked_fill(~owned, -torch.inf).topk(per_patch)
-        deltas = deltas.gather(1, choice[..., None].expand(-1, -1, 6)).float()
-        found_boxes.append(
-            (decode_boxes(deltas, every[choice]) + corners.repeat(1, 1, 2)).flatten(0, 1).cpu()
-        )
-        found_scores.append(scores.flatten().cpu())
-    boxes, scores = torch.cat(found_boxes), torch.cat(found_scores).sigmoid()
+        positions = centers + corners
+        is_inside = ((positions >= cores[:, 0]) & (positions < cores[:, 1])).all(-1)
+        scores, choice = scores.masked_fill(~is_inside, -torch.inf).topk(per_patch)
+        chosen = flat_deltas(deltas).gather(1, choice[..., None].expand(-1, -1, 6)).float()
+        boxes = decode_boxes(chosen, anchors[choice]) + corners.repeat(1, 1, 2)
+        all_boxes.append(boxes.flatten(0, 1).cpu())
+        all_scores.append(scores.flatten().cpu())
+    boxes, scores = torch.cat(all_boxes), torch.cat(all_scores).sigmoid()
     if not boxes.isfinite().all() or scores.isnan().any():
         raise FloatingPointError(
-            "detect: the detector's output is not finite; it was trained at too high a rate"
+            "detect: the output of the detector is not finite; try training with a lower "
+            "learning rate"
         )
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
-    inside = ((middle >= 0) & (middle < torch.tensor(volume.voxels.shape))).all(-1) & (scores > 0)
+    shape = _rows(volume.voxels.shape, torch.device("cpu"))
+    inside = ((middle >= 0) & (middle < shape)).all(-1) & (scores > 0)
     boxes, scores, middle = boxes[inside], scores[inside], middle[inside]
-    best = nms(boxes, scores, threshold=nms_threshold, keep=keep)
+    best = nms(boxes, scores, threshold=config.nms_threshold, keep=keep)
     world = volume.to_world(middle[best].double().numpy())
     candidates = np.column_stack([world, scores[best].double().numpy()])
     return Detections(boxes[best].numpy(), scores[best].numpy(), candidates)
 
 
+def _rows(values: Sequence, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def nms(
+    boxes: Tensor, scores: Tensor, *, threshold: float, limit: int = 1000, keep: int = 100
+) -> Tensor:
+    """Greedy non-maximum suppression in 3D: int64 indices of the boxes kept, highest score first.
+
+    Of boxes whose IoU exceeds ``threshold``, only the one with the highest score is kept; of equal
+    scores the first. Boxes that are not finite and boxes with a NaN score are dropped. Only the
+    ``limit`` highest scores are considered. The memory is proportional to the number of boxes. The
+    host reads the result of each step, so CPU tensors are fastest.
+
+    Args:
+        boxes: ``[n, 6]``.
+        scores: ``[n]``.
+        threshold: maximum IoU of two boxes that are kept.
+        limit: number of boxes that are considered, 0 or more.
+        keep: maximum number of boxes that are kept, 0 or more.
+    """
+    for name, value in (("limit", limit), ("keep", keep)):
+        if value < 0:
+            raise ValueError(f"nms: {name}: expected 0 or more, got {value}")
+    order = scores.argsort(descending=True, stable=True)
+    usable = boxes.isfinite().all(-1) & ~scores.isnan()
+    order = order[usable[order]][:limit]
+    kept: list[Tensor] = []
+    while len(order) and len(kept) < keep:
+        best, rest = order[0], order[1:]
+        kept.append(best)
+        order = rest[box_iou(boxes[best], boxes[rest]) <= threshold]
+    return torch.stack(kept) if kept else order[:0]
+
+
 @dataclass(frozen=True)
-class _Tile:
+class _Window:
     corner: tuple[int, ...]
-    core: tuple[
-        tuple[float, ...], tuple[float, ...]
-    ]  # the anchors this patch answers for: from, to
+    core: tuple[tuple[float, ...], tuple[float, ...]]
+    """Lowest and highest anchor centers that the window is responsible for."""
 
 
-def _tiles(shape: Sequence[int], patch_size: Sequence[int], overlap: int) -> Iterator[_Tile]:
-    """Patches that cover a scan, evenly spread, and cores that divide all of space among them."""
+def _windows(shape: Sequence[int], roi_size: Sequence[int], overlap: int) -> Iterator[_Window]:
+    """Evenly spread windows that cover a scan; their cores partition the space."""
     axes = []
-    for size, patch in zip(shape, patch_size, strict=True):
-        count = max(1, math.ceil((size - overlap) / (patch - overlap)))
+    for size, side in zip(shape, roi_size, strict=True):
+        count = max(1, math.ceil((size - overlap) / (side - overlap)))
         starts = (
-            [round(i * (size - patch) / (count - 1)) for i in range(count)]
+            [round(i * (size - side) / (count - 1)) for i in range(count)]
             if count > 1
-            else [(size - patch) // 2]
+            else [(size - side) // 2]
         )
-        borders = [-math.inf, *((a + b + patch) / 2 for a, b in pairwise(starts)), math.inf]
+        borders = [-math.inf, *((a + b + side) / 2 for a, b in pairwise(starts)), math.inf]
         axes.append([(start, *core) for start, core in zip(starts, pairwise(borders), strict=True)])
-    for tile in product(*axes):
-        corner, low, high = zip(*tile, strict=True)
-        yield _Tile(corner, (low, high))
+    for axis in product(*axes):
+        corner, low, high = zip(*axis, strict=True)
+        yield _Window(corner, (low, high))

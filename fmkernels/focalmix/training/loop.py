@@ -1,7 +1,7 @@
-"""Train the detector: the loss of a step, one straight loop, and the report on the test scans at its end.
+"""Training: supervised burn-in, detection in the unlabeled scans, FocalMix steps, evaluation.
 
-Runs on the CPU, on one GPU, and on several under ``torchrun``. Stopped at any step and resumed, a run on the CPU ends
-with the same weights and the same metrics, bit for bit, as one that was never stopped.
+Runs on the CPU, on one GPU, and on several GPUs under ``torchrun``. A run on the CPU that is
+stopped at any step and resumed ends with the same weights and metrics, bit for bit.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,30 +35,49 @@ from fmkernels.focalmix.data.tables import write_candidates
 from fmkernels.focalmix.distributed import (
     any_process,
     choose_device,
-    place,
     process_group,
+    rank_and_world_size,
     sum_of_ranks,
 )
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write, lock_folder
-from fmkernels.focalmix.model.inference import Detections, search
-from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, State, autocast
+from fmkernels.focalmix.model.detector import autocast
+from fmkernels.focalmix.model.inference import Detections, detect
+from fmkernels.focalmix.training.checkpoint import (
+    BURN_IN,
+    CHECKPOINT,
+    PSEUDO_BOXES,
+    State,
+    load_pseudo_boxes,
+    save_pseudo_boxes,
+    save_tensors,
+)
 from fmkernels.focalmix.training.metrics import METRICS, Interrupt, Metrics, Stopwatch
-from fmkernels.focalmix.training.step import draw, focalmix_loss, supervised_loss
+from fmkernels.focalmix.training.step import Losses, focalmix_loss, sample_draws, supervised_loss
 
 CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
-PLACES = 5
-"""FocalMix: the most places of an unlabelled scan that patches are placed on."""
+MAX_PSEUDO_BOXES = 5
+"""Maximum number of pseudo-boxes of an unlabeled scan."""
 
 
 class Scans(NamedTuple):
-    """Series ids by their part in a run."""
+    """Series ids by their role in a run."""
 
     train: list[str]
     unlabeled: list[str]
     validation: list[str]
     test: list[str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: Config
+    data: LUNA16
+    scans: Scans
+    out: Path
+    state: State
+    stopwatch: Stopwatch
 
 
 def train(
@@ -69,258 +88,355 @@ def train(
     resume: bool = False,
     profile: bool = False,
 ) -> froc.Froc | None:
-    """Train a detector and report on the test scans.
+    """Train a detector and evaluate it on the test scans.
 
-    Writes into ``out``: ``config.json``, ``checkpoint.pt`` (after the burn-in also ``burn_in.pt``), ``metrics.csv``,
-    TensorBoard events, ``timing.json``, ``training.png``; where there are test subsets also ``candidates.csv``,
-    ``evaluation.json``, ``froc.png`` and ``sheet.png``.
+    Writes to ``out``: ``config.json``, ``checkpoint.pt``, ``burn_in.pt`` (the checkpoint after the
+    burn-in) and ``pseudo_boxes.pt`` (what it has detected in the unlabeled scans), ``metrics.csv``,
+    TensorBoard events, ``timing.json``, ``training.png``. With test subsets also
+    ``candidates.csv``, ``evaluation.json``, ``froc.png`` and ``sheet.png``.
 
     Args:
         config: see :class:`Config`.
         root: a folder in LUNA16's layout.
-        out: the run's folder.
-        resume: go on from the checkpoint in ``out`` where there is one.
-        profile: wait for the GPU after every stage of a step, so that ``timing.json`` tells the stages apart there too.
+        out: the folder of the run.
+        resume: continue from the checkpoint in ``out`` if there is one.
+        profile: synchronize after each stage of a step, so that ``timing.json`` has their times on
+            a GPU too.
 
     Returns:
         The evaluation on the test scans; None without test subsets.
 
     Raises:
-        InputError: bad data; a broken checkpoint; ``out`` holds another configuration, or any run without ``resume``;
-            another process is at work in ``out``.
-        FloatingPointError: the loss or its gradient is no longer finite; the last good checkpoint stays, and the batch
-            of the first such step is in ``bad_batch.pt``.
-        ChildProcessError: a process that reads patches died.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
+        InputError: bad data; a damaged checkpoint; ``out`` holds a run with another configuration,
+            or any run without ``resume``; another process is using ``out``.
+        FloatingPointError: the loss or its gradient is not finite; the last good checkpoint is
+            kept, and ``bad_batch.pt`` holds the batch of the first such step.
+        ChildProcessError: a data-loading process died.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     out, device = Path(out), choose_device(config.device)
-    with process_group(device), lock_folder(out) if place()[0] == 0 else contextlib.nullcontext():
+    with process_group(device), _lock(out):
         _claim(out, config, resume)
         data, scans = _open_data(config, root)
-        state = State(config, device)
+        run = _Run(config, data, scans, out, State(config, device), Stopwatch(device, profile))
         if (out / CHECKPOINT).exists():
-            state.load(out / CHECKPOINT, scans.train)
-        stopwatch = Stopwatch(device, profile)
+            run.state.load(out / CHECKPOINT, scans.train)
         try:
-            with Interrupt() as interrupt:
-                _fit(config, state, data, scans, out, interrupt, stopwatch)
+            with Interrupt() as interrupt, contextlib.closing(_Trainer(run, interrupt)) as trainer:
+                trainer.fit()
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise ChildProcessError(
                 f"{out}: {first_line(error)} --resume continues the run"
             ) from error
-        return _report(config, state, data, scans, out, stopwatch)
+        return _report(run)
 
 
-def _fit(
-    config: Config,
-    state: State,
-    data: LUNA16,
-    scans: Scans,
-    out: Path,
-    interrupt: Interrupt,
-    stopwatch: Stopwatch,
-) -> None:
-    """The training loop."""
-    (rank, world), device = place(), stopwatch.device
-    model = DistributedDataParallel(state.model) if world > 1 else state.model
-    forward = state.model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
-    metrics = Metrics(out, state.step)
-    batches = _batches(config, data, scans, state, stopwatch)
-    health: list[torch.Tensor] = []  # of each step since the last check: loss, norm of the gradient
-    bar = tqdm(batches, "training", config.steps, initial=state.step, unit="step", disable=rank > 0)
-    began = time.monotonic() - state.seconds
-    with contextlib.closing(metrics), contextlib.closing(batches), contextlib.closing(bar):
-        stopwatch.start()
-        for labeled, unlabeled in bar:
-            labeled = _to_device(labeled, device)
-            unlabeled = (
-                None if unlabeled is None else unlabeled["image"].to(device, non_blocking=True)
-            )
-            stopwatch.lap("data")
-
-            with autocast(config, device):
-                if unlabeled is None:
-                    losses = supervised_loss(model, labeled, config)
-                else:
-                    teacher = state.average.module if config.teacher == "ema" else state.model
-                    drawn = draw(config, state.step, rank, world).to(device)
-                    losses = focalmix_loss(model, teacher, labeled, unlabeled, config, drawn)
-            loss = losses.classification + config.box_weight * losses.box
-            stopwatch.lap("loss")
-
-            state.scaler.scale(
-                loss * world
-            ).backward()  # DistributedDataParallel takes the mean over the processes
-            stopwatch.lap("backward")
-
-            state.scaler.unscale_(state.optimizer)
-            norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
-            # a scaler itself leaves out the steps of which the gradient is not finite
-            health.append(
-                torch.stack(
-                    [loss.detach(), torch.zeros_like(norm) if state.scaler.is_enabled() else norm]
-                )
-            )
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad()
-            rate = float(state.scheduler.get_last_lr()[0])
-            state.scheduler.step()
-            state.average.update_parameters(state.model)
-            state.sums += torch.stack(losses).detach()
-            state.summed += 1
-            state.step += 1
-            stopwatch.lap("optimizer")
-
-            last = state.step == config.steps
-            validate = bool(scans.validation) and (last or state.step % config.validate_every == 0)
-            log = last or validate or state.step % config.log_every == 0
-            stop = (
-                interrupt.requested
-                if world == 1
-                else log and any_process(interrupt.requested, device)
-            )
-            save = last or stop or state.step % config.checkpoint_every == 0
-            if log or save or state.step == config.burn_in:
-                _check_finite(health, config, state, data, scans, out)
-                health.clear()
-                state.seconds = time.monotonic() - began
-            if log:
-                row = _means(state, config) | {"lr": rate, "seconds": round(state.seconds, 1)}
-                if validate:
-                    found = _search_all(config, state.average.module, data, scans.validation)
-                    row["val_cpm"] = froc.evaluate(
-                        _candidates(found),
-                        *data.findings(scans.validation),
-                        scans.validation,
-                        bootstraps=0,
-                    ).cpm
-                bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
-                metrics.add(state.step, row)
-                state.sums.zero_()
-                state.summed = 0
-            if state.step == config.burn_in and rank == 0:
-                state.save(out / BURN_IN, config, scans.train)
-            if save and rank == 0:
-                state.save(out / CHECKPOINT, config, scans.train)
-            if stop and not last:
-                raise KeyboardInterrupt(
-                    f"stopped after step {state.step} of {config.steps}; --resume continues it"
-                )
-            stopwatch.start()
-    forward.remove()
+def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
+    return lock_folder(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext()
 
 
-def _batches(
-    config: Config, data: LUNA16, scans: Scans, state: State, stopwatch: Stopwatch
-) -> Generator[tuple[dict[str, Any], dict[str, Any] | None], None, None]:
-    """Labelled and unlabelled patches of every step from the state's on; of the latter None until they come in."""
-    (rank, world), start = place(), state.step
+class _Trainer:
+    """The steps of a run."""
 
-    def loader(patches: PatchDataset, first: int) -> Iterator[dict[str, Any]]:
-        share = {
-            "batch_size": len(patches) // config.steps // world,
-            "rank": rank,
-            "world_size": world,
-        }
-        return iter(patch_loader(patches, start=first, workers=config.workers, **share))
-
-    labeled = loader(_labeled(config, data, scans), start)
-    if config.method == "supervised":
-        yield from zip(labeled, itertools.repeat(None))
-        return
-    yield from zip(
-        itertools.islice(labeled, max(0, config.burn_in - start)), itertools.repeat(None)
-    )
-    first = max(start, config.burn_in)
-    if config.unlabeled_positive and first == config.burn_in:
-        state.found = _rows(
-            _search_all(config, state.average.module, data, scans.unlabeled), scans.unlabeled
+    def __init__(self, run: _Run, interrupt: Interrupt) -> None:
+        self.run, self.interrupt = run, interrupt
+        self.rank, self.world_size = rank_and_world_size()
+        model, stopwatch = run.state.model, run.stopwatch
+        self.model = DistributedDataParallel(model) if self.world_size > 1 else model
+        self.hook = model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
+        self.metrics = Metrics(run.out, run.state.step)
+        self.bar = tqdm(
+            desc="training",
+            total=run.config.steps,
+            initial=run.state.step,
+            unit="step",
+            disable=self.rank > 0,
         )
-        stopwatch.lap("search")
-    stopwatch.forget()
-    yield from zip(
-        labeled, loader(_unlabeled(config, data, scans, state.found), first), strict=True
-    )
+        self.began = time.monotonic() - run.state.seconds
+        self.pseudo_boxes = torch.empty(0, 8, dtype=torch.float32, device="cpu")
+        self.health: list[torch.Tensor] = []
+        """Loss and gradient norm of each step since they were last checked."""
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.hook.remove()
+
+    def fit(self) -> None:
+        """Burn-in, detection in the unlabeled scans, FocalMix steps."""
+        config, state, stopwatch = self.run.config, self.run.state, self.run.stopwatch
+        is_focalmix = config.method == "focalmix"
+        labeled = self._batches(_labeled_patches(self.run), state.step)
+        stopwatch.start()
+
+        supervised_steps = config.burn_in if is_focalmix else config.steps
+        for patches in itertools.islice(labeled, max(0, supervised_steps - state.step)):
+            self._step(patches)
+        if not is_focalmix:
+            return
+
+        self.pseudo_boxes = self._find_pseudo_boxes()
+        stopwatch.restart()
+        unlabeled = self._batches(_unlabeled_patches(self.run, self.pseudo_boxes), state.step)
+        for patches, unlabeled_patches in zip(labeled, unlabeled, strict=True):
+            self._step(patches, unlabeled_patches)
+
+    def _batches(self, patches: PatchDataset, first: int) -> Iterator[dict[str, Any]]:
+        """The patches of this process, from a step on."""
+        loader = patch_loader(
+            patches,
+            batch_size=len(patches) // self.run.config.steps // self.world_size,
+            start=first,
+            workers=self.run.config.workers,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return iter(loader)
+
+    def _find_pseudo_boxes(self) -> torch.Tensor:
+        """Run the burn-in model over the unlabeled scans, once: the boxes are kept in a file.
+
+        Returns:
+            float32 [n, 8]: index of the series, box in voxels, sampling weight.
+        """
+        config, state, series = self.run.config, self.run.state, self.run.scans.unlabeled
+        if not config.unlabeled_positive_fraction:
+            return self.pseudo_boxes
+        path = self.run.out / PSEUDO_BOXES
+        if path.exists() or state.step > config.burn_in:
+            return load_pseudo_boxes(path, series)
+        detections = _detect_all(config, state.ema.module, self.run.data, series)
+        boxes = _pseudo_boxes(detections, series)
+        if self.rank == 0:
+            save_pseudo_boxes(path, boxes, series)
+        return boxes
+
+    def _step(self, labeled: Mapping[str, Any], unlabeled: Mapping[str, Any] | None = None) -> None:
+        """One step of the optimizer, and what is due after it."""
+        config, state, stopwatch = self.run.config, self.run.state, self.run.stopwatch
+        device = stopwatch.device
+        labeled = _to_device(labeled, device)
+        images = None if unlabeled is None else unlabeled["image"].to(device, non_blocking=True)
+        stopwatch.lap("data")
+
+        with autocast(config, device):
+            losses = self._losses(labeled, images)
+        loss = losses.classification + config.box_weight * losses.box
+        stopwatch.lap("loss")
+
+        # DistributedDataParallel averages the gradients of the processes
+        state.scaler.scale(loss * self.world_size).backward()
+        stopwatch.lap("backward")
+
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
+        # a scaler skips steps whose gradient is not finite
+        checked_norm = torch.zeros_like(norm) if state.scaler.is_enabled() else norm
+        self.health.append(torch.stack([loss.detach(), checked_norm]))
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        rate = float(state.scheduler.get_last_lr()[0])
+        state.scheduler.step()
+        state.ema.update_parameters(state.model)
+        state.loss_sums += torch.stack(losses).detach()
+        state.loss_steps += 1
+        state.step += 1
+        stopwatch.lap("optimizer")
+
+        self._after_step(rate)
+        self.bar.update()
+        stopwatch.start()
+
+    def _losses(self, labeled: Mapping[str, Any], unlabeled: torch.Tensor | None) -> Losses:
+        config, state = self.run.config, self.run.state
+        if unlabeled is None:
+            return supervised_loss(self.model, labeled, config)
+        teacher = state.ema.module if config.teacher == "ema" else state.model
+        draws = sample_draws(config, state.step, self.rank, self.world_size)
+        device = unlabeled.device
+        return focalmix_loss(self.model, teacher, labeled, unlabeled, config, draws.to(device))
+
+    def _after_step(self, rate: float) -> None:
+        """Log, validate, save and stop where it is due."""
+        config, state, scans, out = self.run.config, self.run.state, self.run.scans, self.run.out
+        last = state.step == config.steps
+        burned_in = state.step == config.burn_in
+        validate = bool(scans.validation) and (last or state.step % config.validate_every == 0)
+        log = last or validate or state.step % config.log_every == 0
+        stop = self.interrupt.requested
+        if self.world_size > 1:  # agree, but not in every step
+            stop = log and any_process(stop, self.run.stopwatch.device)
+        save = last or stop or burned_in or state.step % config.checkpoint_every == 0
+        if log or save:
+            self._check_finite()
+            state.seconds = time.monotonic() - self.began
+        if log:
+            row = self._mean_losses() | {"lr": rate, "seconds": round(state.seconds, 1)}
+            if validate:
+                row["val_cpm"] = self._validate()
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
+            self.metrics.add(state.step, row)
+            state.loss_sums.zero_()
+            state.loss_steps = 0
+        if self.rank == 0:
+            for due, name in ((burned_in, BURN_IN), (save, CHECKPOINT)):
+                if due:
+                    state.save(out / name, config, scans.train)
+        if stop and not last:
+            raise KeyboardInterrupt(
+                f"stopped after step {state.step} of {config.steps}; --resume continues it"
+            )
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Mean losses of the joint batch since the last row of the metrics."""
+        state = self.run.state
+        means = sum_of_ranks(state.loss_sums) / max(state.loss_steps, 1)
+        classification, box, positives = means.tolist()
+        loss = classification + self.run.config.box_weight * box
+        return {"loss": loss, "loss_cls": classification, "loss_box": box, "positives": positives}
+
+    def _validate(self) -> float:
+        run = self.run
+        detections = _detect_all(run.config, run.state.ema.module, run.data, run.scans.validation)
+        return _evaluate(run.data, detections, run.scans.validation, bootstraps=0).cpm
+
+    def _check_finite(self) -> None:
+        """Stop if a loss or gradient was not finite, and save the joint batch of the first one."""
+        state, out = self.run.state, self.run.out
+        first = state.step - len(self.health)
+        if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
+            self.health[-1][1] = math.inf  # all of the last steps were skipped
+        values = sum_of_ranks(torch.stack(self.health)).tolist()
+        self.health.clear()
+        for step, (loss, norm) in enumerate(values, start=first):
+            if math.isfinite(loss) and math.isfinite(norm):
+                continue
+            if self.rank == 0:
+                save_tensors(
+                    {"step": step + 1, **_joint_batch(self.run, step, self.pseudo_boxes)},
+                    out / BAD_BATCH,
+                )
+            problem = (
+                f"the norm of the gradient is {norm}"
+                if math.isfinite(loss)
+                else f"the loss is {loss}"
+            )
+            kept = "holds an earlier step" if (out / CHECKPOINT).exists() else "is not yet written"
+            raise FloatingPointError(
+                f"step {step + 1}: {problem}; {out / BAD_BATCH} holds its batch, "
+                f"{out / CHECKPOINT} {kept}; try a lower learning_rate or max_grad_norm "
+                "in a new folder"
+            )
 
 
-def _labeled(config: Config, data: LUNA16, scans: Scans) -> LabeledPatches:
-    """The labelled patches of all steps."""
+def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    moved: dict[str, Any] = {"image": batch["image"].to(device, non_blocking=True)}
+    for name in ("boxes", "ignore"):
+        moved[name] = [boxes.to(device, non_blocking=True) for boxes in batch[name]]
+    return moved
+
+
+def _labeled_patches(run: _Run) -> LabeledPatches:
+    """The labeled patches of all steps."""
     return LabeledPatches(
-        data,
-        scans.train,
-        patch_size=config.patch_size,
-        positive_fraction=config.positive,
-        length=config.steps * config.batch_size,
-        seed=config.seed,
+        run.data,
+        run.scans.train,
+        patch_size=run.config.patch_size,
+        positive_fraction=run.config.positive_fraction,
+        length=run.config.steps * run.config.batch_size,
+        seed=run.config.seed,
     )
 
 
-def _unlabeled(config: Config, data: LUNA16, scans: Scans, found: torch.Tensor) -> UnlabeledPatches:
-    """The unlabelled patches of all steps, around what was found."""
-    rows = found.numpy()
+def _unlabeled_patches(run: _Run, pseudo_boxes: torch.Tensor) -> UnlabeledPatches:
+    """The unlabeled patches of all steps, placed around the pseudo-boxes."""
+    rows = pseudo_boxes.numpy()
     return UnlabeledPatches(
-        data,
-        scans.unlabeled,
-        {uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)},
-        patch_size=config.patch_size,
-        positive_fraction=config.unlabeled_positive,
-        length=config.steps * config.unlabeled_batch_size,
-        seed=config.seed + 2**62,
+        run.data,
+        run.scans.unlabeled,
+        {uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(run.scans.unlabeled)},
+        patch_size=run.config.patch_size,
+        positive_fraction=run.config.unlabeled_positive_fraction,
+        length=run.config.steps * run.config.unlabeled_batch_size,
+        seed=run.config.seed + 2**62,
     )
 
 
-def _rows(found: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
-    """float32 [n, 8]: number of the series, box in voxels, weight p^4; the most probable of each, p = probability."""
+def _joint_batch(run: _Run, step: int, pseudo_boxes: torch.Tensor) -> dict[str, Any]:
+    """The patches of all processes in a step."""
+    patches: dict[str, tuple[PatchDataset, int]] = {
+        "labeled": (_labeled_patches(run), run.config.batch_size)
+    }
+    if run.config.method == "focalmix" and step >= run.config.burn_in:
+        unlabeled = _unlabeled_patches(run, pseudo_boxes)
+        patches["unlabeled"] = (unlabeled, run.config.unlabeled_batch_size)
+    return {
+        name: collate([dataset[i] for i in range(step * size, (step + 1) * size)])
+        for name, (dataset, size) in patches.items()
+    }
+
+
+def _pseudo_boxes(detections: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
+    """float32 [n, 8]: index of the series, box, weight = probability^4, for the best of a scan."""
     rows = [
-        np.column_stack(
-            [np.full(len(found[uid].boxes), i), found[uid].boxes, found[uid].probabilities ** 4]
-        )[:PLACES]
-        for i, uid in enumerate(series)
+        np.column_stack([np.full(len(found.boxes), i), found.boxes, found.probabilities**4])[
+            :MAX_PSEUDO_BOXES
+        ]
+        for i, found in enumerate(detections[uid] for uid in series)
     ]
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
-def _report(
-    config: Config, state: State, data: LUNA16, scans: Scans, out: Path, stopwatch: Stopwatch
-) -> froc.Froc | None:
-    """Pictures and figures of a finished run."""
-    first = place()[0] == 0
-    if first:
-        figures.draw_training(out / "training.png", out / METRICS)
-        if summary := stopwatch.summary():
-            _write_json(out / "timing.json", summary)
-    if not scans.test:
-        return None
-    found = _search_all(config, state.average.module, data, scans.test)
-    evaluation = froc.evaluate(_candidates(found), *data.findings(scans.test), scans.test)
-    if first:
-        write_candidates(out / CANDIDATES, _candidates(found))
-        figures.draw_froc(out / "froc.png", {"test scans": evaluation})
-        figures.draw_examples(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
-        _write_json(out / EVALUATION, evaluation.to_dict())  # the last: what has it is finished
-    return evaluation
-
-
-def _search_all(
+def _detect_all(
     config: Config, model: nn.Module, data: LUNA16, series: Sequence[str]
 ) -> dict[str, Detections]:
-    """Detections of all scans, in every process; each searches its share."""
-    rank, world = place()
-    own = series[rank::world]
-    bar = tqdm(own, "detecting", unit="scan", leave=False, disable=rank > 0)
-    found = {uid: search(config, model, data.volume(uid)) for uid in bar}
-    if world > 1:
-        shares: list[dict[str, Detections]] = [{}] * world
-        dist.all_gather_object(shares, found)
-        found = {uid: detections for share in shares for uid, detections in share.items()}
-    return found
+    """Detections of all scans; the work is divided among the processes, the result is in each."""
+    rank, world_size = rank_and_world_size()
+    bar = tqdm(series[rank::world_size], "detecting", unit="scan", leave=False, disable=rank > 0)
+    detections = {uid: detect(config, model, data.volume(uid)) for uid in bar}
+    if world_size > 1:
+        parts: list[dict[str, Detections]] = [{}] * world_size
+        dist.all_gather_object(parts, detections)
+        detections = {uid: found for part in parts for uid, found in part.items()}
+    return detections
 
 
-def _candidates(found: Mapping[str, Detections]) -> dict[str, np.ndarray]:
-    return {uid: detections.candidates for uid, detections in found.items()}
+def _candidates(detections: Mapping[str, Detections]) -> dict[str, np.ndarray]:
+    return {uid: found.candidates for uid, found in detections.items()}
+
+
+def _evaluate(
+    data: LUNA16,
+    detections: Mapping[str, Detections],
+    series: Sequence[str],
+    bootstraps: int = 1000,
+) -> froc.Froc:
+    candidates, findings = _candidates(detections), data.findings(series)
+    return froc.evaluate(candidates, *findings, series, bootstraps=bootstraps)
+
+
+def _report(run: _Run) -> froc.Froc | None:
+    """Evaluate on the test scans, and write the results and figures of a finished run."""
+    data, series, out = run.data, run.scans.test, run.out
+    is_first = rank_and_world_size()[0] == 0
+    if is_first:
+        figures.draw_training(out / "training.png", out / METRICS)
+        if summary := run.stopwatch.summary():
+            _write_json(out / "timing.json", summary)
+    if not series:
+        return None
+    detections = _detect_all(run.config, run.state.ema.module, data, series)
+    evaluation = _evaluate(data, detections, series)
+    if is_first:
+        write_candidates(out / CANDIDATES, _candidates(detections))
+        figures.draw_froc(out / "froc.png", {"test scans": evaluation})
+        figures.draw_examples(out / "sheet.png", _sheet(data, series, detections, evaluation))
+        # written last: its presence marks a finished run
+        _write_json(out / EVALUATION, evaluation.to_dict())
+    return evaluation
 
 
 def _sheet(
@@ -331,7 +447,7 @@ def _sheet(
     *,
     columns: int = 4,
 ) -> list[figures.Panel]:
-    """Slices through nodules of all sizes (two rows) and through the most probable false positives (one row)."""
+    """Slices through nodules of all sizes (two rows) and through false positives (one row)."""
     threshold = (
         np.interp(1.0, evaluation.fps_per_scan, evaluation.thresholds)
         if len(evaluation.thresholds)
@@ -384,15 +500,16 @@ def _sheet(
 
 
 def _claim(out: Path, config: Config, resume: bool) -> None:
-    """Make the run's folder, or see that it holds this very run."""
-    world = place()[1]
-    for name in (
-        ("batch_size", "unlabeled_batch_size", "groups")
-        if config.method == "focalmix"
-        else ("batch_size",)
-    ):
-        if (value := getattr(config, name)) % world:
-            raise InputError(f"{name}: expected a multiple of the {world} processes, got {value}")
+    """Make the folder of the run, or check that it holds this very run."""
+    rank, world_size = rank_and_world_size()
+    names = ["batch_size"]
+    if config.method == "focalmix":
+        names += ["unlabeled_batch_size", "groups"]
+    for name in names:
+        if (value := getattr(config, name)) % world_size:
+            raise InputError(
+                f"{name}: expected a multiple of the {world_size} processes, got {value}"
+            )
     out.mkdir(parents=True, exist_ok=True)
     begun = (out / CHECKPOINT).exists()
     stored = load_config(out) if begun else None
@@ -401,121 +518,72 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
             raise InputError(
                 f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}"
             )
-    if resume and not begun and place()[0] == 0:
-        tqdm.write(f"{out}: nothing to resume, a new run begins", file=sys.stderr)
     if begun and not resume:
         raise InputError(f"{out}: expected a new folder, or --resume to continue the run it holds")
-    if not stored and place()[0] == 0:
+    if rank > 0:
+        return
+    if resume and not begun:
+        tqdm.write(f"{out}: no checkpoint to resume from, starting a new run", file=sys.stderr)
+    if not begun:
+        (out / PSEUDO_BOXES).unlink(missing_ok=True)  # of a run that was here before
+    if not stored:
         _write_json(out / CONFIG, asdict(config))
 
 
 def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
     data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
-    scans = draw_scans(config, data)
-    if place()[0] == 0:
+    scans = choose_scans(config, data)
+    if rank_and_world_size()[0] == 0:
         data.prepare()
     if dist.is_initialized():
         dist.barrier()
     return data, scans
 
 
-def draw_scans(config: Config, data: LUNA16) -> Scans:
-    """The scans of a run by their part in it; InputError where there are too few, or none of a part has a nodule."""
-    wanted = {
+def choose_scans(config: Config, data: LUNA16) -> Scans:
+    """The scans of a run by their role.
+
+    Raises:
+        InputError: there are too few scans, or a role has no nodule.
+    """
+    subsets = {
         "train": config.train_subsets,
         "validation": config.validation_subsets,
         "test": config.test_subsets,
     }
-    parts = {
-        part: [uid for uid in data.series if data.subset(uid) in subsets]
-        for part, subsets in wanted.items()
+    scans = {
+        role: [uid for uid in data.series if data.subset(uid) in numbers]
+        for role, numbers in subsets.items()
     }
+    train, scans["unlabeled"] = scans["train"], []
     if config.labeled is not None:
-        if config.labeled > len(parts["train"]):
+        if config.labeled > len(train):
             raise InputError(
-                f"labeled: expected at most {len(parts['train'])} training scans, got {config.labeled}"
+                f"labeled: expected at most {len(train)} training scans, got {config.labeled}"
             )
-        order = np.random.default_rng(config.seed).permutation(len(parts["train"]))
+        order = np.random.default_rng(config.seed).permutation(len(train))
         last = None if config.unlabeled is None else config.labeled + config.unlabeled
-        drawn = {"train": order[: config.labeled], "unlabeled": order[config.labeled : last]}
-        parts |= {
-            part: [parts["train"][i] for i in sorted(chosen)] for part, chosen in drawn.items()
-        }
-        if (rest := len(parts["unlabeled"])) < (config.unlabeled or 0):
+        scans["train"] = [train[i] for i in sorted(order[: config.labeled])]
+        scans["unlabeled"] = [train[i] for i in sorted(order[config.labeled : last])]
+        if (others := len(scans["unlabeled"])) < (config.unlabeled or 0):
             raise InputError(
-                f"unlabeled: expected at most the {rest} other training scans, got {config.unlabeled}"
+                f"unlabeled: expected at most the {others} other training scans, "
+                f"got {config.unlabeled}"
             )
-    if config.method == "focalmix" and not parts.get("unlabeled"):
+    if config.method == "focalmix" and not scans["unlabeled"]:
         raise InputError(
-            f"labeled: expected fewer than the {len(parts['train'])} training scans, got {config.labeled}"
+            f"labeled: expected fewer than the {len(train)} training scans, got {config.labeled}"
         )
-    for part, series in ((part, parts[part]) for part in wanted):
-        if series and not any(len(data.nodules(uid)) for uid in series):
-            by_seed = part == "train" and config.labeled is not None
-            where = f"the scans that seed {config.seed} draws" if by_seed else wanted[part]
+    for role, numbers in subsets.items():
+        if scans[role] and not any(len(data.nodules(uid)) for uid in scans[role]):
+            by_seed = role == "train" and config.labeled is not None
+            where = f"the scans chosen by seed {config.seed}" if by_seed else numbers
             raise InputError(
-                f"{part}_subsets: expected at least one nodule in {data.root}, found none in {where}"
+                f"{role}_subsets: expected at least one nodule in {data.root}, "
+                f"found none in {where}"
             )
-    return Scans(**{"unlabeled": [], **parts})
-
-
-def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    moved: dict[str, Any] = {"image": batch["image"].to(device, non_blocking=True)}
-    for name in ("boxes", "ignore"):
-        moved[name] = [boxes.to(device, non_blocking=True) for boxes in batch[name]]
-    return moved
-
-
-def _means(state: State, config: Config) -> dict[str, float]:
-    """Mean losses of the joint batch since the last row."""
-    classification, box, positives = (sum_of_ranks(state.sums) / max(state.summed, 1)).tolist()
-    loss = classification + config.box_weight * box
-    return {"loss": loss, "loss_cls": classification, "loss_box": box, "positives": positives}
-
-
-def _check_finite(
-    health: Sequence[torch.Tensor],
-    config: Config,
-    state: State,
-    data: LUNA16,
-    scans: Scans,
-    out: Path,
-) -> None:
-    """Stop where a loss or a gradient was not finite, and keep the joint batch of the first such step."""
-    first = state.step - len(health)
-    if (
-        state.scaler.is_enabled() and state.scaler.get_scale() < 1
-    ):  # it has left out all of the last steps
-        health[-1][1] = math.inf
-    for step, (loss, norm) in enumerate(
-        sum_of_ranks(torch.stack(list(health))).tolist(), start=first
-    ):
-        if math.isfinite(loss) and math.isfinite(norm):
-            continue
-        if place()[0] == 0:
-            patches: dict[str, tuple[PatchDataset, int]] = {
-                "labeled": (_labeled(config, data, scans), config.batch_size)
-            }
-            if config.method == "focalmix" and step >= config.burn_in:
-                patches["unlabeled"] = (
-                    _unlabeled(config, data, scans, state.found),
-                    config.unlabeled_batch_size,
-                )
-            batch = {
-                name: collate([dataset[i] for i in range(step * size, (step + 1) * size)])
-                for name, (dataset, size) in patches.items()
-            }
-            with atomic_write(out / BAD_BATCH) as temporary:
-                torch.save({"step": step + 1, **batch}, temporary)
-        what = (
-            f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        )
-        kept = "holds an earlier step" if (out / CHECKPOINT).exists() else "is not yet written"
-        raise FloatingPointError(
-            f"step {step + 1}: {what}; {out / BAD_BATCH} holds its batch, {out / CHECKPOINT} {kept}; "
-            "try a lower learning_rate or clip in a new folder"
-        )
+    return Scans(**scans)
 
 
 def _write_json(path: Path, value: Any) -> None:

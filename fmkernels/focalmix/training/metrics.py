@@ -1,4 +1,4 @@
-"""What a run shows of itself while it goes on, and how it is asked to stop."""
+"""Step timing, metrics.csv and TensorBoard events, graceful stop on SIGINT and SIGTERM."""
 
 import csv
 import re
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from fmkernels.focalmix.distributed import place
+from fmkernels.focalmix.distributed import rank_and_world_size
 from fmkernels.focalmix.files import atomic_write
 
 METRICS = "metrics.csv"
@@ -25,13 +25,13 @@ _ROW = re.compile(rf"\d{{1,18}}(,(-?\d+(\.\d+)?(e[-+]\d+)?)?){{{len(COLUMNS) - 1
 class Stopwatch:
     """Seconds of each stage of each step.
 
-    On a GPU the stages run behind the host; only with ``wait`` does each lap wait for them. Without, a lap there says
-    how long the host took, and only the wait for data and the sum of all mean something.
+    A GPU works asynchronously: its stages are told apart only if every lap synchronizes. Otherwise
+    a lap is the time of the host, and only the wait for data and the total are meaningful.
     """
 
-    def __init__(self, device: torch.device, wait: bool) -> None:
+    def __init__(self, device: torch.device, synchronize: bool) -> None:
         self.device = device
-        self.wait = wait and device.type == "cuda"
+        self.synchronize = synchronize and device.type == "cuda"
         self.steps: list[dict[str, float]] = []
         self.last = time.perf_counter()
 
@@ -40,50 +40,50 @@ class Stopwatch:
         self.steps.append(defaultdict(float))
         self.last = time.perf_counter()
 
-    def forget(self) -> None:
-        """Drop the steps before the present one: those that follow are of another kind."""
-        del self.steps[:-1]
+    def restart(self) -> None:
+        """Forget all steps and begin one."""
+        self.steps.clear()
+        self.start()
 
     def lap(self, stage: str) -> None:
-        """Book the time since the last lap on a stage."""
-        if self.wait:
+        """Add the time since the last lap to a stage."""
+        if self.synchronize:
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.steps[-1][stage] += now - self.last
         self.last = now
 
     def summary(self) -> dict[str, Any]:
-        """Medians in milliseconds, and the share of all time that the loop waited for data; empty without a step."""
+        """Medians in milliseconds, and the fraction of time spent waiting for data."""
         steps = [step for step in self.steps if step]
         if not steps:
             return {}
+        is_gpu = self.device.type == "cuda"
         stages = {
             stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in steps[0]
         }
         totals = [sum(step.values()) for step in steps]
         return {
-            "device": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if is_gpu else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "steps": len(steps),
-            "stages_told_apart": self.wait or self.device.type != "cuda",
+            "synchronized": self.synchronize or not is_gpu,
             "milliseconds": stages | {"step": 1e3 * statistics.median(totals)},
-            "share_waiting_for_data": sum(step["data"] for step in steps) / sum(totals),
+            "data_wait_fraction": sum(step["data"] for step in steps) / sum(totals),
         }
 
 
 class Metrics:
     """``metrics.csv`` and the TensorBoard events of a run, written by the first process.
 
-    Rows after ``step``, which a stopped run left behind, are dropped.
+    Rows after ``step``, which a stopped run has left, are dropped.
     """
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / METRICS
         self.events = None
-        if place()[0] > 0:
+        if rank_and_world_size()[0] > 0:
             return
         rows = []
         if step and self.path.exists():
@@ -111,22 +111,22 @@ class Metrics:
 
 
 class Interrupt:
-    """While active, the first Ctrl-C or SIGTERM only sets ``requested``; a second one acts as usual."""
+    """The first SIGINT or SIGTERM only sets ``requested``; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.usual: dict[int, Any] = {}
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self.usual = {
+            self.previous = {
                 number: signal.signal(number, self._request)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.usual.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:

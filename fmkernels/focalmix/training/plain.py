@@ -1,6 +1,7 @@
-"""The operations of FocalMix's step in plain eager PyTorch, as a careful user writes them: what ``--ops plain`` runs.
+"""The operations of a FocalMix step in plain eager PyTorch, as a careful user would write them.
 
-Same names and meaning as in `fmkernels.functional`, as far as the step needs them. To compare with, not to use.
+``--ops plain`` runs them, for comparison only. Names and meaning are those of
+`fmkernels.functional`, as far as a step needs them.
 """
 
 import math
@@ -29,23 +30,22 @@ def object_mixup3d(
     window: tuple[float, float],
     out: Tensor,
 ) -> Tensor:
-    """In place only: ``out`` is ``volumes``; boxes to the nearest voxel."""
-    there = (boxes.isfinite() & donor_boxes.isfinite()).all(1)
-    for (b, *box), (j, *donor_box), share in zip(
-        boxes[there].tolist(), donor_boxes[there].tolist(), lam[there].tolist(), strict=True
+    """Works in place only (``out`` is ``volumes``), and rounds boxes to the nearest voxel."""
+    is_valid = (boxes.isfinite() & donor_boxes.isfinite()).all(1)
+    for (b, *box), (j, *donor_box), weight in zip(
+        *(x[is_valid].tolist() for x in (boxes, donor_boxes, lam)), strict=True
     ):
         region = out[int(b)][(slice(None), *_region(box, out.shape[2:]))]
         donor = donors[int(j)][(slice(None), *_region(donor_box, donors.shape[2:]))]
         if region.numel() and donor.numel():
-            resized = F.interpolate(
-                apply_window(donor, window)[None], region.shape[1:], mode="trilinear"
-            )[0]
-            torch.lerp(resized, region, share, out=region)
+            windowed = apply_window(donor, window)[None]
+            resized = F.interpolate(windowed, region.shape[1:], mode="trilinear")[0]
+            torch.lerp(resized, region, weight, out=region)
     return out
 
 
 def _region(box: Sequence[float], size: Sequence[int]) -> list[slice]:
-    """The voxels whose centres lie in a box."""
+    """The voxels whose centers lie in a box."""
     ends = [(max(a, 0.0), min(b, n)) for a, b, n in zip(box[:3], box[3:], size, strict=True)]
     return [slice(math.ceil(a - 0.5), max(math.ceil(b - 0.5), 0)) for a, b in ends]
 
@@ -67,9 +67,8 @@ def soft_target_focal_loss(
 ) -> Tensor:
     def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        return (
-            (alpha0 + (alpha1 - alpha0) * y) * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
-        )
+        alpha = alpha0 + (alpha1 - alpha0) * y
+        return alpha * (y - torch.sigmoid(x)).abs() ** gamma * cross_entropy
 
     return _total(loss, logits, targets, **arguments)
 
@@ -77,19 +76,16 @@ def soft_target_focal_loss(
 def hard_target_focal_loss(
     logits: Sequence[Tensor], targets: Sequence[Tensor], **arguments: Any
 ) -> Tensor:
-    """The focal loss of common libraries, soft targets put into the formula of hard ones; its minimum is elsewhere.
+    """The usual focal loss with soft targets in the formula for hard ones: not minimal at p = y.
 
-    This is what ``--loss hard`` trains with: the soft-target focal loss is compared with it.
+    ``--loss hard`` trains with it, for comparison with the soft-target focal loss.
     """
 
     def loss(x: Tensor, y: Tensor, alpha0: float, alpha1: float, gamma: float) -> Tensor:
         p = torch.sigmoid(x)
         p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha1 * y + alpha0 * (1 - y)
-        return (
-            alpha_t
-            * (1 - p_t) ** gamma
-            * F.binary_cross_entropy_with_logits(x, y, reduction="none")
-        )
+        cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        return alpha_t * (1 - p_t) ** gamma * cross_entropy
 
     return _total(loss, logits, targets, **arguments)
 
@@ -106,19 +102,18 @@ def _total(
     normalizer: Tensor,
     mix: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The sum over all anchors that are not ignored, by the normalizer."""
+    """The sum over all anchors that are not ignored, divided by the normalizer."""
     total = normalizer.new_zeros(())
     for x, y in zip(logits, targets, strict=True):
         y, ignored = _mixed(y, mix)
         losses = loss(x.float(), y, alpha0, alpha1, gamma)
-        total = (
-            total + (losses if weight is None else losses * weight).masked_fill(ignored, 0.0).sum()
-        )
+        losses = losses if weight is None else losses * weight
+        total = total + losses.masked_fill(ignored, 0.0).sum()
     return total / normalizer.clamp(min=1)
 
 
 def _mixed(y: Tensor, mix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Targets and what is ignored of them."""
+    """Mixed targets, and a mask of those that are ignored."""
     ignored = y < 0
     if mix is not None:
         lam, index = mix[0].view(-1, 1, 1, 1, 1), mix[1]

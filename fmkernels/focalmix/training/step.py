@@ -1,7 +1,8 @@
-"""The losses of a training step: of labelled patches alone, and FocalMix's of labelled and unlabelled ones together.
+"""The losses of a training step, supervised and FocalMix.
 
-FocalMix is that of Wang et al., CVPR 2020. Choices of this project: which boxes of unlabelled images count as objects
-(see `predict`), one share for each object, and that a mixed image weighs what the larger of its parts weighs.
+FocalMix follows Wang et al., CVPR 2020. Choices of this project: which predicted boxes count as
+objects (see `predict_unlabeled`), one lambda per object, and that the loss of a mixed image has the
+weight of the image with the larger lambda.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,85 +17,94 @@ from torch import Tensor, nn
 from fmkernels import functional
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.distributed import sum_of_ranks
-from fmkernels.focalmix.model.anchors import Matches, box_iou, decode_boxes, encode_boxes, match
+from fmkernels.focalmix.model.anchors import (
+    Anchors,
+    box_iou,
+    decode_boxes,
+    encode_boxes,
+    flat_deltas,
+)
 from fmkernels.focalmix.model.detector import apply_window, flipped
+from fmkernels.focalmix.model.matcher import Matches, atss_match
 from fmkernels.focalmix.training import plain
 
 
 class Losses(NamedTuple):
-    """Scalars of a step whose sums over the processes are those of the joint batch."""
+    """Scalars whose sums over the processes are the losses of the joint batch."""
 
     classification: Tensor
     box: Tensor
     positives: Tensor
 
 
-class Draw(NamedTuple):
-    """What FocalMix leaves to chance, for B images, the labelled ones first, with room for ``objects`` in each."""
+class Draws(NamedTuple):
+    """Random numbers of one FocalMix step for B images, labeled ones first, of N objects each."""
 
     flips: Tensor
-    """uint8 [views], masks, on the host; the first view is not flipped."""
+    """uint8 [views], bit masks, on the CPU; the first view is not flipped."""
     lam: Tensor
-    """float32 [B], the share of each image."""
-    index: Tensor  # type: ignore[assignment] # not the method of a tuple
-    """int64 [B], its partner."""
+    """float32 [B], MixUp weight of each image."""
+    index: Tensor  # type: ignore[assignment] # shadows the method of tuples
+    """int64 [B], MixUp partner of each image."""
     object_lam: Tensor
-    """float32 [B * objects], the share of each object."""
-    preference: Tensor
-    """float32 [B * objects, B * objects], how much each object wants each other as its donor; negative: not at all."""
+    """float32 [B * N], MixUp weight of each object."""
+    priority: Tensor
+    """float32 [B * N, B * N], random score of every pair (object, donor); negative = excluded."""
     unlabeled_weight: Tensor
-    """float32 scalar, of the loss of unlabelled images."""
+    """float32 scalar, weight of the loss of unlabeled images; not random."""
 
-    def to(self, device: torch.device) -> "Draw":
-        if device.type == "cuda":  # or the copies wait for the device
-            self = Draw(*(x.pin_memory() for x in self))
-        return Draw(self.flips, *(x.to(device, non_blocking=True) for x in self[1:]))
+    def to(self, device: torch.device) -> "Draws":
+        if device.type == "cuda":  # without pinned memory the copies synchronize
+            self = Draws(*(x.pin_memory() for x in self))
+        return Draws(self.flips, *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
-def draw(config: Config, step: int, rank: int = 0, world: int = 1) -> Draw:
-    """The draws of a step for one of the processes, on the CPU, decided by the seed, the step and the group.
+def sample_draws(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Draws:
+    """The random numbers of a step for one process, on the CPU, determined by seed and step.
 
-    The joint batch has ``config.groups`` groups, equal parts of its labelled and of its unlabelled images, in order;
-    images are mixed with images of their group. So several processes draw what one with the joint batch would.
+    The joint batch consists of ``config.groups`` groups: equal parts of its labeled and of its
+    unlabeled images, in order. Images are mixed within their group, with random numbers that depend
+    on the group, so that several processes mix as one process with the joint batch would.
     """
-    labeled, unlabeled = config.batch_size // world, config.unlabeled_batch_size // world
-    images, groups = torch.arange(labeled + unlabeled), config.groups // world
+    labeled = config.batch_size // world_size
+    batch = labeled + config.unlabeled_batch_size // world_size
+    groups, count = config.groups // world_size, batch * config.max_objects
+    images, slots = (torch.arange(n, device="cpu") for n in (batch, count))
+    slots = slots.view(batch, -1)  # of the objects of each image
     parts = images[:labeled].chunk(groups), images[labeled:].chunk(groups)
-    places = (labeled + unlabeled) * config.objects
-    lam, index = (
-        torch.empty(labeled + unlabeled),
-        torch.empty(labeled + unlabeled, dtype=torch.int64),
-    )
-    object_lam, preference = torch.empty(places), torch.full((places, places), -1.0)
-    for group, own in enumerate(map(torch.cat, zip(*parts, strict=True)), start=rank * groups):
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    lam, index = torch.empty(batch, **float32), torch.empty_like(images)
+    object_lam = torch.empty(count, **float32)
+    priority = torch.full((count, count), -1.0, **float32)
+    for group, members in enumerate(map(torch.cat, zip(*parts, strict=True)), start=rank * groups):
         generator = _generator(config.seed, step, group)
-        lam[own], partners = functional.sample_mixup(len(own), eta=config.eta, generator=generator)
-        index[own] = own[partners]
-        slots = (own[:, None] * config.objects + torch.arange(config.objects)).flatten()
-        object_lam[slots], _ = functional.sample_mixup(
-            len(slots), eta=config.eta, generator=generator
-        )
-        preference[slots[:, None], slots] = torch.rand(len(slots), len(slots), generator=generator)
-    others = 1 + torch.randperm(7, generator=_generator(config.seed, step))
-    flips = torch.cat([torch.zeros(1, dtype=torch.int64), others])[: config.views]
-    risen = min(1.0, (step - config.burn_in + 1) / (config.ramp + 1))
-    weight = torch.tensor(config.unlabeled_weight * risen)
-    return Draw(
-        flips.to(torch.uint8), lam, index, object_lam, preference.fill_diagonal_(-1.0), weight
-    )
+        sample: dict[str, Any] = {"eta": config.eta, "generator": generator, "device": "cpu"}
+        lam[members], partners = functional.sample_mixup(len(members), **sample)
+        index[members] = members[partners]
+        group_slots = slots[members].flatten()
+        size = len(group_slots)
+        object_lam[group_slots], _ = functional.sample_mixup(size, **sample)
+        scores = torch.rand(size, size, generator=generator, **float32)
+        priority[group_slots[:, None], group_slots] = scores
+    generator = _generator(config.seed, step)
+    masks = 1 + torch.randperm(7, generator=generator, device="cpu")
+    flips = torch.cat([torch.zeros_like(masks[:1]), masks])[: config.views]
+    ramp = min(1.0, (step - config.burn_in + 1) / (config.rampup_steps + 1))
+    weight = torch.tensor(config.unlabeled_weight * ramp, **float32)
+    priority.fill_diagonal_(-1.0)  # no object is its own donor
+    return Draws(flips.to(torch.uint8), lam, index, object_lam, priority, weight)
 
 
 def _generator(*key: int) -> torch.Generator:
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def supervised_loss(model: nn.Module, batch: Mapping[str, Any], config: Config) -> Losses:
-    """Focal loss of every anchor and smooth L1 loss of the boxes of the positive ones, on the device of the batch."""
-    matches = match(config.anchors, config.patch_size, batch["boxes"], batch["ignore"])
-    return _losses(
-        model(apply_window(batch["image"], config.window)), matches.targets, matches, config
-    )
+    """Focal loss of every anchor, and smooth L1 loss of the boxes of positive anchors."""
+    matches = _match(batch, config)
+    outputs = model(apply_window(batch["image"], config.window))
+    return _losses(outputs, matches.targets, matches, config)
 
 
 def focalmix_loss(
@@ -103,96 +113,108 @@ def focalmix_loss(
     labeled: Mapping[str, Any],
     unlabeled: Tensor,
     config: Config,
-    drawn: Draw,
+    draws: Draws,
 ) -> Losses:
-    """FocalMix's step: predict targets, mix images, mix objects, compare. All images are int16 HU."""
-    images = torch.cat([labeled["image"], unlabeled])
-
-    matches = match(config.anchors, config.patch_size, labeled["boxes"], labeled["ignore"])
-    predicted, found = predict(teacher, unlabeled, config, drawn.flips)
-    targets = [torch.cat(level) for level in zip(matches.targets, predicted, strict=True)]
-
-    mix = (drawn.lam, drawn.index) if config.image_mixup else None
-    lam, index = mix or (
-        torch.ones_like(drawn.lam),
-        torch.arange(len(images), device=images.device),
-    )
+    """The losses of a FocalMix step. All images are int16 HU, labeled ones come first."""
     ops = _ops(config)
-    mixed = ops.mixup3d(images, lam, index, window=config.window)
+    images = torch.cat([labeled["image"], unlabeled])
+    no_mixing = torch.ones_like(draws.lam), torch.arange(len(images), device=images.device)
 
+    # 1. Targets: from the labels, and from the teacher's predictions
+    matches = _match(labeled, config)
+    pseudo_targets, pseudo_objects = predict_unlabeled(teacher, unlabeled, config, draws.flips)
+    targets = [torch.cat(level) for level in zip(matches.targets, pseudo_targets, strict=True)]
+
+    # 2. Image MixUp; the loss mixes the targets in the same way
+    mix = (draws.lam, draws.index) if config.image_mixup else None
+    mixed = ops.mixup3d(images, *(mix or no_mixing), window=config.window)
+
+    # 3. Object MixUp; both are objects, so that the targets stay
     if config.object_mixup:
-        objects = torch.cat([_first(labeled["boxes"], config.objects), found])
-        boxes, donor_boxes = pair_objects(objects, drawn.preference)
+        objects = torch.cat([_first(labeled["boxes"], config.max_objects), pseudo_objects])
+        boxes, donor_boxes = pair_objects(objects, draws.priority)
         ops.object_mixup3d(
             mixed,
             boxes,
             donor_boxes,
-            drawn.object_lam,
+            draws.object_lam,
             donors=images,
             window=config.window,
             out=mixed,
         )
 
-    weight = torch.ones(len(images), 1, 1, 1, 1, device=images.device)
-    weight[len(labeled["image"]) :] = drawn.unlabeled_weight
+    # 4. Loss
+    weight = torch.ones_like(draws.lam).view(-1, 1, 1, 1, 1)
+    weight[len(labeled["image"]) :] = draws.unlabeled_weight
     return _losses(model(mixed), targets, matches, config, mix=mix, weight=weight)
 
 
 @torch.no_grad()
-def predict(
+def predict_unlabeled(
     teacher: nn.Module, images: Tensor, config: Config, flips: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Targets of unlabelled images from flipped views, and the objects in them.
+    """Predict the targets of unlabeled images from flipped views, and the objects in the images.
 
-    Objects are the boxes of the first view at the anchors of the highest targets of at least ``config.confidence``, of
-    which none overlaps one before it by more than ``config.nms_threshold``.
+    Objects are boxes of the first view, in descending order of their targets, as in non-maximum
+    suppression: those with a target of at least ``config.confidence`` and an IoU with earlier ones
+    of at most ``config.nms_threshold``.
 
     Returns:
         targets: float32 [B, A, D, H, W] per level.
-        objects: float32 [B, objects, 6]; NaN where there are fewer.
+        objects: float32 [B, max_objects, 6], padded with NaN.
     """
-    batch, ops = len(images), _ops(config)
+    batch = len(images)
     windowed = apply_window(images, config.window)
     logits, deltas = teacher(torch.cat([flipped(windowed, mask) for mask in flips.tolist()]))
     views = [level.unflatten(0, (len(flips), batch)) for level in logits]
-    targets = ops.predict_targets(
+    targets = _ops(config).predict_targets(
         views, flips.to(images.device, non_blocking=True), temperature=config.temperature
     )
-    deltas = torch.cat(
-        [level[:batch].movedim(2, -1).reshape(batch, -1, 6) for level in deltas], 1
-    ).float()
-    boxes = decode_boxes(deltas, config.anchors.boxes(config.patch_size, images.device))
+    anchors = Anchors.from_config(config).boxes(config.patch_size, images.device)
+    boxes = decode_boxes(flat_deltas([level[:batch] for level in deltas]).float(), anchors)
     scores, objects = torch.cat([level.flatten(1) for level in targets], 1), []
-    for _ in range(config.objects):
+    for _ in range(config.max_objects):
         score, best = scores.max(1, keepdim=True)
         box = boxes.gather(1, best[..., None].expand(-1, -1, 6))
         objects.append(box.masked_fill((score < config.confidence)[..., None], torch.nan))
-        scores = scores.masked_fill(box_iou(boxes, box) > config.nms_threshold, -1.0).scatter(
-            1, best, -1.0
-        )
+        suppressed = box_iou(boxes, box) > config.nms_threshold
+        scores = scores.masked_fill(suppressed, -1.0).scatter(1, best, -1.0)
     if config.pseudo_labels == "hard":
         targets = [(level >= 0.5).float() for level in targets]
     return targets, torch.cat(objects, 1)
 
 
-def pair_objects(objects: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes [n, 7] of objects [B, places, 6] and of the donor of each, the most wanted one; NaN where there is none."""
+def pair_objects(objects: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the donor with the highest priority for every object.
+
+    Args:
+        objects: [B, N, 6], padded with NaN.
+        priority: [B * N, B * N], see `Draws`.
+
+    Returns:
+        Boxes [B * N, 7] of the objects and of their donors; NaN where there is no donor.
+    """
     image = torch.arange(len(objects), device=objects.device).repeat_interleave(objects.shape[1])
-    boxes = torch.cat([image[:, None].float(), objects.flatten(0, 1)], 1)
-    there = boxes.isfinite().all(1)
-    best, donor = preference.masked_fill(~there, -1.0).max(1)
+    boxes = torch.cat([image[:, None].to(objects.dtype), objects.flatten(0, 1)], 1)
+    is_object = boxes.isfinite().all(1)
+    best, donor = priority.masked_fill(~is_object, -1.0).max(1)
     return boxes, boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
 
+def _match(batch: Mapping[str, Any], config: Config) -> Matches:
+    anchors = Anchors.from_config(config)
+    return atss_match(anchors, config.patch_size, batch["boxes"], batch["ignore"])
+
+
 def _ops(config: Config) -> ModuleType:
-    """Ours, or those they are compared with."""
+    """The fused operations, or their equivalents in plain PyTorch."""
     return {"fused": functional, "plain": plain}[config.ops]
 
 
 def _first(boxes: Sequence[Tensor], count: int) -> Tensor:
-    """float32 [B, count, 6]: the first boxes of each image; NaN where there are fewer."""
+    """float32 [B, count, 6]: the first boxes of each image, padded with NaN."""
     padding = boxes[0].new_full((count, 6), torch.nan)
-    return torch.stack([torch.cat([own, padding])[:count] for own in boxes])
+    return torch.stack([torch.cat([rows, padding])[:count] for rows in boxes])
 
 
 def _losses(
@@ -204,14 +226,12 @@ def _losses(
     mix: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
 ) -> Losses:
-    """Focal loss over all images, box loss over the matches of the labelled ones; both by the number of positives."""
+    """Focal loss of all images and box loss of the labeled ones, over the number of positives."""
     logits, deltas = outputs
     positives = matches.positive.sum().float()
     normalizer = sum_of_ranks(positives).clamp(min=1)
-    ops = _ops(config)
-    focal_loss = (
-        ops.soft_target_focal_loss if config.loss == "soft" else plain.hard_target_focal_loss
-    )
+    is_soft = config.loss == "soft"
+    focal_loss = _ops(config).soft_target_focal_loss if is_soft else plain.hard_target_focal_loss
     classification = focal_loss(
         logits,
         targets,
@@ -222,10 +242,8 @@ def _losses(
         normalizer=normalizer,
         mix=mix,
     )
-    flat = torch.cat([level.movedim(2, -1).reshape(len(level), -1, 6) for level in deltas], 1)
-    anchors = config.anchors.boxes(config.patch_size, flat.device)[matches.anchor]
-    wanted = encode_boxes(matches.boxes, anchors)
-    error = F.smooth_l1_loss(
-        flat[matches.image, matches.anchor].float(), wanted, reduction="none", beta=0.1
-    ).sum(1)
+    predicted = flat_deltas(deltas)[matches.image, matches.anchor].float()
+    anchors = Anchors.from_config(config).boxes(config.patch_size, predicted.device)
+    expected = encode_boxes(matches.boxes, anchors[matches.anchor])
+    error = F.smooth_l1_loss(predicted, expected, reduction="none", beta=0.1).sum(1)
     return Losses(classification, (error * matches.positive).sum() / normalizer, positives)

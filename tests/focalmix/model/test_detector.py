@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmkernels.focalmix.model.detector import Detector, apply_window
+from fmkernels.focalmix.config import PRESETS, Config
+from fmkernels.focalmix.model.detector import Detector, apply_window, autocast, build_model
 
 TINY = dict(widths=(4, 8, 8), blocks=(0, 1, 1), channels=8)
 
 
-def detector(seed: int = 0, per_place: int = 1, strides=(2, 4, 8), **settings) -> Detector:
+def detector(seed: int = 0, anchors_per_cell: int = 1, strides=(2, 4, 8), **settings) -> Detector:
     torch.manual_seed(seed)
-    return Detector(strides, per_place, **(TINY | settings))
+    return Detector(strides, anchors_per_cell, **(TINY | settings))
 
 
 def images(batch: int = 2, shape=(16, 24, 32), seed: int = 0) -> torch.Tensor:
@@ -29,13 +30,15 @@ class TestWindow:
 
 
 class TestDetector:
-    @pytest.mark.parametrize("per_place", [1, 2])
-    def test_shapes_of_all_levels(self, per_place):
-        logits, deltas = detector(per_place=per_place)(images())
+    @pytest.mark.parametrize("anchors_per_cell", [1, 2])
+    def test_shapes_of_all_levels(self, anchors_per_cell):
+        logits, deltas = detector(anchors_per_cell=anchors_per_cell)(images())
         grids = [(8, 12, 16), (4, 6, 8), (2, 3, 4)]
-        assert [tuple(level.shape) for level in logits] == [(2, per_place, *grid) for grid in grids]
+        assert [tuple(level.shape) for level in logits] == [
+            (2, anchors_per_cell, *grid) for grid in grids
+        ]
         assert [tuple(level.shape) for level in deltas] == [
-            (2, per_place, 6, *grid) for grid in grids
+            (2, anchors_per_cell, 6, *grid) for grid in grids
         ]
 
     def test_levels_may_be_the_coarse_ones_only(self):
@@ -101,7 +104,24 @@ class TestDetector:
             ValueError, match=r"strides: expected the last of \[2, 4, 8\], got \[2, 8\]"
         ):
             detector(strides=(2, 8))
-        with pytest.raises(ValueError, match=r"blocks: expected 3, as many as widths, got \[1\]"):
+        with pytest.raises(
+            ValueError, match=r"blocks: expected 3 numbers, one per width, got \[1\]"
+        ):
             detector(blocks=(1,))
         with pytest.raises(ValueError, match=r"multiples of 4, got widths \[4, 8, 8\], channels 6"):
             detector(channels=6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_their_models(preset):
+    model = build_model(PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) < 10_000_000
+
+
+@pytest.mark.parametrize("capabilities", [{"amx_bf16": True}, {"amx_bf16": False}, {}])
+def test_auto_is_bf16_on_cpus_with_instructions_for_it(monkeypatch, capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with autocast(Config(), torch.device("cpu")):
+        enabled = torch.is_autocast_enabled("cpu")
+        assert enabled is bool(capabilities.get("amx_bf16"))
+        assert not enabled or torch.get_autocast_dtype("cpu") is torch.bfloat16

@@ -1,4 +1,4 @@
-"""The training loop: what a run leaves behind, resuming bit for bit, several processes, and every way to stop."""
+"""The training loop: the files of a run, resuming bit for bit, several processes, ways to stop."""
 
 import csv
 import itertools
@@ -10,27 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fmkernels.focalmix.config import CONFIG, PRESETS, Config
+from fmkernels.focalmix.config import CONFIG, Config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.tables import read_candidates
-from fmkernels.focalmix.distributed import choose_device
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.model.inference import Detections
-from fmkernels.focalmix.training import loop as loop
-from fmkernels.focalmix.training.checkpoint import (
-    CHECKPOINT,
-    autocast,
-    build_model,
-    learning_rate_factor,
-    load_run,
-)
+from fmkernels.focalmix.training import loop
+from fmkernels.focalmix.training.checkpoint import CHECKPOINT, PSEUDO_BOXES, load_run
 from fmkernels.focalmix.training.loop import train
 from fmkernels.focalmix.training.metrics import METRICS
 from tests.focalmix.conftest import SCANS, write_luna
@@ -50,7 +44,7 @@ TINY = Config(
     train_subsets=(0, 1),
     validation_subsets=(),
     test_subsets=(9,),
-    search_size=(16, 16, 16),
+    roi_size=(16, 16, 16),
     overlap=4,
     log_every=2,
     validate_every=4,
@@ -66,8 +60,8 @@ FOCALMIX = replace(
     labeled=2,
     unlabeled_batch_size=4,
     burn_in=2,
-    ramp=2,
-    objects=2,
+    rampup_steps=2,
+    max_objects=2,
 )
 FILES = {
     CHECKPOINT,
@@ -83,11 +77,11 @@ FILES = {
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
-    return {**checkpoint["model"], **{f"average {k}": v for k, v in checkpoint["average"].items()}}
+    return {**checkpoint["model"], **{f"ema {k}": v for k, v in checkpoint["ema"].items()}}
 
 
 def trained_on(run: Path) -> list[str]:
-    """The labelled series."""
+    """The labeled series."""
     return torch.load(run / CHECKPOINT, weights_only=True)["series"]
 
 
@@ -105,7 +99,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def luna_folder(tmp_path_factory) -> Path:
-    """The little data set, written and resampled once."""
+    """The small data set, written and resampled once."""
     return write_luna(tmp_path_factory.mktemp("train") / "luna", SCANS)
 
 
@@ -116,9 +110,17 @@ def finished(luna_folder, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch) -> None:
+    """Drawing takes most of the time of such small runs; that of `finished` has its figures."""
+    names = ("draw_training", "draw_froc", "draw_examples", "slice_panel", "Panel")
+    stub = SimpleNamespace(**dict.fromkeys(names, lambda *_: None))
+    monkeypatch.setattr(loop, "figures", stub)
+
+
 @pytest.fixture
 def whole(finished, tmp_path) -> Path:
-    """A run of all steps, never stopped."""
+    """A run that was never stopped."""
     return shutil.copytree(finished, tmp_path / "whole")
 
 
@@ -133,14 +135,20 @@ def test_a_run_leaves_everything_behind(whole, luna_folder):
     assert {"data", "forward", "loss", "backward", "optimizer", "step"} <= timing[
         "milliseconds"
     ].keys()
-    assert 0 <= timing["share_waiting_for_data"] < 1
+    assert 0 <= timing["data_wait_fraction"] < 1
     config, model = load_run(whole)
     assert config == TINY and not any(name.startswith("module") for name in model.state_dict())
 
 
 def test_training_lowers_the_loss(luna_folder, tmp_path):
     config = replace(
-        TINY, steps=60, warmup=5, learning_rate=5e-3, positive=1.0, test_subsets=(), log_every=10
+        TINY,
+        steps=60,
+        warmup=5,
+        learning_rate=5e-3,
+        positive_fraction=1.0,
+        test_subsets=(),
+        log_every=10,
     )
     train(config, luna_folder, tmp_path / "run")
     losses = [float(row["loss"]) for row in metrics(tmp_path / "run")]
@@ -149,7 +157,7 @@ def test_training_lowers_the_loss(luna_folder, tmp_path):
 
 @pytest.mark.parametrize("stop", [4, 6])
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, luna_folder, tmp_path, monkeypatch, stop):
-    """Killed right after a step: at a checkpoint, and between two (the steps since are done again)."""
+    """Killed after a step: at a checkpoint, and between two (steps are repeated)."""
     run = tmp_path / "resumed"
 
     class Killed(BaseException):
@@ -215,7 +223,7 @@ def test_a_signal_stops_after_a_checkpoint(whole, luna_folder, tmp_path, monkeyp
 def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
     luna_folder, tmp_path, monkeypatch, method, where
 ):
-    """The checkpoint before stays, also where the broken step is one that would be saved."""
+    """The previous checkpoint stays, even if the bad step is one that would be saved."""
     config = TINY if method == "supervised" else FOCALMIX
     config = replace(config, steps=12, burn_in=4, log_every=5)
     stock, calls, seen = (
@@ -233,9 +241,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
         if where == "loss":
             return losses._replace(box=losses.box * math.nan)
         parameter = next(model.parameters())
-        return losses._replace(
-            box=losses.box + (parameter - parameter.detach()).sqrt().sum()
-        )  # 0, its slope infinite
+        # 0, with an infinite slope
+        return losses._replace(box=losses.box + (parameter - parameter.detach()).sqrt().sum())
 
     monkeypatch.setattr(loop, f"{method}_loss", step)
     run = tmp_path / "run"
@@ -244,9 +251,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
         train(config, luna_folder, run)
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
     assert checkpoint["step"] == 4
-    assert all(
-        v.isfinite().all() for part in ("model", "average") for v in checkpoint[part].values()
-    )
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in checkpoint[part].values())
     batch = torch.load(run / "bad_batch.pt", weights_only=True)
     assert batch["step"] == 8 and torch.equal(batch["labeled"]["image"], seen["labeled"])
     assert len(batch["labeled"]["boxes"]) == len(batch["labeled"]["series"]) == config.batch_size
@@ -256,14 +261,13 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_its_batch(
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_a_scaler_that_leaves_out_every_step_is_told(luna_folder, tmp_path, monkeypatch):
+def test_a_scaler_that_skips_every_step_is_reported(luna_folder, tmp_path, monkeypatch):
     stock = loop.supervised_loss
 
     def step(model, *arguments):
         losses, parameter = stock(model, *arguments), next(model.parameters())
-        return losses._replace(
-            box=losses.box + (parameter - parameter.detach()).sqrt().sum()
-        )  # 0, its slope infinite
+        # 0, with an infinite slope
+        return losses._replace(box=losses.box + (parameter - parameter.detach()).sqrt().sum())
 
     monkeypatch.setattr(loop, "supervised_loss", step)
     with pytest.raises(
@@ -305,26 +309,6 @@ def test_other_scans_are_refused(whole, luna_folder, make_luna):
         train(TINY, other, whole, resume=True)
 
 
-@pytest.mark.parametrize("part", [0.5, 0.97, 0.0])
-def test_a_checkpoint_cut_short_is_refused(whole, luna_folder, part):
-    data = (whole / CHECKPOINT).read_bytes()
-    (whole / CHECKPOINT).write_bytes(data[: int(len(data) * part)])
-    for use in (lambda: train(TINY, luna_folder, whole, resume=True), lambda: load_run(whole)):
-        with pytest.raises(InputError, match=r"checkpoint.pt: expected a whole checkpoint"):
-            use()
-
-
-def test_a_checkpoint_cannot_run_code(whole):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(whole / "hacked"),)
-
-    torch.save({"config": Evil()}, whole / CHECKPOINT)
-    with pytest.raises(InputError, match="expected a whole checkpoint"):
-        load_run(whole)
-    assert not (whole / "hacked").exists()
-
-
 def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
     chosen = set()
     for seed in range(6):
@@ -344,12 +328,17 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
 @pytest.mark.parametrize("method", ["supervised", "focalmix"])
 def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path, method):
     config = replace(
-        TINY if method == "supervised" else FOCALMIX, batch_size=4, steps=6, positive=1.0, groups=2
+        TINY if method == "supervised" else FOCALMIX,
+        batch_size=4,
+        steps=6,
+        positive_fraction=1.0,
+        groups=2,
     )
     train(config, luna_folder, tmp_path / "one")
     (tmp_path / "rank.py").write_text(
         "import sys; from pathlib import Path\n"
-        "from fmkernels.focalmix.config import load_config; from fmkernels.focalmix.training.loop import train\n"
+        "from fmkernels.focalmix.config import load_config\n"
+        "from fmkernels.focalmix.training.loop import train\n"
         "if __name__ == '__main__':\n"
         "    one, luna, two = map(Path, sys.argv[1:])\n"
         "    train(load_config(one), luna, two)\n"
@@ -416,12 +405,25 @@ def test_the_teacher_may_be_the_current_weights(luna_folder, tmp_path):
     )
 
 
-def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, monkeypatch):
-    """Something is found at the nodules, brighter than all else: unlabelled patches show one, all or few of them."""
-    searched, seen = [], []
+@pytest.fixture
+def detected(monkeypatch) -> list[str]:
+    """The scans that the detector is run over."""
+    series, stock = [], loop._detect_all
 
-    def search_all(config, model, data, series):
-        searched.append(list(series))
+    def detect_all(config, model, data, scans):
+        series.extend(scans)
+        return stock(config, model, data, scans)
+
+    monkeypatch.setattr(loop, "_detect_all", detect_all)
+    return series
+
+
+def test_unlabeled_patches_lie_around_detections(luna_folder, tmp_path, monkeypatch):
+    """The detections are the nodules, brighter than all else: every patch shows one, or few do."""
+    detected, seen, stock = [], [], loop.focalmix_loss
+
+    def detect_all(config, model, data, series):
+        detected.append(list(series))
         boxes = {uid: data.volume(uid).boxes(data.nodules(uid)) for uid in series}
         return {
             uid: Detections(own, np.ones(len(own)), np.zeros((len(own), 4)))
@@ -432,25 +434,62 @@ def test_unlabelled_patches_are_placed_on_what_was_found(luna_folder, tmp_path, 
         seen.extend(image.max().item() > 30 for image in unlabeled)
         return stock(model, teacher, labeled, unlabeled, *args)
 
-    stock = loop.focalmix_loss
-    monkeypatch.setattr(loop, "_search_all", search_all)
+    monkeypatch.setattr(loop, "_detect_all", detect_all)
     monkeypatch.setattr(loop, "focalmix_loss", step)
-    config = replace(FOCALMIX, patch_size=(12, 12, 12), test_subsets=(), unlabeled_positive=1.0)
+    config = replace(
+        FOCALMIX, patch_size=(12, 12, 12), test_subsets=(), unlabeled_positive_fraction=1.0
+    )
     train(config, luna_folder, tmp_path / "found")
     assert all(seen) and len(seen) == 6 * config.unlabeled_batch_size
-    assert len(searched) == 1 and not set(searched[0]) & set(trained_on(tmp_path / "found"))
+    assert len(detected) == 1 and not set(detected[0]) & set(trained_on(tmp_path / "found"))
     seen.clear()
-    train(replace(config, unlabeled_positive=0.0), luna_folder, tmp_path / "anywhere")
-    assert not all(seen) and len(searched) == 1
+    train(replace(config, unlabeled_positive_fraction=0.0), luna_folder, tmp_path / "anywhere")
+    assert not all(seen) and len(detected) == 1
+    assert not (tmp_path / "anywhere" / PSEUDO_BOXES).exists()
 
 
-def test_unlabeled_takes_so_many_of_the_other_scans(luna_folder, tmp_path, monkeypatch):
-    searched, stock = [], loop._search_all
-    monkeypatch.setattr(
-        loop, "_search_all", lambda *args: searched.extend(args[-1]) or stock(*args)
-    )
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_in_the_detection_phase(luna_folder, tmp_path, monkeypatch, detected, when):
+    """Killed before or after the file is there, a resumed run detects again or uses the file."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, boxes, series):
+        if when == "after":
+            stock(path, boxes, series)
+        raise Killed
+
+    config = replace(FOCALMIX, burn_in=3, test_subsets=())  # between two checkpoints
+    train(config, luna_folder, tmp_path / "whole")
+    run, stock, count = tmp_path / "killed", loop.save_pseudo_boxes, len(detected)
+    monkeypatch.setattr(loop, "save_pseudo_boxes", killed)
+    with pytest.raises(Killed):
+        train(config, luna_folder, run)
+    assert torch.load(run / CHECKPOINT, weights_only=True)["step"] == 3
+    monkeypatch.setattr(loop, "save_pseudo_boxes", stock)
+    train(config, luna_folder, run, resume=True)
+    assert len(detected) == count * (2 if when == "after" else 3)
+    assert_same_weights(tmp_path / "whole", run)
+    assert metrics(tmp_path / "whole") == metrics(run)
+
+
+def test_pseudo_boxes_belong_to_their_burn_in(luna_folder, tmp_path, detected):
+    """A new run in the folder detects again; without its boxes a run cannot be resumed."""
+    config = replace(FOCALMIX, steps=4, test_subsets=())
+    train(config, luna_folder, tmp_path)
+    count = len(detected)
+    (tmp_path / CHECKPOINT).unlink()
+    train(replace(config, seed=1), luna_folder, tmp_path)
+    assert len(detected) == 2 * count == 4
+    (tmp_path / PSEUDO_BOXES).unlink()
+    with pytest.raises(InputError, match=rf"{PSEUDO_BOXES}: .*found no such file"):
+        train(replace(config, seed=1), luna_folder, tmp_path, resume=True)
+
+
+def test_unlabeled_limits_the_number_of_scans(luna_folder, tmp_path, detected):
     train(replace(FOCALMIX, unlabeled=1, steps=3, test_subsets=()), luna_folder, tmp_path / "run")
-    assert len(searched) == 1 and searched[0] not in trained_on(tmp_path / "run")
+    assert len(detected) == 1 and detected[0] not in trained_on(tmp_path / "run")
     with pytest.raises(
         InputError, match="unlabeled: expected at most the 2 other training scans, got 3"
     ):
@@ -461,143 +500,6 @@ def test_focalmix_needs_scans_without_labels(luna_folder, tmp_path):
     for labeled in (None, 4):
         with pytest.raises(InputError, match="labeled: expected fewer than the 4 training scans"):
             train(replace(FOCALMIX, labeled=labeled), luna_folder, tmp_path / "run")
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_build_their_models(preset):
-    config = PRESETS[preset]
-    model = build_model(config)
-    assert config.anchors.per_place >= 1
-    assert sum(p.numel() for p in model.parameters()) < 10_000_000
-
-
-def test_auto_is_bf16_where_the_cpu_is_made_for_it(monkeypatch):
-    for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
-        monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities
-        )
-        with autocast(Config(), torch.device("cpu")):
-            assert torch.is_autocast_enabled("cpu") is bool(capabilities.get("amx_bf16"))
-            assert (
-                not torch.is_autocast_enabled("cpu")
-                or torch.get_autocast_dtype("cpu") is torch.bfloat16
-            )
-
-
-def test_schedules():
-    cosine, step = Config(steps=100, warmup=9), Config(steps=100, warmup=0, schedule="step")
-    factors = [learning_rate_factor(i, cosine) for i in range(101)]
-    assert (
-        factors[0] == pytest.approx(0.1)
-        and factors[100] == pytest.approx(0)
-        and max(factors) > 0.95
-    )
-    assert np.argmax(factors) in (8, 9, 10)
-    assert [learning_rate_factor(i, step) for i in (0, 59, 60, 84, 85, 99)] == [
-        1,
-        1,
-        0.1,
-        0.1,
-        0.01,
-        0.01,
-    ]
-    restart = Config(steps=100, warmup=0, burn_in=40, schedule="restart")
-    assert [learning_rate_factor(i, restart) for i in (0, 20, 40, 70, 100)] == pytest.approx(
-        [1, 0.5, 1, 0.5, 0]
-    )
-    assert learning_rate_factor(39, restart) < 0.01
-    for burn_in in (0, 100, 150):  # one cosine alone
-        once = Config(steps=100, warmup=0, burn_in=burn_in, schedule="restart")
-        assert [learning_rate_factor(i, once) for i in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("spacing", (1.0, 1.0)),
-        ("spacing", (1.0, 0.0, 1.0)),
-        ("window", (600.0, -1200.0)),
-        ("patch_size", (60, 32, 32)),
-        ("strides", (2, 3, 4)),
-        ("diameters", (5.0, 10.0)),
-        ("diameters", (5.0, -10.0, 20.0)),
-        ("widths", (16, 30, 48)),
-        ("blocks", (1, 1)),
-        ("channels", 6),
-        ("batch_size", 0),
-        ("steps", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("positive", 1.5),
-        ("gamma", -1.0),
-        ("schedule", "linear"),
-        ("ops", "fast"),
-        ("unlabeled", 0),
-        ("unlabeled_positive", 1.5),
-        ("amp", "int8"),
-        ("labeled", 0),
-        ("overlap", 48),
-        ("train_subsets", ()),
-        ("test_subsets", (0,)),
-        ("train_subsets", (0, 11)),
-        ("seed", 2**63),
-        ("steps", 2.5),
-        ("steps", "5"),
-        ("steps", True),
-        ("spacing", 1.0),
-        ("spacing", "1,1,1"),
-        ("blocks", (1, -1, 1)),
-        ("device", 3),
-        ("method", "magic"),
-        ("teacher", "none"),
-        ("pseudo_labels", "loud"),
-        ("views", 9),
-        ("temperature", 0.0),
-        ("eta", 0.0),
-        ("image_mixup", 1),
-        ("spacing", (1e-9, 1.0, 1.0)),
-        ("spacing", (1e9, 1.0, 1.0)),
-        ("window", (-math.inf, math.inf)),
-        ("window", (math.nan, 600.0)),
-        ("patch_size", (1024, 512, 1024)),
-        ("search_size", (2**40, 8, 8)),
-        ("patch_size", (64.0, 64, 64)),
-        ("widths", (4096, 4096, 4096)),
-        ("widths", (4,) * 9),
-        ("widths", ()),
-        ("blocks", (65, 1, 1)),
-        ("channels", 2**20),
-        ("diameters", (5.0,) * 60),
-        ("diameters", (5.0, 10.0, 1e6)),
-        ("diameters", (5.0, 10.0, math.inf)),
-        ("batch_size", 2**20),
-        ("unlabeled_batch_size", 2**20),
-        ("objects", 2**20),
-        ("workers", 2**20),
-        ("steps", 2**40),
-        ("steps", 10**400),
-        ("gamma", 10**400),
-        ("warmup", math.inf),
-        ("seed", -(2**70)),
-        ("cache", "a\0b"),
-        ("cache", "\ud800"),
-    ],
-)
-def test_bad_configurations(field, value):
-    with pytest.raises(InputError, match=f"^{field}: expected .*got"):
-        replace(Config(), **{field: value})
-
-
-def test_configurations_take_what_means_the_same():
-    given = Config(
-        seed=np.int64(3),
-        gamma=np.float32(2),
-        train_subsets=range(7),
-        spacing=[2, 2, 2],
-        steps=np.int32(9),
-    )
-    assert given == Config(seed=3, steps=9) and all(type(v) is float for v in given.spacing)
-    json.dumps(asdict(given))
 
 
 def test_a_run_without_a_single_nodule_is_refused(luna_folder, tmp_path):
@@ -622,19 +524,9 @@ def test_a_torn_row_of_the_metrics_is_dropped(whole, luna_folder):
 
 def test_weights_that_are_not_finite_are_an_error_of_detection(whole, luna_folder, tmp_path):
     checkpoint = torch.load(whole / CHECKPOINT, weights_only=True)
-    for name, value in checkpoint["average"].items():
+    for name, value in checkpoint["ema"].items():
         if value.is_floating_point():
-            checkpoint["average"][name] = value * math.nan
+            checkpoint["ema"][name] = value * math.nan
     torch.save(checkpoint, whole / CHECKPOINT)
     with pytest.raises(FloatingPointError, match="not finite"):
         train(TINY, luna_folder, whole, resume=True)
-
-
-def test_bad_devices():
-    with pytest.raises(InputError, match="device: expected auto, cpu or cuda"):
-        choose_device("meta")
-    with pytest.raises(InputError, match="device: expected"):
-        choose_device("toaster")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="found none"):
-            choose_device("cuda")

@@ -1,4 +1,4 @@
-"""The losses of a step: what FocalMix draws, predicts, pairs and compares."""
+"""The losses of a step: random numbers, pseudo-targets, pairs of objects, mixing, loss."""
 
 from dataclasses import replace
 
@@ -8,16 +8,16 @@ from torch import nn
 
 from fmkernels import soft_target_focal_loss
 from fmkernels.focalmix.config import Config
-from fmkernels.focalmix.model.anchors import box_iou, match
-from fmkernels.focalmix.model.detector import apply_window
-from fmkernels.focalmix.training.checkpoint import build_model
+from fmkernels.focalmix.model.anchors import Anchors, box_iou
+from fmkernels.focalmix.model.detector import apply_window, build_model
+from fmkernels.focalmix.model.matcher import atss_match
 from fmkernels.focalmix.training.plain import hard_target_focal_loss
 from fmkernels.focalmix.training.plain import soft_target_focal_loss as plain_loss
 from fmkernels.focalmix.training.step import (
-    draw,
     focalmix_loss,
     pair_objects,
-    predict,
+    predict_unlabeled,
+    sample_draws,
     supervised_loss,
 )
 
@@ -28,15 +28,15 @@ TINY = Config(
     widths=(4, 8),
     blocks=(0, 1),
     channels=4,
-    search_size=(16, 16, 16),
+    roi_size=(16, 16, 16),
     overlap=4,
     batch_size=2,
     unlabeled_batch_size=4,
     method="focalmix",
     labeled=1,
     burn_in=0,
-    ramp=0,
-    objects=3,
+    rampup_steps=0,
+    max_objects=3,
     confidence=0.3,
 )
 
@@ -63,39 +63,41 @@ def labeled(seed=0):
     return {"image": images(2, seed), "boxes": boxes, "ignore": [torch.empty(0, 6)] * 2}
 
 
-class TestDraw:
+class TestDraws:
     def test_is_decided_by_seed_and_step(self):
-        first = draw(TINY, 5)
-        assert all(torch.equal(a, b) for a, b in zip(first, draw(TINY, 5), strict=True))
-        assert not torch.equal(first.lam, draw(TINY, 6).lam)
-        assert not torch.equal(first.lam, draw(replace(TINY, seed=1), 5).lam)
+        first = sample_draws(TINY, 5)
+        assert all(torch.equal(a, b) for a, b in zip(first, sample_draws(TINY, 5), strict=True))
+        assert not torch.equal(first.lam, sample_draws(TINY, 6).lam)
+        assert not torch.equal(first.lam, sample_draws(replace(TINY, seed=1), 5).lam)
 
     def test_has_one_view_that_is_not_flipped_and_others_that_differ(self):
         for views in range(1, 9):
-            flips = draw(replace(TINY, views=views), 3).flips
+            flips = sample_draws(replace(TINY, views=views), 3).flips
             assert (
                 flips.dtype == torch.uint8 and flips[0] == 0 and len(set(flips.tolist())) == views
             )
 
     def test_mixes_within_groups_and_is_the_same_for_one_process_and_for_two(self):
         config = replace(TINY, groups=2)
-        whole, halves = draw(config, 7), [draw(config, 7, rank, 2) for rank in range(2)]
+        whole = sample_draws(config, 7)
+        halves = [sample_draws(config, 7, rank, 2) for rank in range(2)]
         for rank, half in enumerate(halves):
             members = torch.tensor(
                 [rank, 2 + 2 * rank, 3 + 2 * rank]
             )  # of the joint batch of 2 + 4
             assert torch.equal(half.lam, whole.lam[members])
             assert torch.equal(members[half.index], whole.index[members])
-            slots = (members[:, None] * config.objects + torch.arange(config.objects)).flatten()
+            first = members[:, None] * config.max_objects
+            slots = (first + torch.arange(config.max_objects)).flatten()
             assert torch.equal(half.object_lam, whole.object_lam[slots])
-            assert torch.equal(half.preference, whole.preference[slots[:, None], slots])
-            others = torch.ones(len(whole.preference), dtype=torch.bool).index_fill(0, slots, False)
-            assert (whole.preference[slots][:, others] < 0).all()
+            assert torch.equal(half.priority, whole.priority[slots[:, None], slots])
+            others = torch.ones(len(whole.priority), dtype=torch.bool).index_fill(0, slots, False)
+            assert (whole.priority[slots][:, others] < 0).all()
         assert torch.equal(halves[0].flips, whole.flips)
 
-    def test_the_weight_of_unlabelled_images_rises(self):
-        config = replace(TINY, burn_in=10, ramp=3, unlabeled_weight=2.0)
-        assert [draw(config, step).unlabeled_weight.item() for step in range(10, 15)] == [
+    def test_the_weight_of_unlabeled_images_ramps_up(self):
+        config = replace(TINY, burn_in=10, rampup_steps=3, unlabeled_weight=2.0)
+        assert [sample_draws(config, step).unlabeled_weight.item() for step in range(10, 15)] == [
             0.5,
             1.0,
             1.5,
@@ -107,7 +109,7 @@ class TestDraw:
 class TestPredict:
     def test_targets_are_the_mean_of_the_views_sharpened(self, model):
         flips, axes = torch.tensor([0, 1, 6, 7], dtype=torch.uint8), [(), (2,), (3, 4), (2, 3, 4)]
-        targets, _ = predict(model, images(2), TINY, flips)
+        targets, _ = predict_unlabeled(model, images(2), TINY, flips)
         expected = [0.0, 0.0]
         for dims in axes:
             logits, _ = model(apply_window(images(2), TINY.window).flip(dims))
@@ -121,33 +123,35 @@ class TestPredict:
             torch.testing.assert_close(ours, (up / (up + down)).detach(), rtol=1e-4, atol=1e-6)
 
     def test_hard_targets_are_zero_or_one(self, model):
-        targets, _ = predict(
-            model, images(1), replace(TINY, pseudo_labels="hard"), draw(TINY, 0).flips
+        targets, _ = predict_unlabeled(
+            model, images(1), replace(TINY, pseudo_labels="hard"), sample_draws(TINY, 0).flips
         )
         assert {v for level in targets for v in level.unique().tolist()} == {0.0, 1.0}
 
     def test_objects_are_probable_and_apart(self, model):
-        _, objects = predict(model, images(3), TINY, draw(TINY, 0).flips)
-        assert objects.shape == (3, TINY.objects, 6) and objects.isfinite().any()
+        _, objects = predict_unlabeled(model, images(3), TINY, sample_draws(TINY, 0).flips)
+        assert objects.shape == (3, TINY.max_objects, 6) and objects.isfinite().any()
         for own in objects:
             own = own[own.isfinite().all(1)]
             overlap = box_iou(own[:, None], own[None]).fill_diagonal_(0)
             assert (overlap <= TINY.nms_threshold).all()
-        _, none = predict(model, images(3), replace(TINY, confidence=1.0), draw(TINY, 0).flips)
+        _, none = predict_unlabeled(
+            model, images(3), replace(TINY, confidence=1.0), sample_draws(TINY, 0).flips
+        )
         assert none.isnan().all()
 
 
-def test_objects_are_paired_with_the_most_wanted_other_one():
+def test_objects_are_paired_with_the_highest_priority():
     objects = torch.full((2, 2, 6), torch.nan)
     objects[0, 0], objects[0, 1], objects[1, 0] = (
         torch.zeros(6),
         torch.ones(6),
         torch.full((6,), 2.0),
     )
-    preference = torch.tensor(
+    priority = torch.tensor(
         [[-1, 0.1, 0.3, 0.9], [0.5, -1, 0.2, 0.9], [-1.0, -1, -1, 0.9], [0.4, 0.3, 0.2, -1]]
-    )  # the fourth place is empty; nobody is there for the third object
-    boxes, donors = pair_objects(objects, preference)
+    )  # slot 4 is empty; no donor is allowed for slot 3
+    boxes, donors = pair_objects(objects, priority)
     assert boxes[:3, 0].tolist() == [0, 0, 1] and boxes[:3, 1].tolist() == [0, 1, 2]
     assert donors[:2, :2].tolist() == [[1, 2], [0, 0]]
     assert donors[2].isnan().all() and boxes[3, 1:].isnan().all()
@@ -177,9 +181,9 @@ def test_the_loss_of_hard_targets_is_ours_for_those_and_another_for_soft_ones():
 
 
 class TestFocalMixLoss:
-    def test_without_mixing_and_unlabelled_weight_is_the_supervised_loss(self, model):
+    def test_without_mixing_and_unlabeled_weight_is_the_supervised_loss(self, model):
         config = replace(TINY, image_mixup=False, object_mixup=False, unlabeled_weight=0.0)
-        ours = focalmix_loss(model, model, labeled(), images(4, 1), config, draw(config, 0))
+        ours = focalmix_loss(model, model, labeled(), images(4, 1), config, sample_draws(config, 0))
         for a, b in zip(ours, supervised_loss(model, labeled(), config), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -188,7 +192,7 @@ class TestFocalMixLoss:
         without = replace(TINY, image_mixup=False, object_mixup=False)
         losses = [
             focalmix_loss(
-                model, model, labeled(), images(4, 1), config, draw(TINY, 0)
+                model, model, labeled(), images(4, 1), config, sample_draws(TINY, 0)
             ).classification
             for config in (without, replace(without, **{part: True}))
         ]
@@ -196,44 +200,46 @@ class TestFocalMixLoss:
 
     def test_gradients_reach_the_model_and_not_the_teacher(self, model):
         teacher = build_model(TINY)
-        losses = focalmix_loss(model, teacher, labeled(), images(4, 1), TINY, draw(TINY, 0))
+        losses = focalmix_loss(model, teacher, labeled(), images(4, 1), TINY, sample_draws(TINY, 0))
         (losses.classification + losses.box).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
         assert all(p.grad is None for p in teacher.parameters())
 
     def test_images_mixed_with_themselves_stay_what_they_are(self, model):
         config = replace(TINY, object_mixup=False)
-        drawn = draw(config, 0)
+        draws = sample_draws(config, 0)
         ours = focalmix_loss(
-            model, model, labeled(), images(4, 1), config, drawn._replace(index=torch.arange(6))
+            model, model, labeled(), images(4, 1), config, draws._replace(index=torch.arange(6))
         )
         plain = focalmix_loss(
-            model, model, labeled(), images(4, 1), replace(config, image_mixup=False), drawn
+            model, model, labeled(), images(4, 1), replace(config, image_mixup=False), draws
         )
         torch.testing.assert_close(ours.classification, plain.classification, rtol=1e-4, atol=1e-6)
 
     def test_images_and_targets_are_mixed_alike(self, model):
-        """Against the mixing written out: images as floats, targets level by level, the loss given them mixed."""
+        """Compare with explicit mixing of float images and of the targets of each level."""
         config = replace(TINY, object_mixup=False)
-        drawn = draw(config, 0)
+        draws = sample_draws(config, 0)
         teacher, seen = build_model(TINY), []
         handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        ours = focalmix_loss(model, teacher, labeled(), images(4, 1), config, drawn)
+        ours = focalmix_loss(model, teacher, labeled(), images(4, 1), config, draws)
         handle.remove()
         x = apply_window(torch.cat([images(2), images(4, 1)]), TINY.window)
-        lam = drawn.lam.view(-1, 1, 1, 1, 1)
-        mixed = lam * x + (1 - lam) * x[drawn.index]
+        lam = draws.lam.view(-1, 1, 1, 1, 1)
+        mixed = lam * x + (1 - lam) * x[draws.index]
         torch.testing.assert_close(seen[-1], mixed)
 
         batch = labeled()
-        matches = match(config.anchors, config.patch_size, batch["boxes"], batch["ignore"])
-        predicted, _ = predict(teacher, images(4, 1), config, drawn.flips)
+        matches = atss_match(
+            Anchors.from_config(config), config.patch_size, batch["boxes"], batch["ignore"]
+        )
+        predicted, _ = predict_unlabeled(teacher, images(4, 1), config, draws.flips)
         expected = torch.zeros(())
         for logits, own, other in zip(model(mixed)[0], matches.targets, predicted, strict=True):
             y = torch.cat([own, other])
-            ignored = (y < 0) | (y[drawn.index] < 0)
-            y = (lam * y + (1 - lam) * y[drawn.index]).masked_fill(ignored, -1.0)
-            weight = torch.tensor([1.0] * 2 + [drawn.unlabeled_weight] * 4).view(-1, 1, 1, 1, 1)
+            ignored = (y < 0) | (y[draws.index] < 0)
+            y = (lam * y + (1 - lam) * y[draws.index]).masked_fill(ignored, -1.0)
+            weight = torch.tensor([1.0] * 2 + [draws.unlabeled_weight] * 4).view(-1, 1, 1, 1, 1)
             focal = {"alpha0": config.alpha0, "alpha1": config.alpha1, "gamma": config.gamma}
             expected = expected + soft_target_focal_loss(
                 logits, y, weight=weight, reduction="sum", **focal
@@ -243,14 +249,15 @@ class TestFocalMixLoss:
         )
 
     def test_plain_pytorch_takes_the_same_step(self, model):
-        config = replace(
-            TINY, confidence=1.0
-        )  # boxes of labels alone: those of voxels, which plain PyTorch can cut
+        # no predicted boxes: those of the labels are whole voxels, which plain PyTorch can crop
+        config = replace(TINY, confidence=1.0)
         teacher, fused, plain = build_model(TINY), [], []
         for ops, into in (("fused", fused), ("plain", plain)):
             model.zero_grad()
             chosen = replace(config, ops=ops)
-            losses = focalmix_loss(model, teacher, labeled(), images(4, 1), chosen, draw(config, 0))
+            losses = focalmix_loss(
+                model, teacher, labeled(), images(4, 1), chosen, sample_draws(config, 0)
+            )
             (losses.classification + losses.box).backward()
             into.extend([*losses, *(p.grad.clone() for p in model.parameters())])
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)

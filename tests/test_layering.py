@@ -1,7 +1,8 @@
-"""The shape of the house: which way imports go, what importing costs, examples in docstrings, files expected."""
+"""Layers of imports, the cost of importing, examples in docstrings, and expected files."""
 
 import ast
 import doctest
+import graphlib
 import importlib
 import re
 import subprocess
@@ -15,7 +16,7 @@ import fmkernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fmkernels"
 
-# part of the package -> what it may import of the package when it is loaded
+# part of the package -> parts that it may import
 ALLOWED = {
     "checks": set(),
     "dtypes": set(),
@@ -26,21 +27,40 @@ ALLOWED = {
     "functional": {"ops", "checks", "dtypes", "layout"},
     "nn": {"functional", "ops"},
     "doctor": {"functional", "kernels"},
-    "focalmix": {
-        "cpu",
-        "doctor",
-        "focalmix",
-        "functional",
-        "nn",
-    },  # cpu: the detector's normalisation, which is no op
+    # cpu: for the normalization of the detector, which is not an op
+    "focalmix": {"cpu", "doctor", "focalmix", "functional", "nn"},
     "integrations": {"functional", "nn"},
     "__init__": {"functional", "nn"},
     "__main__": {"focalmix"},
 }
 
+# room of focalmix -> other rooms that it imports
+ROOMS = {
+    "errors": set(),
+    "files": {"errors"},
+    "config": {"errors"},
+    "distributed": {"errors"},
+    "group_norm": set(),
+    "data": {"errors", "files"},
+    "model": {"config", "data", "group_norm"},
+    "evaluation": {"data", "errors", "files"},
+    "training": {"config", "data", "distributed", "errors", "evaluation", "files", "model"},
+    "compare": {"config", "data", "errors", "evaluation", "files", "training"},
+    "cli": {
+        "compare",
+        "config",
+        "data",
+        "distributed",
+        "errors",
+        "evaluation",
+        "model",
+        "training",
+    },
+}
+
 
 def imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, inside functions too."""
+    """Full names of everything that a file imports, including imports in functions."""
     package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -76,6 +96,31 @@ def test_imports_go_one_way(path):
     assert used - inside <= {*fmkernels.__all__, "__version__"}
 
 
+def test_rooms_of_focalmix_import_one_another_as_listed():
+    used = {room: set() for room in ROOMS}
+    for path in (PACKAGE / "focalmix").rglob("*.py"):
+        room = path.relative_to(PACKAGE / "focalmix").parts[0].removesuffix(".py")
+        inside = (name.split(".")[2:3] for name in imports(path) if ".focalmix." in name)
+        if room != "__init__":
+            used[room] |= {name for names in inside for name in names} - {room}
+    assert used == ROOMS
+
+
+def test_imports_have_no_cycle():
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
+    graph = {
+        name: {
+            other
+            for imported in imports(path)
+            for other in (imported, imported.rpartition(".")[0])
+            if other in files and other != name
+        }
+        for name, path in files.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()
+    assert len(graph["fmkernels.focalmix.training.loop"]) > 10
+
+
 def test_only_kernels_import_triton():
     users = {
         path.relative_to(PACKAGE).parts[0]
@@ -101,7 +146,7 @@ def test_nothing_outside_of_tests_and_benchmarks_uses_the_reference():
 
 
 def test_no_file_that_is_read_can_run_code():
-    """No pickle but torch.load with weights_only=True, no eval or exec, no numpy objects, no YAML."""
+    """No pickle but torch.load with weights_only=True, no eval, exec, numpy objects or YAML."""
     for path in modules():
         assert not {name.split(".")[0] for name in imports(path)} & {
             "marshal",

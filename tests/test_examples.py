@@ -147,7 +147,7 @@ def test_every_example_is_tested_and_short():
     for path in EXAMPLES.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert f"def test_{path.stem}(" in tests
-        assert 20 <= len(lines) <= (80 if path.stem == "monai_focalmix" else 40), (
+        assert 20 <= len(lines) <= (80 if path.stem == "monai_focalmix" else 45), (
             f"{path.name} has {len(lines)} lines"
         )
 

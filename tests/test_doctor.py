@@ -75,7 +75,7 @@ def off_by_a_little(launch):
         (mixup, "launch_gradient", "mixup3d", "gradient"),
         (crop, "crop_and_resize3d", "crop_and_resize3d", "forward"),
         (crop, "crop_and_resize3d_backward", "crop_and_resize3d", "gradient"),
-        (objects, "launch_object_mixup", "object_mixup3d", "forward"),
+        (objects, "object_mixup3d", "object_mixup3d", "forward"),
     ],
 )
 def test_a_wrong_operation_is_caught(monkeypatch, capsys, module, name, op, wrong):

@@ -97,7 +97,7 @@ def test_donors_of_another_type(path, dtype, donor_dtype):
         result = compare(volumes, *boxes, donors=donors, window=WINDOW)
         assert result.dtype == (dtype if dtype.is_floating_point else torch.float32)
     else:
-        with pytest.raises(ValueError, match="window must be None for donors of another type"):
+        with pytest.raises(ValueError, match="window must be None for donors of another dtype"):
             object_mixup3d(volumes, *boxes, donors=donors, window=WINDOW)
 
 
@@ -315,20 +315,13 @@ def test_lam_of_any_float_type(path, dtype):
 
 
 def test_integers_saturate_and_nan_becomes_zero(path):
-    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device).reshape(
-        1, 1, 1, 1, 4
-    )
+    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device)
+    donors = torch.tensor([40000.0, -INF, 6, 8.5], device=path.device)
+    volumes, donors = volumes.reshape(1, 1, 1, 1, 4), donors.reshape(1, 1, 1, 1, 4)
     whole = rows((0, 0, 0, 0, 1, 1, 4), device=path.device)
-    lam = torch.tensor([2.0], device=path.device)
-    donors = torch.tensor([-32000, 32000, 5, 4], dtype=torch.int16, device=path.device).reshape(
-        1, 1, 1, 1, 4
-    )
-    assert object_mixup3d(volumes, whole, whole, lam, donors=donors).flatten().tolist() == [
-        32767,
-        -32768,
-        5,
-        6,
-    ]
+    lam = torch.tensor([0.5], device=path.device)
+    result = object_mixup3d(volumes, whole, whole, lam, donors=donors)
+    assert result.flatten().tolist() == [32767, -32768, 6, 7]  # 5.5 and 6.75
     floats = torch.tensor([1e30, -INF, NAN, 2.5], device=path.device).reshape(1, 1, 1, 1, 4)
     none = rows(device=path.device)
     result = object_mixup3d(floats, none, none, lam[:0], dtype=torch.int16)
@@ -644,11 +637,12 @@ def test_opcheck(path, donors):
     for x in (volumes, volumes.to(memory_format=torch.channels_last_3d)):
         torch.library.opcheck(
             ops.object_mixup3d.default,
-            (x, pool, *boxes, *[(-2.0, 3.0)] * 2, torch.bfloat16),
+            (x, pool, *boxes, *[(-2.0, 3.0)] * 2),
+            {"dtype": torch.bfloat16},
             test_utils=tests,
         )
         torch.library.opcheck(
-            ops.object_mixup3d_into.default,
+            ops.object_mixup3d_out.default,
             (x, pool, *boxes, None, None, torch.empty_like(x)),
             test_utils=tests,
         )

@@ -1,4 +1,4 @@
-"""What the kernel of object_mixup3d costs, held without a GPU: bytes, races, launches, registers, instructions."""
+"""Costs of the kernel of object_mixup3d: bytes, races, launches, registers, instructions."""
 
 import math
 
@@ -11,6 +11,7 @@ from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
 from tests.support.driver import no_host_sync
 from tests.support.interpreter import KernelFault, checked
+from tests.support.launch import launch
 from tests.support.plan import TARGETS, run_plan
 from tests.test_object_mixup3d import assert_right, draw, make, rows
 
@@ -18,27 +19,31 @@ pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
 )
 
-WINDOW = (-1200.0, 600.0)
+WINDOW, UNIT = (-1200.0, 600.0), (-1.0, 1.0)
 TARGET, SOURCE = (0, 1, 2, 3, 5, 6, 9), (1, 0, 1, 2, 4, 5, 8)  # 96 voxels each, not resampled
 VOXELS_IN_BOX = 96
 HALF = torch.full((1,), 0.5)
+
+
+def mix_new(*arguments, dtype=torch.float32):
+    return launch("object_mixup3d", *arguments, dtype=dtype)
+
+
+def mix_in_place(volumes, donors, *arguments):
+    kernels.object_mixup3d(volumes, donors, *arguments, volumes, True, donors is None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.float64])
 def test_in_place_only_the_voxels_in_boxes_are_read_and_written(dtype):
     volumes, donors = make((2, 1, 7, 8, 11), dtype), make((2, 1, 7, 8, 11), dtype, seed=1)
     with checked(volumes=volumes, donors=donors) as report:
-        kernels.launch_object_mixup_into(
-            volumes, donors, rows(TARGET), rows(SOURCE), HALF, None, None, volumes
-        )
+        mix_in_place(volumes, donors, rows(TARGET), rows(SOURCE), HALF, None, None)
     once = VOXELS_IN_BOX * dtype.itemsize
     assert report["volumes"].read == report["volumes"].written == report["donors"].read_once == once
     assert len(report.launches) == 1
     ours = make((2, 1, 7, 8, 11), dtype)
     with checked(volumes=ours) as report:
-        kernels.launch_object_mixup_into(
-            ours, None, rows(TARGET), rows(SOURCE), HALF, None, None, ours
-        )
+        mix_in_place(ours, None, rows(TARGET), rows(SOURCE), HALF, None, None)
     assert report["volumes"].read_once == 2 * once and report["volumes"].written == once
     scratch = sum(
         (t.read + t.written for n, t in report.traffic.items() if n in ("out", "donors")), 0
@@ -57,9 +62,8 @@ def test_in_place_only_the_voxels_in_boxes_are_read_and_written(dtype):
 def test_out_of_place_every_voxel_is_read_and_written_once(dtype, result, window):
     volumes, donors = make((2, 1, 9, 21, 35), dtype), make((2, 1, 7, 8, 11), dtype)
     with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(
-            volumes, donors, rows(TARGET), rows(SOURCE), HALF, window, window, result
-        )
+        pair = rows(TARGET), rows(SOURCE), HALF
+        out = mix_new(volumes, donors, *pair, window, window, dtype=result)
     assert report["volumes"].read == report["volumes"].read_once == volumes.nbytes
     assert report["out"].written == report["out"].written_once == out.nbytes
     assert report["donors"].read_once == VOXELS_IN_BOX * dtype.itemsize
@@ -69,15 +73,12 @@ def test_out_of_place_every_voxel_is_read_and_written_once(dtype, result, window
 def test_one_tensor_for_all_is_read_once_more_for_the_donors():
     volumes = make((2, 1, 7, 8, 11))
     with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(
-            volumes, None, rows(TARGET), rows(SOURCE), HALF, None, None, torch.float32
-        )
+        out = mix_new(volumes, None, rows(TARGET), rows(SOURCE), HALF, None, None)
     assert report["volumes"].read_once == volumes.nbytes and report.never_written("out") == 0
     assert report["out"].written == out.nbytes and len(report.launches) == 1
     with checked(volumes=volumes) as report:
-        kernels.launch_object_mixup_into(
-            volumes, None, rows(TARGET), rows(SOURCE), HALF, (-1.0, 1.0), (-1.0, 1.0), volumes
-        )
+        windows = (-1.0, 1.0), (-1.0, 1.0)
+        mix_in_place(volumes, None, rows(TARGET), rows(SOURCE), HALF, *windows)
     assert report["volumes"].written == volumes.nbytes and len(report.launches) == 2
 
 
@@ -85,12 +86,9 @@ def test_unusable_pairs_read_and_write_no_voxel():
     volumes = make((2, 1, 7, 8, 11))
     bad = rows((2, *TARGET[1:]), (0, math.nan, *TARGET[2:]), (0, 3, 3, 3, 3, 6, 6))
     with checked(volumes=volumes) as report:
-        kernels.launch_object_mixup_into(
-            volumes, None, bad, rows(*[SOURCE] * 3), HALF.repeat(3), None, None, volumes
-        )
-        kernels.launch_object_mixup_into(
-            volumes, None, rows(*[SOURCE] * 3), bad, HALF.repeat(3), None, None, volumes
-        )
+        good = rows(*[SOURCE] * 3)
+        mix_in_place(volumes, None, bad, good, HALF.repeat(3), None, None)
+        mix_in_place(volumes, None, good, bad, HALF.repeat(3), None, None)
     assert report["volumes"].read == report["volumes"].written == 0
 
 
@@ -102,23 +100,16 @@ def test_no_race_and_nothing_left_unwritten(programs, shuffle, monkeypatch):
         if inner:
             volumes = volumes.to(memory_format=torch.channels_last_3d)
         donors, boxes = make((3, shape[1], 4, 5, 6)), draw(5, shape, seed=shuffle)
-        for pool, window in (
-            (None, None),
-            (donors, None),
-            (None, (-1.0, 1.0)),
-            (donors, (-1.0, 1.0)),
-        ):
-            arguments = {"donors": pool, "window": window}
+        for given, window in ((None, None), (donors, None), (None, UNIT), (donors, UNIT)):
+            arguments = given, *boxes, window, window
             with checked(shuffle=shuffle) as report:
-                out = kernels.launch_object_mixup(
-                    volumes, pool, *boxes, window, window, torch.float32
-                )
+                out = mix_new(volumes, *arguments)
             assert report.never_written("out") == 0 and len(report.launches) == 1
             ours = volumes.clone(memory_format=torch.preserve_format)
             with checked(shuffle=shuffle) as report:
-                kernels.launch_object_mixup_into(ours, pool, *boxes, window, window, ours)
-            assert len(report.launches) == (2 if pool is None else 1)
-            assert_right(out, volumes, *boxes, **arguments)
+                mix_in_place(ours, *arguments)
+            assert len(report.launches) == (2 if given is None else 1)
+            assert_right(out, volumes, *boxes, donors=given, window=window)
             assert torch.equal(ours, out)
 
 
@@ -131,28 +122,25 @@ def test_the_checker_sees_what_would_be_wrong(monkeypatch):
     """Overlaps overlooked, donors overwritten while they are read, a tile too few."""
     volumes = make((1, 1, 6, 7, 8))
     boxes = rows((0, 0, 0, 0, 4, 5, 6), (0, 2, 1, 1, 6, 7, 8))
+    pairs = boxes, boxes.flip(0), HALF.repeat(2)
 
-    def launch():
+    def mix(overlap=True):
         ours = volumes.clone()
         with checked(volumes=ours):
-            kernels.launch_object_mixup_into(
-                ours, None, boxes, boxes.flip(0), HALF.repeat(2), None, None, ours
-            )
-        assert_right(ours, volumes, boxes, boxes.flip(0), HALF.repeat(2))
+            kernels.object_mixup3d(ours, None, *pairs, None, None, ours, True, overlap)
+        assert_right(ours, volumes, *pairs)
 
-    launch()
+    mix()
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_next_neighbour", _none_near)
+        patch.setattr(kernels, "_next_neighbor", _none_near)
         with pytest.raises(KernelFault, match="race"):
-            launch()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_share_memory", lambda a, b: False)
-        with pytest.raises(KernelFault, match=r"race|no barrier in between"):
-            launch()
+            mix()
+    with pytest.raises(KernelFault, match=r"race|no barrier in between"):
+        mix(overlap=False)
     with monkeypatch.context() as patch:
         patch.setattr(triton.language, "cdiv", lambda a, b: a // b)
         with pytest.raises(AssertionError, match="not close"):
-            launch()
+            mix()
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -162,18 +150,14 @@ def test_offsets_beyond_two_to_the_31():
     last, first = rows((2, 1099, 999, 997, 1100, 1000, 1000)), rows((0, 0, 0, 0, 1, 1, 3))
     donors = torch.tensor([10, 20, 30], dtype=torch.uint8).reshape(1, 1, 1, 1, 3)
     with checked(races=False, programs=[0]):
-        kernels.launch_object_mixup_into(volumes, donors, last, first, HALF, None, None, volumes)
+        mix_in_place(volumes, donors, last, first, HALF, None, None)
     assert volumes[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
     with checked(races=False, programs=[0]):
-        kernels.launch_object_mixup_into(
-            volumes, volumes, first, last, HALF, None, None, torch.empty_like(volumes)
-        )
-        kernels.launch_object_mixup_into(volumes, None, first, last, HALF * 0, None, None, volumes)
+        mix_new(volumes, volumes, first, last, HALF, None, None, dtype=torch.uint8)
+        mix_in_place(volumes, None, first, last, HALF * 0, None, None)
     assert volumes[0, 0, 0, 0, :3].tolist() == [15, 30, 45]
     with checked(races=False, programs=[-1]):
-        out = kernels.launch_object_mixup(
-            volumes, donors, first, first, HALF, None, None, torch.uint8
-        )
+        out = mix_new(volumes, donors, first, first, HALF, None, None, dtype=torch.uint8)
     assert out[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
 
 
@@ -184,23 +168,20 @@ class Unlaunched:
         return lambda *args, **kwargs: None
 
 
-def test_no_op_synchronises_with_the_host(monkeypatch):
-    """Everything above the launches, run as on a GPU: nothing there may read a value of a tensor."""
+def test_no_op_synchronizes_with_the_host(monkeypatch):
+    """All host code, run as on a GPU, reads no value of a tensor."""
     from fmkernels.cpu import object_mixup3d as cpu
 
-    for name in ("launch_object_mixup", "launch_object_mixup_into"):
-        monkeypatch.setattr(cpu, name, getattr(kernels, name))
+    monkeypatch.setattr(cpu, "object_mixup3d", kernels.object_mixup3d)
     monkeypatch.setattr(kernels, "object_mixup_kernel", Unlaunched())
     volumes, donors, boxes = make((2, 1, 4, 6, 7)), make((3, 1, 4, 4, 4)), draw(3, (2, 1, 4, 6, 7))
     with no_host_sync():
-        for pool in (None, donors, volumes[:1]):
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), dtype=torch.int16)
-            object_mixup3d(volumes, *boxes, donors=pool, out=volumes)
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), out=volumes)
+        for given in (None, donors, volumes[:1]):
+            object_mixup3d(volumes, *boxes, donors=given, window=UNIT, dtype=torch.int16)
+            object_mixup3d(volumes, *boxes, donors=given, out=volumes)
+            object_mixup3d(volumes, *boxes, donors=given, window=UNIT, out=volumes)
         strided = volumes.transpose(2, 4)
-        object_mixup3d(
-            strided, *(x.repeat_interleave(1, 0) for x in boxes), window=(-1.0, 2.0), out=strided
-        )
+        object_mixup3d(strided, *boxes, window=UNIT, out=strided)
 
 
 # --- compiled code ---------------------------------------------------------------------------------------------------

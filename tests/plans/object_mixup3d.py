@@ -1,14 +1,16 @@
-"""What production launches of object_mixup3d: in place and not, donors elsewhere or the volumes themselves, windows.
+"""Launches of object_mixup3d in production: in place or not, separate donors or not, windows.
 
-In place, every volume is one box that fills its tiles; where voxels in no box are written too, there are no others.
+In place, every volume is one box that fills its tiles. Cases that write the voxels outside of boxes
+have no boxes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from fmkernels.kernels import object_mixup3d as kernels
+from fmkernels.kernels.object_mixup3d import object_mixup3d
 from tests.support.driver import Case
+from tests.support.launch import launch
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
@@ -18,31 +20,29 @@ LARGE = (2, 1, 64, 64, 64)
 
 
 class Objects:
-    """Arguments of the launch functions; box k is volume k as a whole, and its donor the next one."""
+    """Arguments of the launcher. Box k is all of volume k, and its donor is the next box."""
 
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)
-        self.donors = torch.empty(donors, dtype=donor_dtype or dtype) if donors else None
-        self.boxes = torch.tensor(
+        donors = torch.empty(donors, dtype=donor_dtype or dtype) if donors else None
+        boxes = torch.tensor(
             [[k, 0, 0, 0, *shape[2:]] for k in range(pairs)], dtype=torch.float32
         ).reshape(-1, 7)
-        self.lam, self.windows = (
-            torch.ones(pairs),
-            (window if donor_dtype is None else None, window),
-        )
-
-    def arguments(self):
-        donor_boxes = self.boxes.roll(1, 0)
-        return self.volumes, self.donors, self.boxes, donor_boxes, self.lam, *self.windows
-
-    def case(self, name: str, launch: Callable, last, floor: float | None) -> Case:
-        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), floor)
+        windows = (window if donor_dtype is None else None), window
+        self.arguments = donors, boxes, boxes.roll(1, 0), torch.ones(pairs), *windows
 
     def new(self, name: str, dtype: torch.dtype, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup, dtype, floor)
+        def call():
+            return launch("object_mixup3d", self.volumes, *self.arguments, dtype=dtype)
+
+        return Case(name, call, self.volumes.numel(), floor)
 
     def in_place(self, name: str, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup_into, self.volumes, floor)
+        def call():
+            overlap = self.arguments[0] is None
+            object_mixup3d(self.volumes, *self.arguments, self.volumes, True, overlap)
+
+        return Case(name, call, self.volumes.numel(), floor)
 
 
 def cases() -> Iterator[Case]:

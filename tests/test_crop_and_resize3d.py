@@ -185,13 +185,13 @@ def test_clamps_at_the_ends_of_the_volume(path):
         assert crops == [[0, 0, 0, 1, 2, 3, 3, 3], [0] * 8, [3] * 8]
 
 
-def test_a_centre_on_a_face_is_inside_at_the_start_only(path):
+def test_a_center_on_a_face_is_inside_at_the_start_only(path):
     ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
     crop = crop_and_resize3d(ramp, boxes_of([[0, 0, 0, 2.5, 1, 1, 5.5]], path.device), (1, 1, 6))
     assert crop.flatten().tolist() == [2.25, 2.75, 3.25, 3.75, 4, 4]
 
 
-def test_boxes_without_a_centre_take_the_nearest_voxel(path):
+def test_boxes_without_a_center_take_the_nearest_voxel(path):
     ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
     extents = {
         (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3, (5, 2): 3, (6, 2): 4,
@@ -457,6 +457,21 @@ def test_what_is_not_finite_stays_where_it_is(path):
             assert not crops.isfinite().all() and crops.isfinite().sum() > crops.numel() / 2
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_rounds_to_zero_hides_what_is_not_finite(path, dtype, value):
+    """Sample 9 of 19 in [8, 9), and the middle of [1/2 - 2^-25, 5/2), are voxel centers in float32."""
+    volumes = torch.arange(16.0, device=path.device).to(dtype).reshape(1, 1, 1, 1, 16)
+    volumes[..., [0, 7]] = value
+    rows = boxes_of([[0, 0, 0, 8, 1, 1, 9], [0, 0, 0, 0.5 - 2**-25, 1, 1, 2.5]], path.device)
+    samples = crop_and_resize3d(volumes, rows[:1], (1, 1, 19), clamp="volume")
+    assert samples[..., 9].item() == 8 and not samples[..., :9].isfinite().any()
+    assert samples[..., 9:].isfinite().all()
+    if dtype != torch.float64 or path.name == "kernel":  # float64 has a weight for voxel 0
+        for clamp in CLAMPS:
+            assert crop_and_resize3d(volumes, rows[1:], (1, 1, 1), clamp=clamp).item() == 1
+
+
 def test_windows_far_from_zero_and_narrow(path):
     volumes = torch.arange(29_990, 30_022, dtype=torch.int16, device=path.device).reshape(
         1, 1, 2, 2, 8
@@ -490,26 +505,26 @@ def test_large_boxes():
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradients(function, volumes, boxes, size, upstream, **arguments):
+def gradients(function, volumes, boxes, size, grad_output, **arguments):
     leaf = volumes.detach().clone().requires_grad_()
     crops = function(leaf, boxes, size, **arguments)
     if not crops.requires_grad:  # no box is usable
         return torch.zeros_like(leaf)
-    return torch.autograd.grad(crops, leaf, upstream.to(crops.dtype))[0]
+    return torch.autograd.grad(crops, leaf, grad_output.to(crops.dtype))[0]
 
 
 def compare_gradients(volumes, boxes, size, **arguments):
-    upstream = make((len(boxes), volumes.shape[1], *size), volumes.dtype, volumes.device, seed=7)
-    ours = gradients(crop_and_resize3d, volumes, boxes, size, upstream, **arguments)
+    grad_output = make((len(boxes), volumes.shape[1], *size), volumes.dtype, volumes.device, seed=7)
+    ours = gradients(crop_and_resize3d, volumes, boxes, size, grad_output, **arguments)
     exact = gradients(
-        reference.crop_and_resize3d, volumes.double(), boxes, size, upstream, **arguments
+        reference.crop_and_resize3d, volumes.double(), boxes, size, grad_output, **arguments
     )
     assert ours.dtype == volumes.dtype and ours.shape == volumes.shape
     slope = (
         1 / (arguments["window"][1] - arguments["window"][0]) if arguments.get("window") else 1.0
     )
     moved = (
-        coordinate_error(volumes.shape, boxes) * upstream.double().abs().flatten(1).sum(1)
+        coordinate_error(volumes.shape, boxes) * grad_output.double().abs().flatten(1).sum(1)
     ).sum()
     rtol, atol = TOLERANCE[volumes.dtype]
     assert (
@@ -625,11 +640,11 @@ def test_an_infinite_gradient_stays_where_it_is(path):
     volumes = make((1, 1, 3, 3, 4), device=path.device).requires_grad_()
     for rows in ([0, 0, 0, 0, 3, 3, 4], [0, 0.5, 0.25, 0.5, 2.5, 2.75, 3.5]):
         crops = crop_and_resize3d(volumes, boxes_of([rows], path.device), (3, 3, 4))
-        upstream = torch.ones_like(crops)
-        upstream[0, 0, 1, 1, 1] = math.inf
-        (gradient,) = torch.autograd.grad(crops, volumes, upstream)
+        grad_output = torch.ones_like(crops)
+        grad_output[0, 0, 1, 1, 1] = math.inf
+        (gradient,) = torch.autograd.grad(crops, volumes, grad_output)
         exact = gradients(
-            reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), upstream
+            reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), grad_output
         )
         assert (
             torch.equal(gradient.isfinite(), exact.isfinite()) and gradient.isfinite().sum() >= 28
@@ -656,11 +671,11 @@ def test_repeated_backward_is_the_same_bit_for_bit(path):
     volumes = make((2, 1, 5, 6, 7), device=path.device).requires_grad_()
     boxes = boxes_of([*BOXES, *BOXES[:2]], path.device)
     crops = crop_and_resize3d(volumes, boxes, (2, 3, 5), window=(-2.0, 3.0))
-    upstream = make(crops.shape, device=path.device, seed=4)
-    first = torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0]
+    grad_output = make(crops.shape, device=path.device, seed=4)
+    first = torch.autograd.grad(crops, volumes, grad_output, retain_graph=True)[0]
     for _ in range(2):
         assert torch.equal(
-            torch.autograd.grad(crops, volumes, upstream, retain_graph=True)[0], first
+            torch.autograd.grad(crops, volumes, grad_output, retain_graph=True)[0], first
         )
 
 
@@ -700,14 +715,14 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
         make((2, 2, 5, 6, 7)).requires_grad_(),
         boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]]),
     )
-    upstream = make((len(boxes), 2, 3, 4, 5), seed=4)
+    grad_output = make((len(boxes), 2, 3, 4, 5), seed=4)
     results = []
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 7):
             torch.set_num_threads(n)
             crops = crop_and_resize3d(volumes, boxes, (3, 4, 5), window=(-2.0, 3.0))
-            results.append((crops, torch.autograd.grad(crops, volumes, upstream)[0]))
+            results.append((crops, torch.autograd.grad(crops, volumes, grad_output)[0]))
     finally:
         torch.set_num_threads(threads)
     assert all(
@@ -735,10 +750,10 @@ def test_opcheck(path, clamp_box):
     shapes = {"output_size": (2, 1, 3), "dtype": torch.bfloat16}
     arguments = volumes, boxes, *rest
     torch.library.opcheck(ops.crop_and_resize3d.default, arguments, shapes, test_utils=tests)
-    upstream = make((2, 1, 2, 1, 3), device=path.device)
+    grad_output = make((2, 1, 2, 1, 3), device=path.device)
     for windowed in (volumes, None):
         arguments = (
-            upstream,
+            grad_output,
             boxes,
             windowed,
             *(rest if windowed is not None else (clamp_box, None)),

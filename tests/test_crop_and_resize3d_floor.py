@@ -1,4 +1,4 @@
-"""What the kernels of crop_and_resize3d cost, held without a GPU: bytes, races, launches, registers, instructions."""
+"""Costs of the kernels of crop_and_resize3d: bytes, races, launches, registers, instructions."""
 
 import math
 
@@ -10,7 +10,8 @@ import triton.language as tl
 from fmkernels.kernels import crop_and_resize3d as kernels
 from tests.support import on_gpu
 from tests.support.interpreter import KernelFault, checked
-from tests.support.launch import launch
+from tests.plans.crop_and_resize3d import crop_backward
+from tests.plans.crop_and_resize3d import launch_crop as crop
 from tests.support.plan import TARGETS, run_plan
 from tests.test_crop_and_resize3d import assert_right, boxes_of, make
 
@@ -24,19 +25,6 @@ APART = [
     [1, 2, 0, 0, 4, 3, 5],
     [0, 3, 0, 0, 4, 6, 2],
 ]  # no two in the same voxels
-
-
-def crop(volumes, boxes, size, clamp_box, window, dtype):
-    return launch(
-        "crop_and_resize3d", volumes, boxes, clamp_box, window, output_size=size, dtype=dtype
-    )
-
-
-def crop_backward(grad_output, boxes, volumes, shape, clamp_box, window, dtype):
-    return launch(
-        "crop_and_resize3d_backward", grad_output, boxes, volumes, clamp_box, window,
-        shape=shape, dtype=dtype,
-    )  # fmt: skip
 
 
 def voxels_of(boxes):
@@ -74,18 +62,13 @@ def test_unusable_boxes_read_nothing():
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_the_gradient_reads_every_sample_and_writes_every_voxel_once(window):
-    volumes, upstream = make((2, 1, 4, 6, 7)), torch.ones(3, 1, 5, 4, 6)
+    volumes, grad_output = make((2, 1, 4, 6, 7)), torch.ones(3, 1, 5, 4, 6)
     with checked(windowed=volumes) as report:
         out = crop_backward(
-            upstream,
-            boxes_of(APART),
-            volumes if window else None,
-            volumes.shape,
-            True,
-            window,
-            torch.float32,
-        )
-    assert report["upstream"].read_once == upstream.nbytes
+            grad_output, boxes_of(APART), volumes if window else None,
+            volumes.shape, True, window, torch.float32,
+        )  # fmt: skip
+    assert report["grad_output"].read_once == grad_output.nbytes
     assert report["out"].written == report["out"].written_once == out.nbytes
     assert report.never_written("out") == 0 and len(report.launches) == 1
     if window:
@@ -156,11 +139,11 @@ def test_offsets_beyond_two_to_the_31():
         crops = crop(volumes, whole, wide[2:], True, None, torch.uint8)
     assert crops[0, 0, 0, -1, -3:].tolist() == [10, 20, 30]
 
-    upstream = torch.empty(wide, dtype=torch.float16)
-    upstream[0, 0, 0, -9:, -17:] = 0
-    upstream[0, 0, 0, -1, -3:] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)
+    grad_output = torch.empty(wide, dtype=torch.float16)
+    grad_output[0, 0, 0, -9:, -17:] = 0
+    grad_output[0, 0, 0, -1, -3:] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)
     with checked(programs=[-1], races=False):
-        gradient = crop_backward(upstream, whole, None, wide, True, None, torch.float16)
+        gradient = crop_backward(grad_output, whole, None, wide, True, None, torch.float16)
     assert gradient[0, 0, 0, -1, -3:].tolist() == [1, 2, 3]
 
 

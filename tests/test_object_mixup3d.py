@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 import reference
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
+from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
+from tests.support.interpreter import KernelFault, checked
+from tests.support.launch import launch
 from tests.support.tolerance import assert_close
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -149,7 +152,7 @@ def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
 # --- semantics -------------------------------------------------------------------------------------------------------
 
 
-def test_a_voxel_belongs_to_a_box_if_its_centre_does(path):
+def test_a_voxel_belongs_to_a_box_if_its_center_does(path):
     volumes, donors = (
         torch.zeros(1, 1, 1, 1, 8, device=path.device),
         torch.ones(1, 1, 1, 1, 8, device=path.device),
@@ -326,6 +329,87 @@ def test_integers_saturate_and_nan_becomes_zero(path):
     none = rows(device=path.device)
     result = object_mixup3d(floats, none, none, lam[:0], dtype=torch.int16)
     assert result.flatten().tolist() == [32767, -32768, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_weight_of_zero_hides_what_is_not_finite(path, dtype, value):
+    """Targets 0 and 2 are not finite, and so are donors 0 and 3."""
+    volumes, donors = (
+        torch.arange(4.0, device=path.device).add(first).to(dtype).reshape(4, 1, 1, 1, 1)
+        for first in (1, 11)
+    )
+    volumes[[0, 2]], donors[[0, 3]] = value, value
+    pairs = rows(*((k, 0, 0, 0, 1, 1, 1) for k in range(4)), device=path.device)
+    for lam, expected in (
+        ([1.0, 1.0, 0.0, 0.0], [value, 2, 13, value]),
+        ([0.0, 0.0, 1.0, 1.0], [value, 12, value, 4]),
+        ([0.5, 0.5, 0.5, 0.5], [value, 7, value, value]),
+    ):
+        weights = torch.tensor(lam, device=path.device)
+        for own in (volumes, volumes.clone()):
+            out = own if own is not volumes else None
+            result = object_mixup3d(own, pairs, pairs, weights, donors=donors, out=out)
+            exact = reference.object_mixup3d(volumes, pairs, pairs, weights, donors=donors)
+            right = torch.tensor(expected, dtype=torch.float64, device=path.device)
+            for ours in (result.double().flatten(), exact.flatten()):
+                assert torch.equal(ours.nan_to_num(99), right.nan_to_num(99))
+
+
+def test_of_overlapping_targets_one_may_hide_what_another_shows(path):
+    volumes, donors = make((1, 1, 1, 1, 4), device=path.device), make((2, 1, 1, 1, 1))
+    donors = donors.to(path.device)
+    donors[0] = NAN
+    boxes = rows((0, 0, 0, 0, 1, 1, 3), (0, 0, 0, 1, 1, 1, 4), device=path.device)
+    sources = rows((0, 0, 0, 0, 1, 1, 1), (1, 0, 0, 0, 1, 1, 1), device=path.device)
+    lam = torch.tensor([0.5, 0.0], device=path.device)
+    result = compare(volumes, boxes, sources, lam, donors=donors)
+    assert result.isnan().flatten().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [1.5, -0.25, INF])
+def test_a_weight_outside_0_and_1_raises_on_the_cpu(dtype, value):
+    volumes = make((2, 1, 3, 4, 5))
+    boxes, sources, _ = draw(2, volumes.shape)
+    before = volumes.clone()
+    lam = torch.tensor([0.5, value], dtype=dtype)
+    for out in (None, volumes):
+        with pytest.raises(ValueError, match=rf"object_mixup3d: lam must be in \[0, 1\], got {value}"):
+            object_mixup3d(volumes, boxes, sources, lam, out=out)
+    assert torch.equal(volumes, before)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(on_gpu(), reason="a device assert would end the process")
+@pytest.mark.parametrize(("lam", "right"), [(1.5, False), (-0.25, False), (1.0, True), (NAN, True)])
+def test_a_weight_outside_0_and_1_fails_an_assert_in_the_kernel(lam, right):
+    volumes = make((1, 1, 3, 4, 5))
+    whole = rows((0, 0, 0, 0, 3, 4, 5))
+    arguments = volumes, None, whole, whole, torch.tensor([lam]), None, None
+    with checked():
+        if right:
+            launch("object_mixup3d", *arguments, dtype=torch.float32)
+        else:
+            with pytest.raises(KernelFault, match=r"device_assert: .*lam must be in \[0, 1\]"):
+                launch("object_mixup3d", *arguments, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("value", "debug"), [(None, False), ("0", False), ("1", True)])
+def test_launches_are_checked_under_fmkernels_debug(monkeypatch, value, debug):
+    monkeypatch.delenv("FMKERNELS_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FMKERNELS_DEBUG", value)
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: options.update(kwargs)
+
+    monkeypatch.setattr(kernels, "object_mixup_kernel", Kernel())
+    volumes = make((1, 1, 3, 4, 5))
+    launch("object_mixup3d", volumes, None, *draw(1, volumes.shape), None, None, dtype=torch.float32)
+    assert options["debug"] is debug
 
 
 def test_not_finite_voxels_stay_where_they_are(path):
@@ -578,6 +662,28 @@ def test_same_bits_every_time(path):
 
 
 # --- torch.library, torch.compile ------------------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    """A subclass that has memory, such as MONAI's MetaTensor."""
+
+
+def test_memory_of_a_tensor_subclass_is_noticed(path):
+    """In place, overlapping the donors, and overlapping the volumes otherwise."""
+    base = make((5, 1, 3, 4, 4), device=path.device)
+    boxes = draw(3, (2, 1, 3, 4, 4), path.device)
+    expected = object_mixup3d(base[:2], *boxes)
+    ours = base.clone().as_subclass(Subclass)
+    result = object_mixup3d(ours[:2], *boxes, out=ours[:2])
+    assert isinstance(result, Subclass) and torch.equal(ours[:2], expected)
+    ours = base.clone().as_subclass(Subclass)
+    object_mixup3d(base[:2], *boxes, donors=ours[:2], out=ours[:2])
+    assert torch.equal(ours[:2], expected) and torch.equal(ours[2:], base[2:])
+    with pytest.raises(ValueError, match="out may be volumes itself but must not overlap it"):
+        object_mixup3d(ours[:2], *boxes, out=ours[1:3])
+    last = ours.to(memory_format=torch.channels_last_3d)
+    with pytest.raises(ValueError, match="out may be volumes itself but must not overlap it"):
+        object_mixup3d(last[:2], *boxes, out=last[1:3])
 
 
 def test_half_of_a_tensor_may_be_mixed_into_the_other_half():

@@ -46,6 +46,8 @@ def _clip(box, shape, clipped):
 def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights):
     """Fill targets, sources and weights; return the number of voxels of all patches.
 
+    Return -1 - k instead if the weight of pair k is not in [0, 1].
+
     targets [K, 8]: batch index (-1 for a pair that changes nothing), first voxels along z, y and x,
     end voxels, start of the patch. sources [K, 7]: the clipped donor boxes. weights [K]: lam.
     """
@@ -53,6 +55,8 @@ def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights
     clipped = np.empty(7)
     load_block(lam[0], lam[1], 0, 1, weights)
     for k in range(len(targets)):
+        if weights[k] < 0 or weights[k] > 1:
+            return -1 - k
         target = targets[k]
         usable = _clip(boxes[k], shape, clipped)
         n = shape[1]
@@ -240,9 +244,8 @@ def object_mixup3d(
         boxes_as_array(boxes), boxes_as_array(donor_boxes), located(lam), shape, donor_shape,
         targets, sources, weights,
     )  # fmt: skip
-    outside = (weights < 0) | (weights > 1)
-    if outside.any():
-        raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {weights[outside][0]}")
+    if voxels < 0:
+        raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {weights[-1 - voxels]}")
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
     grain_size = LEAST * planes // max(voxels, 1)

@@ -118,16 +118,14 @@ def _sample(
     Voxels outside of the box take the value at its edge.
     """
     T: tl.constexpr = low.dtype
-    batch, (z1, y1, x1), (z2, y2, x2) = load_box(donor_boxes, k)
-    z_origin, z_first, z_step, z_low, z_high = sample_axis(
-        _clipped(z1, shape[1]), _clipped(z2, shape[1]), shape[1], stop[0] - first[0], True
-    )
-    y_origin, y_first, y_step, y_low, y_high = sample_axis(
-        _clipped(y1, shape[2]), _clipped(y2, shape[2]), shape[2], stop[1] - first[1], True
-    )
-    x_origin, x_first, x_step, x_low, x_high = sample_axis(
-        _clipped(x1, shape[3]), _clipped(x2, shape[3]), shape[3], stop[2] - first[2], True
-    )
+    batch, start, end = load_box(donor_boxes, k)
+    z1, z2 = _clipped(start[0], shape[1]), _clipped(end[0], shape[1])
+    y1, y2 = _clipped(start[1], shape[2]), _clipped(end[1], shape[2])
+    x1, x2 = _clipped(start[2], shape[3]), _clipped(end[2], shape[3])
+    d, h, w = stop[0] - first[0], stop[1] - first[1], stop[2] - first[2]
+    z_origin, z_first, z_step, z_low, z_high = sample_axis(z1, z2, shape[1], d, True)
+    y_origin, y_first, y_step, y_low, y_high = sample_axis(y1, y2, shape[2], h, True)
+    x_origin, x_first, x_step, x_low, x_high = sample_axis(x1, x2, shape[3], w, True)
     origin = donors + batch.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1]
     origin += z_origin.to(tl.int64) * strides[2] + y_origin.to(tl.int64) * strides[3]
     origin += x_origin.to(tl.int64) * strides[4]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -786,6 +787,126 @@ def test_compiles_without_graph_breaks(path, dynamic):
         assert_close(results[1][1], results[0][1], torch.float16)
 
 
+# --- torch.func, torch.export, compiled autograd, pipelining ---------------------------------------
+
+
+def crops_of(x):
+    """Crops of volumes, weighted so that each has a gradient of its own."""
+    boxes = boxes_of(BOXES[1:3], x.device)
+    crops = crop_and_resize3d(x, boxes, (2, 1, 3), window=(-2.0, 3.0), clamp="volume")
+    return crops * torch.arange(crops.numel(), device=x.device).view_as(crops)
+
+
+def loss_of(x):
+    return crops_of(x).square().sum()
+
+
+def eager_gradient(x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(leaf), leaf)[0]
+
+
+def test_torch_func(path):
+    batch = torch.stack([make((2, 1, 3, 4, 5), device=path.device, seed=n) for n in range(3)])
+    gradients = torch.stack([eager_gradient(x) for x in batch])
+    assert gradients.any() and torch.equal(torch.func.grad(loss_of)(batch[0]), gradients[0])
+    crops, backward = torch.func.vjp(crops_of, batch[1])
+    assert torch.equal(backward(2 * crops)[0], gradients[1])
+    for dim in (0, 2):
+        moved = batch.movedim(0, dim)
+        assert torch.equal(
+            torch.vmap(crops_of, in_dims=dim)(moved), torch.stack([crops_of(x) for x in batch])
+        )
+        assert torch.equal(torch.vmap(torch.func.grad(loss_of), in_dims=dim)(moved), gradients)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss_of)(x).sum())(batch[0])
+
+
+def test_vmap_over_boxes_and_volumes(path):
+    volumes = make((2, 2, 1, 3, 4, 5), device=path.device)
+    rows = torch.stack([boxes_of(BOXES[n : n + 2], path.device) for n in (0, 2)])
+
+    def crop(x, boxes):
+        return crop_and_resize3d(x, boxes, (2, 1, 3))
+
+    pairs = [crop(x, boxes) for x, boxes in zip(volumes, rows, strict=True)]
+    assert torch.equal(torch.vmap(crop)(volumes, rows), torch.stack(pairs))
+    shared = [crop(volumes[0], boxes) for boxes in rows]
+    assert torch.equal(torch.vmap(crop, (None, 0))(volumes[0], rows), torch.stack(shared))
+
+
+class ConvThenCrop(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 2, 1)
+
+    def forward(self, x, boxes):
+        return crop_and_resize3d(self.conv(x), boxes, (2, 1, 3), window=(-2.0, 3.0))
+
+
+class Stem(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = torch.nn.Conv3d(1, 1, 1), ConvThenCrop()
+
+    def forward(self, x, boxes):
+        return self.head(self.stem(x), boxes)
+
+
+def assert_trains_alike(traced, module, *arguments):
+    """The same result, and the same gradient of every parameter, None included."""
+    results = []
+    for each in (traced, module):
+        each.zero_grad(set_to_none=True)
+        result = each(*arguments)
+        result.square().sum().backward()
+        results.append((result, [p.grad.clone() for p in each.parameters()]))
+    (ours, gradients), (eager, expected) = results
+    assert torch.equal(ours, eager) and len(gradients) == len(expected)
+    assert all(torch.equal(a, b) and b.any() for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_keeps_the_gradient(path, strict):
+    torch.manual_seed(0)
+    module = ConvThenCrop().to(path.device)
+    arguments = make((2, 1, 3, 4, 5), device=path.device), boxes_of(BOXES[:2], path.device)
+    dynamic = ({2: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO})
+    exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=strict)
+    assert_trains_alike(exported.module(), module, *arguments)
+    larger = make((2, 1, 5, 4, 5), device=path.device), boxes_of(BOXES[:3], path.device)
+    assert_trains_alike(exported.module(), module, *larger)
+
+
+def test_pipelining_keeps_the_gradient(path):
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    torch.manual_seed(0)
+    module = Stem().to(path.device)
+    arguments = make((2, 1, 3, 4, 5), device=path.device), boxes_of(BOXES[:2], path.device)
+    split = {"head": pipelining.SplitPoint.BEGINNING}
+    stage = pipelining.pipeline(module, arguments, split_spec=split).get_stage_module(1)
+    features = module.stem(arguments[0]).detach()
+    boxes_first = next(node.name for node in stage.graph.nodes) == "boxes"
+    inputs = (arguments[1], features) if boxes_first else (features, arguments[1])
+    results = stage(*inputs)
+    (result,) = results if isinstance(results, tuple) else (results,)
+    result.square().sum().backward()
+    gradients = [p.grad.clone() for p in stage.parameters()]
+    module.head.zero_grad(set_to_none=True)
+    module.head(features, arguments[1]).square().sum().backward()
+    expected = [p.grad for p in module.head.parameters()]
+    assert len(gradients) == 2 and all(map(torch.equal, gradients, expected))
+
+
+def test_compiled_autograd(path):
+    volumes = make((2, 1, 3, 4, 5), device=path.device)
+    torch._dynamo.reset()
+    leaf = volumes.clone().requires_grad_()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda x: loss_of(x).backward(), backend="aot_eager")(leaf)
+    assert torch.equal(leaf.grad, eager_gradient(volumes))
+
+
 # --- bad arguments ---------------------------------------------------------------------------------------------------
 
 X, BOX = torch.zeros(2, 1, 2, 3, 4), torch.zeros(3, 7)
@@ -835,6 +956,18 @@ LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
 def test_bad_arguments(error, words, arguments):
     with pytest.raises(error, match=f"crop_and_resize3d: {words}"):
         crop_and_resize3d(**{"volumes": X, "boxes": BOX, "output_size": (2, 2, 2), **arguments})
+
+
+def test_output_size_of_numpy_integers():
+    volumes, boxes, size = make((2, 1, 5, 6, 7)), boxes_of(BOXES[:2]), (2, 3, 5)
+    given = tuple(map(np.int64, size)), list(map(np.uint8, size)), torch.Size(size)
+    for each in given:
+        assert torch.equal(
+            crop_and_resize3d(volumes, boxes, each), crop_and_resize3d(volumes, boxes, size)
+        )
+    for wrong in (np.float32(3), np.bool_(True)):
+        with pytest.raises(TypeError, match="output_size h must be an int, got "):
+            crop_and_resize3d(volumes, boxes, (2, wrong, 5))
 
 
 @pytest.mark.parametrize("dtype", VOXELS)

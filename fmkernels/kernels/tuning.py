@@ -4,7 +4,6 @@ The default rows were chosen from the compiled code: registers, instructions per
 rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
 """
 
-import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,8 +83,3 @@ def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
     return rows.get(architecture(device), rows[DEFAULT])
-
-
-def debug() -> bool:
-    """The option ``debug`` of a launch: whether kernels check the values that they read."""
-    return os.environ.get("FMKERNELS_DEBUG") == "1"

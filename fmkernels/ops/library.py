@@ -156,8 +156,7 @@ def _autograd_kernel(
 
         def compute(ctx):
             nonlocal structure
-            with _grad_mode_of_outer_levels():
-                structure = results = call_backend(keyset, args, options)
+            structure = results = call_backend(keyset, args, options)
             if save is not None:
                 save(ctx, args, results)
             return results if isinstance(results, Tensor) else tuple(_flat(results))
@@ -177,11 +176,6 @@ def _allowed_under_functorch() -> AbstractContextManager:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     return enable_single_level_autograd_function()
-
-
-def _grad_mode_of_outer_levels() -> AbstractContextManager:
-    """Autograd functions run under no_grad, but outer levels of functorch must record the call."""
-    return torch.enable_grad() if _C._are_functorch_transforms_active() else nullcontext()
 
 
 def _flat(values: Sequence) -> Iterator:

@@ -37,7 +37,9 @@ def object_mixup3d(
         region = (int(batch), slice(None), *(slice(voxels[0], voxels[-1] + 1) for voxels in inside))
         out[region] = _weighted(weight, out[region]) + _weighted(1 - weight, donor)
     if dtype is None:
-        dtype = torch.float32 if target_window and not volumes.is_floating_point() else volumes.dtype
+        dtype = (
+            torch.float32 if target_window and not volumes.is_floating_point() else volumes.dtype
+        )
     if not dtype.is_floating_point:
         out = out.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return out

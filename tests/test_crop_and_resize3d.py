@@ -645,7 +645,11 @@ def test_an_infinite_gradient_stays_where_it_is(path):
         grad_output[0, 0, 1, 1, 1] = math.inf
         (gradient,) = torch.autograd.grad(crops, volumes, grad_output)
         exact = gradients(
-            reference.crop_and_resize3d, volumes, boxes_of([rows], path.device), (3, 3, 4), grad_output
+            reference.crop_and_resize3d,
+            volumes,
+            boxes_of([rows], path.device),
+            (3, 3, 4),
+            grad_output,
         )
         assert (
             torch.equal(gradient.isfinite(), exact.isfinite()) and gradient.isfinite().sum() >= 28

@@ -12,9 +12,9 @@ from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
-from tests.support.interpreter import KernelFault, checked
 from tests.support.launch import launch
 from tests.support.tolerance import assert_close
+from tests.triton_checked.interpreter import KernelFault, checked
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VOXELS = [*FLOATS, torch.int16, torch.uint8]
@@ -375,7 +375,9 @@ def test_a_weight_outside_0_and_1_raises_on_the_cpu(dtype, value):
     before = volumes.clone()
     lam = torch.tensor([0.5, value], dtype=dtype)
     for out in (None, volumes):
-        with pytest.raises(ValueError, match=rf"object_mixup3d: lam must be in \[0, 1\], got {value}"):
+        with pytest.raises(
+            ValueError, match=rf"object_mixup3d: lam must be in \[0, 1\], got {value}"
+        ):
             object_mixup3d(volumes, boxes, sources, lam, out=out)
     assert torch.equal(volumes, before)
 
@@ -395,11 +397,9 @@ def test_a_weight_outside_0_and_1_fails_an_assert_in_the_kernel(lam, right):
                 launch("object_mixup3d", *arguments, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("value", "debug"), [(None, False), ("0", False), ("1", True)])
-def test_launches_are_checked_under_fmkernels_debug(monkeypatch, value, debug):
-    monkeypatch.delenv("FMKERNELS_DEBUG", raising=False)
-    if value is not None:
-        monkeypatch.setenv("FMKERNELS_DEBUG", value)
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_assert_is_compiled_if_debug_says_so(monkeypatch, debug):
+    monkeypatch.setattr(kernels, "debug", lambda: debug)
     options = {}
 
     class Kernel:
@@ -408,7 +408,9 @@ def test_launches_are_checked_under_fmkernels_debug(monkeypatch, value, debug):
 
     monkeypatch.setattr(kernels, "object_mixup_kernel", Kernel())
     volumes = make((1, 1, 3, 4, 5))
-    launch("object_mixup3d", volumes, None, *draw(1, volumes.shape), None, None, dtype=torch.float32)
+    launch(
+        "object_mixup3d", volumes, None, *draw(1, volumes.shape), None, None, dtype=torch.float32
+    )
     assert options["debug"] is debug
 
 

@@ -1,9 +1,10 @@
 """Launch parameters of every kernel, as data: one row per operation and architecture.
 
-The default rows were chosen from the compiled code: registers, instructions per element. `python -m benchmarks.tune`
-rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
+The default rows were chosen from the compiled code: registers, instructions per element. On a GPU,
+`python -m benchmarks.tune` prints a row for its architecture where that was measured to be faster.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -83,3 +84,9 @@ def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
     return rows.get(architecture(device), rows[DEFAULT])
+
+
+@cache
+def debug() -> bool:
+    """Whether kernels check values that only the device knows: FMKERNELS_DEBUG=1, read once."""
+    return os.environ.get("FMKERNELS_DEBUG") == "1"

@@ -128,9 +128,7 @@ def object_mixup3d(
         check_axes(name, "donors", donors)
     donor_window = check_window(name, window)
     window = donor_window if donors is None or donors.dtype == volumes.dtype else None
-    if donor_window != window and (
-        donors.is_floating_point() or not volumes.is_floating_point()
-    ):
+    if donor_window != window and (donors.is_floating_point() or not volumes.is_floating_point()):
         raise ValueError(
             f"{name}: window must be None for donors of another dtype than volumes, unless "
             f"integers are mixed into floats, got {donors.dtype} for {volumes.dtype}"

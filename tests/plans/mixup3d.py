@@ -1,11 +1,11 @@
-"""What production launches of mixup3d: in and out of place, with flips and window, every type, both gradients."""
+"""Launches of mixup3d: in and out of place, flips, window, every type, both gradients."""
 
 from collections.abc import Iterator
 
 import torch
 
 from fmkernels.kernels import mixup3d as kernels
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
@@ -44,33 +44,37 @@ class Mixup:
         return lambda: kernels.launch_gradient(*common, len(upstream), upstream.dtype, own, donor)
 
 
-def case(name: str, call, shape=SHAPE, floor: float | None = None) -> Case:
-    return Case(name, call, torch.Size(shape).numel(), floor)
+def case(name: str, call, shape=SHAPE, min_bytes: float | None = None) -> Case:
+    return Case(name, call, torch.Size(shape).numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, U8):
         name = str(dtype).removeprefix("torch.")
-        floor = 2 * dtype.itemsize
-        yield case(f"in place {name}", Mixup(dtype).in_place(), floor=floor)
-        yield case(f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), floor=floor)
-    yield case("in place, flips float64", Mixup(F64, flips=True).in_place())
-    yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
-    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
-    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
+        min_bytes = 2 * dtype.itemsize
+        yield case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
+        yield case(
+            f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), min_bytes=min_bytes
+        )
+    yield case("in place, flips float64", Mixup(F64, flips=True).in_place(), min_bytes=16)
+    yield case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8)
+    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), min_bytes=8)
+    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), min_bytes=4)
     yield case(
         "window, flips int16 bfloat16",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16),
-        floor=4,
+        min_bytes=4,
     )
     yield case(
         "window, flips int16 float32",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(F32),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
+    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=12)
     into_donors = Mixup(F32, flips=True, donors=8)
-    yield case("into the donors, flips float32", into_donors.in_place(into_donors.donors))
+    yield case(
+        "into the donors, flips float32", into_donors.in_place(into_donors.donors), min_bytes=12
+    )
     last = (8, 64, 64, 64, 4)
     yield case(
         "channels last, flips float32",
@@ -91,10 +95,15 @@ def cases() -> Iterator[Case]:
     yield case(
         "in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape
     )
-    yield case("gradient float32", Mixup(F32).gradient(True, True), floor=8)
+    yield case("gradient float32", Mixup(F32).gradient(True, True), min_bytes=8)
     yield case(
         "gradient, window, flips bfloat16",
         Mixup(BF16, flips=True, window=WINDOW).gradient(True, True),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("gradient to donors float32", Mixup(F32, donors=8).gradient(False, True))
+    yield case(
+        "gradient to volumes float32", Mixup(F32, donors=8).gradient(True, False), min_bytes=8
+    )
+    yield case(
+        "gradient to donors float32", Mixup(F32, donors=8).gradient(False, True), min_bytes=8
+    )

@@ -1,7 +1,6 @@
-"""Launches of object_mixup3d in production: in place or not, separate donors or not, windows.
+"""Launches of object_mixup3d: in and out of place, donors given or the volumes, windows.
 
-In place, every volume is one box that fills its tiles. Cases that write the voxels outside of boxes
-have no boxes.
+In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
 """
 
 from collections.abc import Iterator
@@ -9,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels.object_mixup3d import object_mixup3d
-from tests.support.driver import Case
 from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
@@ -20,7 +19,7 @@ LARGE = (2, 1, 64, 64, 64)
 
 
 class Objects:
-    """Arguments of the launcher. Box k is all of volume k, and its donor is the next box."""
+    """Arguments of the launcher. Box k is all of volume k; its donor is the next one."""
 
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)
@@ -29,27 +28,29 @@ class Objects:
             [[k, 0, 0, 0, *shape[2:]] for k in range(pairs)], dtype=torch.float32
         ).reshape(-1, 7)
         windows = (window if donor_dtype is None else None), window
-        self.arguments = donors, boxes, boxes.roll(1, 0), torch.ones(pairs), *windows
+        # not a weight of 0 or 1, for which less is read
+        lam = torch.full((pairs,), 0.75)
+        self.arguments = donors, boxes, boxes.roll(1, 0), lam, *windows
 
-    def new(self, name: str, dtype: torch.dtype, floor: float | None = None) -> Case:
+    def new(self, name: str, dtype: torch.dtype, min_bytes: float | None = None) -> Case:
         def call():
             return launch("object_mixup3d", self.volumes, *self.arguments, dtype=dtype)
 
-        return Case(name, call, self.volumes.numel(), floor)
+        return Case(name, call, self.volumes.numel(), min_bytes)
 
-    def in_place(self, name: str, floor: float | None = None) -> Case:
+    def in_place(self, name: str, min_bytes: float | None = None) -> Case:
         def call():
             overlap = self.arguments[0] is None
             object_mixup3d(self.volumes, *self.arguments, self.volumes, True, overlap)
 
-        return Case(name, call, self.volumes.numel(), floor)
+        return Case(name, call, self.volumes.numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
-        floor = None if dtype == F64 else 3 * dtype.itemsize
-        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", floor)
+        min_bytes = 3 * dtype.itemsize
+        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes)
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
     yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6)
     yield Objects(F32).in_place("in place float32", 12)

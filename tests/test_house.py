@@ -33,7 +33,7 @@ ALLOWED = {
         "functional",
         "nn",
     },  # cpu: the detector's normalisation, which is no op
-    "integrations": {"functional", "nn"},
+    "integrations": {"functional", "nn", "ops"},
     "__init__": {"functional", "nn"},
     "__main__": {"focalmix"},
 }

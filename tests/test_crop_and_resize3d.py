@@ -1,6 +1,7 @@
-"""crop_and_resize3d on the CPU path and through the kernels, against the float64 reference and outsiders."""
+"""crop_and_resize3d on the CPU and through kernels, against the reference and other libraries."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def boxes_of(rows, device="cpu"):
 
 
 def coordinate_error(shape, boxes):
-    """How far off, in voxels, samples of each box may lie because float32 holds coordinates, [K]."""
+    """The error, in voxels, of samples of each box because coordinates are float32, [K]."""
     start, end = boxes[:, 1:4].double(), boxes[:, 4:].double()
     edge = torch.tensor(shape[2:], device=boxes.device)
     outside = (start - start.clamp(min=0).minimum(edge)).abs()
@@ -195,8 +196,10 @@ def test_a_center_on_a_face_is_inside_at_the_start_only(path):
 def test_boxes_without_a_center_take_the_nearest_voxel(path):
     ramp = torch.arange(8.0, device=path.device).reshape(1, 1, 1, 1, 8)
     extents = {
-        (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3, (5, 2): 3, (6, 2): 4,
-        (0.59999996, 1.4): 0, (0.6, 1.4): 1, (-3, -2): 0, (8.5, 8.6): 7, (7.6, 9): 7, (-1, 0.5): 0, (30, -20): 5,
+        (2.1, 2.4): 2, (2.6, 2.9): 2, (2.6, 3.3): 2, (2.7, 3.5): 3, (2.5, 2.5): 2, (3, 3): 3,
+        (5, 2): 3, (6, 2): 4,
+        (0.59999996, 1.4): 0, (0.6, 1.4): 1, (-3, -2): 0, (8.5, 8.6): 7, (7.6, 9): 7,
+        (-1, 0.5): 0, (30, -20): 5,
     }  # fmt: skip
     boxes = boxes_of([[0, 0, 0, start, 1, 1, end] for start, end in extents], path.device)
     crops = compare(ramp, boxes, (1, 1, 2))
@@ -248,7 +251,7 @@ def test_scaling_volume_and_box_changes_nothing(path):
     assert_close(*crops)
 
 
-# --- outsiders -------------------------------------------------------------------------------------------------------
+# --- other libraries ------------------------------------------------------------------------------
 
 WHOLE = [[1, 0, 1, 2, 5, 6, 7], [0, 2, 0, 0, 3, 6, 4], [1, 1, 1, 1, 5, 4, 7], [0, 0, 0, 0, 5, 6, 7]]
 
@@ -325,7 +328,7 @@ def test_equals_roi_align(path):
     )
 
 
-# --- edges -----------------------------------------------------------------------------------------------------------
+# --- edges ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
@@ -461,7 +464,7 @@ def test_what_is_not_finite_stays_where_it_is(path):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_rounds_to_zero_hides_what_is_not_finite(path, dtype, value):
-    """Sample 9 of 19 in [8, 9), and the middle of [1/2 - 2^-25, 5/2), are voxel centers in float32."""
+    """In float32, sample 9 of 19 in [8, 9) and the middle of [1/2 - 2^-25, 5/2) are at centers."""
     volumes = torch.arange(16.0, device=path.device).to(dtype).reshape(1, 1, 1, 1, 16)
     volumes[..., [0, 7]] = value
     rows = boxes_of([[0, 0, 0, 8, 1, 1, 9], [0, 0, 0, 0.5 - 2**-25, 1, 1, 2.5]], path.device)
@@ -503,7 +506,7 @@ def test_large_boxes():
             compare_gradients(volumes, boxes_of(rows), size, clamp=clamp)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def gradients(function, volumes, boxes, size, grad_output, **arguments):
@@ -556,8 +559,8 @@ def test_gradients_over_more_than_a_brick(path, shape, size):
         )
 
 
-def test_every_sample_is_given_away_whole(path):
-    """The shares of a sample add up to 1, so the gradient of a volume adds up to the samples taken from it."""
+def test_the_weights_of_every_sample_add_up_to_one(path):
+    """The weights of a sample add up to 1, so the gradients of a volume add up to its samples."""
     spans = [
         (1.3, 17.9),
         (0, 20),
@@ -615,16 +618,19 @@ def test_gradcheck(path, window, clamp):
         [[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6], [2, 0, 0, 0, 1, 1, 1]],
         path.device,
     )
-    call = lambda x: crop_and_resize3d(x, boxes, (1, 3, 2), window=window, clamp=clamp)  # noqa: E731
-    assert torch.autograd.gradcheck(call, volumes, fast_mode=path.name == "kernel")
+
+    def crop(x):
+        return crop_and_resize3d(x, boxes, (1, 3, 2), window=window, clamp=clamp)
+
+    assert torch.autograd.gradcheck(crop, volumes, fast_mode=path.name == "kernel")
 
 
 def test_gradcheck_of_the_reference():
     volumes = make((2, 1, 2, 2, 3), torch.float64).requires_grad_()
     boxes = boxes_of([[0, 0, 0, 0, 2, 2, 3], [1, -0.4, 0.3, 0.2, 1.7, 2.9, 2.6]])
     for clamp in CLAMPS:
-        call = lambda x, clamp=clamp: reference.crop_and_resize3d(x, boxes, (1, 3, 2), clamp=clamp)  # noqa: E731
-        assert torch.autograd.gradcheck(call, volumes)
+        crop = partial(reference.crop_and_resize3d, clamp=clamp)
+        assert torch.autograd.gradcheck(lambda x, crop=crop: crop(x, boxes, (1, 3, 2)), volumes)
 
 
 def test_gradient_at_the_edges_of_the_window(path):
@@ -735,7 +741,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     )
 
 
-# --- torch.library, torch.compile ------------------------------------------------------------------------------------
+# --- torch.library, torch.compile -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clamp_box", [True, False])
@@ -791,7 +797,7 @@ def test_compiles_without_graph_breaks(path, dynamic):
         assert_close(results[1][1], results[0][1], torch.float16)
 
 
-# --- torch.func, torch.export, compiled autograd, pipelining ---------------------------------------
+# --- torch.func, torch.export, compiled autograd, pipelining --------------------------------------
 
 
 def crops_of(x):
@@ -911,7 +917,7 @@ def test_compiled_autograd(path):
     assert torch.equal(leaf.grad, eager_gradient(volumes))
 
 
-# --- bad arguments ---------------------------------------------------------------------------------------------------
+# --- bad arguments --------------------------------------------------------------------------------
 
 X, BOX = torch.zeros(2, 1, 2, 3, 4), torch.zeros(3, 7)
 LEAF = torch.zeros(2, 1, 2, 3, 4, requires_grad=True)
@@ -985,7 +991,7 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
             assert_right(wrong, volumes, boxes, size)
 
 
-# --- any case --------------------------------------------------------------------------------------------------------
+# --- any case -------------------------------------------------------------------------------------
 
 FINITE = st.floats(-4, 12, width=32)
 BOUND = st.one_of(

@@ -1,4 +1,4 @@
-"""object_mixup3d on the CPU path and through the kernels, against the float64 reference and against outsiders."""
+"""object_mixup3d on the CPU and through the kernels, against the reference and other libraries."""
 
 import math
 
@@ -35,7 +35,7 @@ def rows(*boxes, device="cpu"):
 
 
 def draw(pairs, shape, device="cpu", seed=0, donor_shape=None):
-    """Boxes of any extent, inside volumes and across their borders, overlapping; and shares."""
+    """Boxes of any extent, inside and across the borders of volumes, overlapping; and weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(shape):
@@ -53,7 +53,7 @@ def draw(pairs, shape, device="cpu", seed=0, donor_shape=None):
 
 
 def assert_right(result, *arguments, **named):
-    """Within the tolerance of its type, that of float32 at best; integers are the nearest ones to the exact value."""
+    """Within the tolerance of the dtype, float32 at best; integers are the nearest to the exact."""
     exact = reference.object_mixup3d(*arguments, **{**named, "dtype": torch.float64})
     if result.dtype.is_floating_point:
         assert_close(result, exact, torch.float32 if result.dtype == torch.float64 else None)
@@ -149,7 +149,7 @@ def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
         compare(volumes, *draw(pairs, volumes.shape, path.device, seed=pairs))
 
 
-# --- semantics -------------------------------------------------------------------------------------------------------
+# --- semantics ------------------------------------------------------------------------------------
 
 
 def test_a_voxel_belongs_to_a_box_if_its_center_does(path):
@@ -292,7 +292,7 @@ def test_overlaps_are_rounded_once(path):
     ).all()  # 0.75 * 0.5 + 0.25 * 3 = 1.125
 
 
-def test_many_boxes_on_one_place(path):
+def test_many_boxes_on_the_same_voxels(path):
     volumes = make((1, 1, 5, 5, 5), device=path.device)
     boxes, sources, lam = draw(24, volumes.shape, path.device, seed=5)
     compare(
@@ -449,7 +449,7 @@ def test_voxels_in_no_box(path, window):
         assert torch.equal(plain, volumes)
 
 
-# --- outsiders -------------------------------------------------------------------------------------------------------
+# --- other libraries ------------------------------------------------------------------------------
 
 
 def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
@@ -461,7 +461,7 @@ def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
         batch = torch.randint(3, (5, 2, 1), generator=generator)
         both, lam = torch.cat((batch, low, high), 2), torch.rand(5, generator=generator)
         expected = volumes.double()
-        for (b, z1, y1, x1, z2, y2, x2), (j, *source), share in zip(
+        for (b, z1, y1, x1, z2, y2, x2), (j, *source), weight in zip(
             *both.transpose(0, 1).tolist(), lam, strict=True
         ):
             d1, h1, w1, d2, h2, w2 = source
@@ -470,7 +470,7 @@ def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
                 crop, (z2 - z1, y2 - y1, x2 - x1), mode="trilinear"
             )[0]
             region = expected[b, :, z1:z2, y1:y2, x1:x2]
-            region.copy_(torch.lerp(donor, region, share.double().to(path.device)))
+            region.copy_(torch.lerp(donor, region, weight.double().to(path.device)))
         targets, sources = both.float().unbind(1)
         result = object_mixup3d(
             volumes, targets.to(path.device), sources.to(path.device), lam.to(path.device)
@@ -484,7 +484,8 @@ def test_equals_simpleitk_where_samples_stay_inside_the_box(path):
     source = torch.tensor([1.3, 2.7, 0.9, 18.2, 21.4, 23.1])
     result = object_mixup3d(
         volumes.to(path.device), rows((0, 1, 2, 3, 7, 6, 8), device=path.device),
-        torch.cat((torch.zeros(1), source))[None].to(path.device), torch.tensor([0.3], device=path.device),
+        torch.cat((torch.zeros(1), source))[None].to(path.device),
+        torch.tensor([0.3], device=path.device),
         donors=donors.to(path.device),
     )  # fmt: skip
     n = torch.tensor([6, 4, 5])
@@ -492,7 +493,8 @@ def test_equals_simpleitk_where_samples_stay_inside_the_box(path):
     first = source[:3].double() + 0.5 * step - 0.5
     image = sitk.GetImageFromArray(donors[0, 0].double().numpy())
     donor = sitk.Resample(
-        image, n.flip(0).tolist(), sitk.Transform(), sitk.sitkLinear, first.flip(0).tolist(), step.flip(0).tolist(),
+        image, n.flip(0).tolist(), sitk.Transform(), sitk.sitkLinear,
+        first.flip(0).tolist(), step.flip(0).tolist(),
         image.GetDirection(),
     )  # fmt: skip
     expected = volumes.double()
@@ -512,7 +514,7 @@ def test_same_size_is_not_resampled(path):
     assert torch.equal(result[0, :, 1:8, 2:9, 3:10], volumes[1, :, 2:9, 1:8, 0:7])
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def layouts(x):
@@ -663,7 +665,7 @@ def test_same_bits_every_time(path):
         assert torch.equal(object_mixup3d(ours, *boxes, out=ours), first)
 
 
-# --- torch.library, torch.compile ------------------------------------------------------------------------------------
+# --- torch.library, torch.compile -----------------------------------------------------------------
 
 
 class Subclass(torch.Tensor):
@@ -777,7 +779,7 @@ def test_compiles_without_graph_breaks(path, dynamic):
         )
 
 
-# --- bad arguments ---------------------------------------------------------------------------------------------------
+# --- bad arguments --------------------------------------------------------------------------------
 
 X, BOXES, LAM = torch.zeros(2, 1, 3, 4, 5), torch.zeros(2, 7), torch.ones(2)
 LEAF = torch.zeros(2, 1, 3, 4, 5, requires_grad=True)
@@ -871,7 +873,7 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
             assert_right(wrong, *arguments)
 
 
-# --- any case --------------------------------------------------------------------------------------------------------
+# --- any case -------------------------------------------------------------------------------------
 
 BOUND = st.one_of(
     st.sampled_from([-2.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.25, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0]),

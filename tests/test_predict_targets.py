@@ -1,4 +1,4 @@
-"""predict_targets on the CPU path and through its kernel, against the float64 reference and torch.flip."""
+"""predict_targets on the CPU and through its kernel, against the reference and torch.flip."""
 
 import math
 

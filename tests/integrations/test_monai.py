@@ -1,4 +1,4 @@
-"""Against the MONAI that is installed: boxes, MixUp, the detector's losses and targets, a pipeline."""
+"""Against the installed MONAI: boxes, MixUp, losses and targets of the detector, a pipeline."""
 
 import contextlib
 import copy
@@ -15,7 +15,10 @@ monai = pytest.importorskip("monai")
 
 from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector  # noqa: E402
 from monai.apps.detection.transforms.box_ops import flip_boxes  # noqa: E402
-from monai.apps.detection.transforms.dictionary import RandCropBoxByPosNegLabeld, RandFlipBoxd  # noqa: E402
+from monai.apps.detection.transforms.dictionary import (  # noqa: E402
+    RandCropBoxByPosNegLabeld,
+    RandFlipBoxd,
+)
 from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape  # noqa: E402
 from monai.data import MetaTensor, box_utils  # noqa: E402
 from monai.transforms import Compose, EnsureTyped, ScaleIntensityRanged  # noqa: E402
@@ -131,7 +134,7 @@ def test_boxes_of_every_mode_come_and_go(mode, kind):
 
 
 def test_axes_are_those_of_monai():
-    """A box cuts out of an image what MONAI's flips and slices say it does, and axis 0 is the first flip bit."""
+    """Boxes crop what MONAI's slices and flips say they do, and axis 0 is the first flip bit."""
     image = torch.rand(1, 12, 14, 16)
     x1, y1, z1, x2, y2, z2 = BOXES[0].int().tolist()
     expected = image[:, x1:x2, y1:y2, z1:z2]
@@ -172,15 +175,13 @@ def test_mixup_mixes_images_and_carries_boxes_labels_and_weights():
         moved += 1
         (other,) = [x for x in batch if torch.equal(x["box"], item["box"][count:])]
         own_weights, weights = own.get("box_weights", torch.ones(count)), item["box_weights"]
-        share = weights[0] / own_weights[0]
-        assert 0.5 <= share < 1
-        torch.testing.assert_close(
-            item["image"], share * own["image"] + (1 - share) * other["image"]
-        )
+        lam = weights[0] / own_weights[0]
+        assert 0.5 <= lam < 1
+        torch.testing.assert_close(item["image"], lam * own["image"] + (1 - lam) * other["image"])
         torch.testing.assert_close(item["box"][:count], own["box"])
         torch.testing.assert_close(item["label"], torch.cat([own["label"], other["label"]]))
         others = other.get("box_weights", torch.ones(len(other["box"])))
-        torch.testing.assert_close(weights, torch.cat([share * own_weights, (1 - share) * others]))
+        torch.testing.assert_close(weights, torch.cat([lam * own_weights, (1 - lam) * others]))
     assert moved >= 2
 
 
@@ -371,12 +372,12 @@ def test_objects_of_the_batch_before_and_their_mode():
     mixed = [
         item | {"image": torch.zeros(1, 12, 12, 12), "box": torch.cat(boxes)} for item in before
     ]
-    centred = [
+    centered = [
         item | {"box": box_utils.convert_box_mode(item["box"], "xyzxyz", "cccwhd")}
         for item in before
     ]
     result = ObjectMixUpBoxd(eta=1.0).set_random_state(4)(mixed, objects=before)
-    again = ObjectMixUpBoxd(eta=1.0, mode="cccwhd").set_random_state(4)(mixed, objects=centred)
+    again = ObjectMixUpBoxd(eta=1.0, mode="cccwhd").set_random_state(4)(mixed, objects=centered)
     for item, same, own, donor in zip(result, again, before, (4.0, 2.0), strict=True):
         x1, y1, z1, x2, y2, z2 = own["box"][0].int().tolist()
         inside = item["image"][:, x1:x2, y1:y2, z1:z2]
@@ -601,7 +602,7 @@ class Broken(nn.Module):
 @with_torchvision
 @pytest.mark.parametrize("own", [True, False])
 def test_predicting_leaves_the_network_as_it_was(own):
-    """It evaluates: statistics and dropout rest; afterwards each module trains that did, also where it has failed."""
+    """The network evaluates; afterwards each module is in its mode again, also after an error."""
     detector = detector_of(SoftTargetRetinaNetDetector)
     network = detector.network if own else copy.deepcopy(detector.network)
     network.stem = nn.Sequential(

@@ -19,8 +19,6 @@ from fmkernels.ops.checks import (
 from fmkernels.ops.library import functional_op, mutating_op
 from fmkernels.ops.tensors import is_same, may_overlap
 
-_FORMATS = (torch.contiguous_format, torch.channels_last_3d)
-
 
 def object_mixup3d(
     volumes: Tensor,
@@ -127,32 +125,34 @@ def object_mixup3d(
         check_no_grad(name, "donors", donors)
         check_axes(name, "donors", donors)
     donor_window = check_window(name, window)
-    window = donor_window if donors is None or donors.dtype == volumes.dtype else None
-    if donor_window != window and (donors.is_floating_point() or not volumes.is_floating_point()):
-        raise ValueError(
-            f"{name}: window must be None for donors of another dtype than volumes, unless "
-            f"integers are mixed into floats, got {donors.dtype} for {volumes.dtype}"
-        )
+    window = donor_window
+    if donors is not None and donors.dtype != volumes.dtype and window is not None:
+        if donors.is_floating_point() or not volumes.is_floating_point():
+            raise ValueError(
+                f"{name}: window must be None for donors of another dtype than volumes, unless "
+                f"integers are mixed into floats, got {donors.dtype} for {volumes.dtype}"
+            )
+        window = None
     dtype = result_dtype(name, dtype, volumes, window)
     if out is not None:
         check_out(name, out, volumes, dtype)
-        dense = _format(volumes) is not None and _format(out) is not None
-        if dense and may_overlap(volumes, out) and not is_same(volumes, out):
+        both_dense = _are_dense(volumes) and _are_dense(out)
+        if both_dense and may_overlap(volumes, out) and not is_same(volumes, out):
             raise ValueError(f"{name}: out may be volumes itself but must not overlap it otherwise")
     pairs = boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous()
     if out is None:
-        dense = volumes if _format(volumes) is not None else volumes.contiguous()
+        dense = volumes if _are_dense(volumes) else volumes.contiguous()
         return object_mixup3d_op(dense, donors, *pairs, window, donor_window, dtype=dtype)
     object_mixup3d_out_op(volumes, donors, *pairs, window, donor_window, out)
     return out
 
 
-def _format(*tensors: Tensor) -> torch.memory_format | None:
-    """The memory format in which all tensors are dense; None if there is none."""
-    for layout in _FORMATS:
-        if all(x.is_contiguous(memory_format=layout) for x in tensors):
-            return layout
-    return None
+def _are_dense(*tensors: Tensor) -> bool:
+    """Whether all tensors are contiguous, or all are channels_last_3d."""
+    return any(
+        all(x.is_contiguous(memory_format=memory_format) for x in tensors)
+        for memory_format in (torch.contiguous_format, torch.channels_last_3d)
+    )
 
 
 _INPUTS = (
@@ -174,7 +174,7 @@ def object_mixup3d_out_op(
     in_place = is_same(volumes, out)
     writable = in_place and window is None  # with any strides: only voxels in boxes are written
     if not writable and (in_place or not may_overlap(volumes, out)):
-        writable = _format(volumes, out) is not None
+        writable = _are_dense(volumes, out)
     if writable:
         overlap = may_overlap(volumes if donors is None else donors, out)
         launch(volumes, *inputs, out, in_place, overlap)

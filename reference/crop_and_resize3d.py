@@ -1,4 +1,4 @@
-"""Crops of volumes resized trilinearly, one box after the other, in float64."""
+"""Crops of volumes resized trilinearly, one box after another, in float64."""
 
 import itertools
 import math
@@ -10,12 +10,13 @@ from torch import Tensor
 def crop_and_resize3d(
     volumes, boxes, output_size, *, clamp="box", window=None, dtype=None
 ) -> Tensor:
-    """out[k, :, i, j, l] = sum over the 8 voxels around a sample of (1 - |dz|) (1 - |dy|) (1 - |dx|) f(voxel).
+    """out[k, :, i, j, l] = sum over 8 voxels of (1 - |dz|) (1 - |dy|) (1 - |dx|) f(voxel).
 
-    Along an axis, sample i of n lies at start + (i + 0.5) (end - start) / n - 0.5, voxels at 0, 1, 2 ...; it is clamped
-    between the first and the last voxel whose centre (+ 0.5) lies in [start, end), or the voxel nearest to the middle
-    of the box where there is none; or ("volume") between the first and the last voxel of the volume. f is the window.
-    A box that is not finite, or lies in none of the volumes, gives zeros.
+    Along an axis with voxels at 0, 1, 2 ..., sample i of n lies at start + (i + 0.5) (end - start)
+    / n - 0.5. It is clamped between the first and the last voxel whose center (+ 0.5) lies in
+    [start, end), or to the voxel nearest to the box center if there is none; or ("volume") between
+    the first and the last voxel of the volume. f is the window. A box that is not finite or lies in
+    no volume gives zeros.
     """
     crops = [_crop(volumes, box, output_size, clamp, window) for box in boxes]
     shape = (0, volumes.shape[1], *output_size)
@@ -52,11 +53,10 @@ def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, window) -> Tens
     for z, y, x in itertools.product(*([position.floor(), position.ceil()] for position in axes)):
         weight = 1.0
         for axis, position, voxel in zip((2, 1, 0), axes, (z, y, x), strict=True):
-            # where a sample lies on a voxel, floor and ceil are one: half of the weight each
-            share = torch.where(
-                position.floor() == position.ceil(), 0.5, 1 - (position - voxel).abs()
-            )
-            weight = weight * share.reshape(-1, *[1] * axis)
+            # at a voxel center, floor and ceil are the same voxel: half of the weight each
+            at_center = position.floor() == position.ceil()
+            along = torch.where(at_center, 0.5, 1 - (position - voxel).abs())
+            weight = weight * along.reshape(-1, *[1] * axis)
         voxels = volume[:, z.long()][:, :, y.long()][:, :, :, x.long()]
         out = out + weight * voxels
     return out

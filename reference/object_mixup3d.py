@@ -1,4 +1,4 @@
-"""Objects mixed with other objects, one pair of boxes after the other, in float64."""
+"""Objects mixed with other objects, one pair of boxes after another, in float64."""
 
 import math
 
@@ -11,18 +11,19 @@ from reference.crop_and_resize3d import crop_and_resize3d
 def object_mixup3d(
     volumes, boxes, donor_boxes, lam, *, donors=None, window=None, dtype=None
 ) -> Tensor:
-    """Voxels with centres in a target box become lam own + (1 - lam) donor, the donor cropped and resized to them.
+    """Voxels with centers in a target box become lam * target + (1 - lam) * donor.
 
-    Both boxes are clipped to their volumes; a pair with a box that is empty, not finite or in no volume is left out.
-    The window is not applied to volumes of another type than the donors'.
+    The donor is cropped and resized to these voxels. Both boxes are clipped to their volumes. A
+    pair is left out if either box is empty, is not finite or lies in no volume. A window is not
+    applied to volumes of another dtype than the donors.
     """
     donors = volumes if donors is None else donors
     out = volumes.double().clone()
-    own_window = window if donors.dtype == volumes.dtype else None
-    if own_window:
-        low, high = own_window
+    target_window = window if donors.dtype == volumes.dtype else None
+    if target_window:
+        low, high = target_window
         out = ((out - low) / (high - low)).clamp(0, 1)
-    for target, source, share in zip(boxes, donor_boxes, lam.double(), strict=True):
+    for target, source, weight in zip(boxes, donor_boxes, lam.double(), strict=True):
         target, source = _clip(target, volumes), _clip(source, donors)
         if target is None or source is None:
             continue
@@ -34,16 +35,23 @@ def object_mixup3d(
         size = [len(voxels) for voxels in inside]
         donor = crop_and_resize3d(donors, source[None], size, window=window, dtype=torch.float64)[0]
         region = (int(batch), slice(None), *(slice(voxels[0], voxels[-1] + 1) for voxels in inside))
-        out[region] = share * out[region] + (1 - share) * donor
+        out[region] = _weighted(weight, out[region]) + _weighted(1 - weight, donor)
     if dtype is None:
-        dtype = torch.float32 if own_window and not volumes.is_floating_point() else volumes.dtype
+        dtype = (
+            torch.float32 if target_window and not volumes.is_floating_point() else volumes.dtype
+        )
     if not dtype.is_floating_point:
         out = out.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return out
 
 
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x; 0 for a weight of 0 even if x is not finite."""
+    return torch.zeros_like(x) if weight == 0 else weight * x
+
+
 def _clip(box: Tensor, volumes: Tensor) -> Tensor | None:
-    """The part of a box that lies in its volume, None where there is none."""
+    """The part of a box that lies in its volume; None if there is none."""
     batch, *bounds = box.tolist()
     if not (0 <= batch < len(volumes) and all(map(math.isfinite, bounds))):
         return None

@@ -791,7 +791,7 @@ OPS = (
         result_dtype=voxel_dtype,
         valid={"volumes": X, "boxes": BOXES, "donor_boxes": BOXES, "lam": LAM},
         errors=OBJECT_ERRORS,
-        not_finite={"volumes": ANY, "donors": ANY, "lam": ANY},
+        not_finite={"volumes": ANY, "donors": ANY, "lam": (NAN,)},
         in_place="volumes",
     ),
 )

@@ -29,7 +29,7 @@ ALLOWED = {
     "doctor": {"functional", "kernels"},
     # cpu: for the normalization of the detector, which is not an op
     "focalmix": {"cpu", "doctor", "focalmix", "functional", "nn"},
-    "integrations": {"functional", "nn"},
+    "integrations": {"functional", "nn", "ops"},
     "__init__": {"functional", "nn"},
     "__main__": {"focalmix"},
 }

@@ -12,8 +12,11 @@ import reference
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.opinfo import FLOATS, VOXELS, make
+from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
+from tests.support.launch import launch
 from tests.support.tolerance import assert_close
+from tests.triton_checked.interpreter import KernelFault, checked
 
 WINDOW = (-20.5, 30.0)
 INF, NAN = math.inf, math.nan
@@ -27,7 +30,7 @@ def rows(*boxes, device="cpu"):
 
 
 def draw(pairs, shape, device="cpu", seed=0, donor_shape=None):
-    """Boxes of any extent, inside volumes and across their borders, overlapping; and shares."""
+    """Boxes of any extent, inside and across the borders of volumes, overlapping; and weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(shape):
@@ -76,7 +79,7 @@ def test_donors_of_another_type(path, dtype, donor_dtype):
         result = compare(volumes, *boxes, donors=donors, window=WINDOW)
         assert result.dtype == (dtype if dtype.is_floating_point else torch.float32)
     else:
-        with pytest.raises(ValueError, match="window must be None for donors of another type"):
+        with pytest.raises(ValueError, match="window must be None for donors of another dtype"):
             object_mixup3d(volumes, *boxes, donors=donors, window=WINDOW)
 
 
@@ -113,7 +116,7 @@ def test_more_boxes_than_are_tested_at_once(path, monkeypatch):
 # --- semantics -----------------------------------------------------------------------------------
 
 
-def test_a_voxel_belongs_to_a_box_if_its_centre_does(path):
+def test_a_voxel_belongs_to_a_box_if_its_center_does(path):
     volumes, donors = (
         torch.zeros(1, 1, 1, 1, 8, device=path.device),
         torch.ones(1, 1, 1, 1, 8, device=path.device),
@@ -253,7 +256,7 @@ def test_overlaps_are_rounded_once(path):
     ).all()  # 0.75 * 0.5 + 0.25 * 3 = 1.125
 
 
-def test_many_boxes_on_one_place(path):
+def test_many_boxes_on_the_same_voxels(path):
     volumes = make((1, 1, 5, 5, 5), device=path.device)
     boxes, sources, lam = draw(24, volumes.shape, path.device, seed=5)
     compare(
@@ -279,24 +282,100 @@ def test_lam_of_any_float_type(path, dtype):
 
 
 def test_integers_saturate_and_nan_becomes_zero(path):
-    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device).reshape(
-        1, 1, 1, 1, 4
-    )
+    volumes = torch.tensor([32000, -32000, 5, 5], dtype=torch.int16, device=path.device)
+    donors = torch.tensor([40000.0, -INF, 6, 8.5], device=path.device)
+    volumes, donors = volumes.reshape(1, 1, 1, 1, 4), donors.reshape(1, 1, 1, 1, 4)
     whole = rows((0, 0, 0, 0, 1, 1, 4), device=path.device)
-    lam = torch.tensor([2.0], device=path.device)
-    donors = torch.tensor([-32000, 32000, 5, 4], dtype=torch.int16, device=path.device).reshape(
-        1, 1, 1, 1, 4
-    )
-    assert object_mixup3d(volumes, whole, whole, lam, donors=donors).flatten().tolist() == [
-        32767,
-        -32768,
-        5,
-        6,
-    ]
+    lam = torch.tensor([0.5], device=path.device)
+    result = object_mixup3d(volumes, whole, whole, lam, donors=donors)
+    assert result.flatten().tolist() == [32767, -32768, 6, 7]  # 5.5 and 6.75
     floats = torch.tensor([1e30, -INF, NAN, 2.5], device=path.device).reshape(1, 1, 1, 1, 4)
     none = rows(device=path.device)
     result = object_mixup3d(floats, none, none, lam[:0], dtype=torch.int16)
     assert result.flatten().tolist() == [32767, -32768, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_weight_of_zero_hides_what_is_not_finite(path, dtype, value):
+    """Targets 0 and 2 are not finite, and so are donors 0 and 3."""
+    volumes, donors = (
+        torch.arange(4.0, device=path.device).add(first).to(dtype).reshape(4, 1, 1, 1, 1)
+        for first in (1, 11)
+    )
+    volumes[[0, 2]], donors[[0, 3]] = value, value
+    pairs = rows(*((k, 0, 0, 0, 1, 1, 1) for k in range(4)), device=path.device)
+    for lam, expected in (
+        ([1.0, 1.0, 0.0, 0.0], [value, 2, 13, value]),
+        ([0.0, 0.0, 1.0, 1.0], [value, 12, value, 4]),
+        ([0.5, 0.5, 0.5, 0.5], [value, 7, value, value]),
+    ):
+        weights = torch.tensor(lam, device=path.device)
+        for own in (volumes, volumes.clone()):
+            out = own if own is not volumes else None
+            result = object_mixup3d(own, pairs, pairs, weights, donors=donors, out=out)
+            exact = reference.object_mixup3d(volumes, pairs, pairs, weights, donors=donors)
+            right = torch.tensor(expected, dtype=torch.float64, device=path.device)
+            for ours in (result.double().flatten(), exact.flatten()):
+                assert torch.equal(ours.nan_to_num(99), right.nan_to_num(99))
+
+
+def test_of_overlapping_targets_one_may_hide_what_another_shows(path):
+    volumes, donors = make((1, 1, 1, 1, 4), device=path.device), make((2, 1, 1, 1, 1))
+    donors = donors.to(path.device)
+    donors[0] = NAN
+    boxes = rows((0, 0, 0, 0, 1, 1, 3), (0, 0, 0, 1, 1, 1, 4), device=path.device)
+    sources = rows((0, 0, 0, 0, 1, 1, 1), (1, 0, 0, 0, 1, 1, 1), device=path.device)
+    lam = torch.tensor([0.5, 0.0], device=path.device)
+    result = compare(volumes, boxes, sources, lam, donors=donors)
+    assert result.isnan().flatten().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [1.5, -0.25, INF])
+def test_a_weight_outside_0_and_1_raises_on_the_cpu(dtype, value):
+    volumes = make((2, 1, 3, 4, 5))
+    boxes, sources, _ = draw(2, volumes.shape)
+    before = volumes.clone()
+    lam = torch.tensor([0.5, value], dtype=dtype)
+    for out in (None, volumes):
+        with pytest.raises(
+            ValueError, match=rf"object_mixup3d: lam must be in \[0, 1\], got {value}"
+        ):
+            object_mixup3d(volumes, boxes, sources, lam, out=out)
+    assert torch.equal(volumes, before)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(on_gpu(), reason="a device assert would end the process")
+@pytest.mark.parametrize(("lam", "right"), [(1.5, False), (-0.25, False), (1.0, True), (NAN, True)])
+def test_a_weight_outside_0_and_1_fails_an_assert_in_the_kernel(lam, right):
+    volumes = make((1, 1, 3, 4, 5))
+    whole = rows((0, 0, 0, 0, 3, 4, 5))
+    arguments = volumes, None, whole, whole, torch.tensor([lam]), None, None
+    with checked():
+        if right:
+            launch("object_mixup3d", *arguments, dtype=torch.float32)
+        else:
+            with pytest.raises(KernelFault, match=r"device_assert: .*lam must be in \[0, 1\]"):
+                launch("object_mixup3d", *arguments, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_assert_is_compiled_if_debug_says_so(monkeypatch, debug):
+    monkeypatch.setattr(kernels, "debug", lambda: debug)
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: options.update(kwargs)
+
+    monkeypatch.setattr(kernels, "object_mixup_kernel", Kernel())
+    volumes = make((1, 1, 3, 4, 5))
+    launch(
+        "object_mixup3d", volumes, None, *draw(1, volumes.shape), None, None, dtype=torch.float32
+    )
+    assert options["debug"] is debug
 
 
 def test_not_finite_voxels_stay_where_they_are(path):
@@ -346,7 +425,7 @@ def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
         batch = torch.randint(3, (5, 2, 1), generator=generator)
         both, lam = torch.cat((batch, low, high), 2), torch.rand(5, generator=generator)
         expected = volumes.double()
-        for (b, z1, y1, x1, z2, y2, x2), (j, *source), share in zip(
+        for (b, z1, y1, x1, z2, y2, x2), (j, *source), weight in zip(
             *both.transpose(0, 1).tolist(), lam, strict=True
         ):
             d1, h1, w1, d2, h2, w2 = source
@@ -355,7 +434,7 @@ def test_equals_interpolate_and_lerp_on_boxes_of_whole_numbers(path):
                 crop, (z2 - z1, y2 - y1, x2 - x1), mode="trilinear"
             )[0]
             region = expected[b, :, z1:z2, y1:y2, x1:x2]
-            region.copy_(torch.lerp(donor, region, share.double().to(path.device)))
+            region.copy_(torch.lerp(donor, region, weight.double().to(path.device)))
         targets, sources = both.float().unbind(1)
         result = object_mixup3d(
             volumes, targets.to(path.device), sources.to(path.device), lam.to(path.device)
@@ -472,7 +551,28 @@ def test_overlapping_volumes_are_refused_or_right(path):
     assert torch.equal(base[1:3], expected) and torch.equal(base[3:], kept[3:])
 
 
-# --- torch.library, torch.compile ----------------------------------------------------------------
+class Subclass(torch.Tensor):
+    """A subclass that has memory, such as MONAI's MetaTensor."""
+
+
+def test_memory_of_a_tensor_subclass_is_noticed(path):
+    """In place, overlapping the donors, and overlapping the volumes otherwise."""
+    base = make((5, 1, 3, 4, 4), device=path.device)
+    boxes = draw(3, (2, 1, 3, 4, 4), path.device)
+    expected = object_mixup3d(base[:2], *boxes)
+    ours = base.clone().as_subclass(Subclass)
+    result = object_mixup3d(ours[:2], *boxes, out=ours[:2])
+    assert isinstance(result, Subclass) and torch.equal(ours[:2], expected)
+    ours = base.clone().as_subclass(Subclass)
+    object_mixup3d(base[:2], *boxes, donors=ours[:2], out=ours[:2])
+    assert torch.equal(ours[:2], expected) and torch.equal(ours[2:], base[2:])
+    with pytest.raises(ValueError, match="out may be volumes itself but must not overlap it"):
+        object_mixup3d(ours[:2], *boxes, out=ours[1:3])
+    last = ours.to(memory_format=torch.channels_last_3d)
+    with pytest.raises(ValueError, match="out may be volumes itself but must not overlap it"):
+        object_mixup3d(last[:2], *boxes, out=last[1:3])
+
+
 
 
 def test_half_of_a_tensor_may_be_mixed_into_the_other_half():

@@ -132,8 +132,17 @@ def test_a_planted_oversight_of_overlaps_is_a_race(path, monkeypatch):
     volumes = torch.arange(6 * 7 * 8.0).reshape(1, 1, 6, 7, 8)
     mix = boxes((0, 0, 0, 0, 4, 5, 6), (0, 2, 1, 1, 6, 7, 8))
     object_mixup3d(volumes, mix, mix.flip(0), HALF.repeat(2), out=volumes)
-    monkeypatch.setattr(kernels, "_next_neighbour", _none_near)
+    monkeypatch.setattr(kernels, "_next_neighbor", _none_near)
     with pytest.raises(KernelFault, match="race"):
+        object_mixup3d(volumes, mix, mix.flip(0), HALF.repeat(2), out=volumes)
+
+
+@kernel_only
+def test_donors_that_are_overwritten_while_they_are_read_are_a_race(path, monkeypatch):
+    volumes = torch.arange(6 * 7 * 8.0).reshape(1, 1, 6, 7, 8)
+    mix = boxes((0, 0, 0, 0, 4, 5, 6), (0, 2, 1, 1, 6, 7, 8))
+    monkeypatch.setattr("fmkernels.ops.object_mixup3d.may_overlap", lambda a, b: False)
+    with pytest.raises(KernelFault, match=r"race|without a barrier in between"):
         object_mixup3d(volumes, mix, mix.flip(0), HALF.repeat(2), out=volumes)
 
 

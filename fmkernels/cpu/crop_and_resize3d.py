@@ -1,7 +1,8 @@
 """Crops of volumes, resized trilinearly, on the CPU.
 
-A part of the forward owns layers of the crops. A part of the gradient owns planes of the volumes, and adds up in each
-what the samples of one box after the other have taken from it: the layers of a crop at first, then the rows of those.
+A task of the forward owns layers of the crops. A task of the backward owns planes of the volumes.
+For one box after the other, it adds up the gradients of the layers that use a plane, weighted along
+z, and then distributes the rows of the sum.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
-from fmkernels.cpu.sampling import axis_of, box_of, is_usable, new_axis, place, sample
+from fmkernels.cpu.sampling import (
+    axis_of,
+    boxes_as_array,
+    is_usable,
+    new_axis,
+    sample,
+    sample_positions,
+)
 from fmkernels.cpu.voxels import (
     elements,
     load_block,
@@ -21,62 +29,63 @@ from fmkernels.cpu.voxels import (
     zero_of,
 )
 
-LEAST = 1 << 15  # samples for which another thread is worth its while
+LEAST = 1 << 15  # minimum samples per thread
 
 
 @compiled
 def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_box, window, zero):
-    """Layers ``first`` to ``last`` of all crops. Tensors are addresses, with the kind of their elements."""
+    """Compute layers ``first`` to ``last`` of all crops.
+
+    ``volumes`` and ``out`` are addresses with dtype codes.
+    """
     C, D, H, W = shape[1:]
     d, h, w = size
     z, y, x = new_axis(d, zero), new_axis(h, zero), new_axis(w, zero)
-    as_it_is = out[1] == own_kind(z.weight)
-    buffer = np.empty((0 if as_it_is else d, h * w), z.weight.dtype)
+    writable = out[1] == own_kind(z.weight)
+    buffer = np.empty((0 if writable else d, h * w), z.weight.dtype)
     for crop in range(first // d, (last - 1) // d + 1):
         k, c = divmod(crop, C)
         begin, end = max(first - crop * d, 0), min(last - crop * d, d)
         at = (crop * d + begin) * h * w
         layers = buffer[: end - begin]
-        if as_it_is:
+        if writable:
             flat = elements(out[0] + buffer.itemsize * at, (end - begin) * h * w, buffer.dtype)
             layers = flat.reshape(end - begin, h * w)
-        box = box_of(boxes, k)
+        box = boxes[k]
         if is_usable(box, shape):
-            place(box[1], box[4], D, clamp_box, z)
-            place(box[2], box[5], H, clamp_box, y)
-            place(box[3], box[6], W, clamp_box, x)
+            sample_positions(box[1], box[4], D, clamp_box, z)
+            sample_positions(box[2], box[5], H, clamp_box, y)
+            sample_positions(box[3], box[6], W, clamp_box, x)
             start = int(box[0]) * strides[0] + c * strides[1]
             sample(volumes, start, strides, window, z, y, x, begin, end, layers)
         else:
             layers[:] = zero
-        if not as_it_is:
+        if not writable:
             store_block(layers.reshape(-1), out[0], out[1], at)
 
 
 @compiled
-def _take_layers(upstream, start, z, voxel, layer, block):
-    """layer = what the layers of a crop have taken from a plane of voxels, added up; whether that is anything."""
+def _gather_layers(grad_output, start, z, voxel, layer, block):
+    """layer = the gradient of a crop to a plane of voxels; whether any sample uses the plane."""
     one = layer.dtype.type(1)
-    taken = False
+    used = False
     for i in range(z.weight.size):
-        share = (
-            one - z.weight[i]
-            if z.below[i] == voxel
-            else z.weight[i]
-            if z.above[i] == voxel
-            else one - one
-        )
-        if share > 0:
-            load_block(upstream[0], upstream[1], start + i * layer.size, 1, block)
+        weight = one - one
+        if z.below[i] == voxel:
+            weight = one - z.weight[i]
+        elif z.above[i] == voxel:
+            weight = z.weight[i]
+        if weight > 0:
+            load_block(grad_output[0], grad_output[1], start + i * layer.size, 1, block)
             for j in range(layer.size):
-                layer[j] = share * block[j] + layer[j] if taken else share * block[j]
-            taken = True
-    return taken
+                layer[j] = weight * block[j] + layer[j] if used else weight * block[j]
+            used = True
+    return used
 
 
 @compiled
-def _spread(layer, y, x, row, total):
-    """total [H, W] += what the samples of a layer have taken from its voxels."""
+def _scatter_rows(layer, y, x, row, total):
+    """total [H, W] += the gradient of a layer of samples to its plane of voxels."""
     one = total.dtype.type(1)
     w = x.weight.size
     left, right = min(x.below[0], x.below[w - 1]), max(x.above[0], x.above[w - 1]) + 1
@@ -96,24 +105,28 @@ def _spread(layer, y, x, row, total):
 
 
 @compiled
-def _gradient_planes(
-    first, last, upstream, boxes, K, size, volumes, strides, out, shape, clamp_box, window, zero,
+def _backward_planes(
+    first, last, grad_output, boxes, size, volumes, strides, out, shape, clamp_box, window, zero,
 ):  # fmt: skip
-    """Planes ``first`` to ``last`` of all volumes. Tensors are addresses, with the kind of their elements."""
+    """Compute planes ``first`` to ``last`` of the gradient to all volumes.
+
+    ``grad_output``, ``volumes`` and ``out`` are addresses with dtype codes.
+    """
     C, D, H, W = shape[1:]
     d, h, w = size
+    K = len(boxes)
     batch = np.full(K, -1)
     z, y, x = new_axis((K, d), zero), new_axis((K, h), zero), new_axis((K, w), zero)
     for k in range(K):
-        box = box_of(boxes, k)
+        box = boxes[k]
         if is_usable(box, shape):
             batch[k] = int(box[0])
-            place(box[1], box[4], D, clamp_box, axis_of(z, k))
-            place(box[2], box[5], H, clamp_box, axis_of(y, k))
-            place(box[3], box[6], W, clamp_box, axis_of(x, k))
+            sample_positions(box[1], box[4], D, clamp_box, axis_of(z, k))
+            sample_positions(box[2], box[5], H, clamp_box, axis_of(y, k))
+            sample_positions(box[3], box[6], W, clamp_box, axis_of(x, k))
     total, row = np.full((H, W), zero), np.full(W, zero)
     layer, block = np.full(h * w, zero), np.full(h * w, zero)
-    windowed, low, high, scale = window
+    windowed, low, scale, high = window
     low, high, scale = total.dtype.type(low), total.dtype.type(high), total.dtype.type(scale)
     for plane in range(first, last):
         volume, voxel = divmod(plane, D)
@@ -121,8 +134,10 @@ def _gradient_planes(
         total[:] = zero
         for k in range(K):
             start = (k * C + c) * d * h * w
-            if batch[k] == b and _take_layers(upstream, start, axis_of(z, k), voxel, layer, block):
-                _spread(layer, axis_of(y, k), axis_of(x, k), row, total)
+            if batch[k] != b:
+                continue
+            if _gather_layers(grad_output, start, axis_of(z, k), voxel, layer, block):
+                _scatter_rows(layer, axis_of(y, k), axis_of(x, k), row, total)
         if windowed:
             start = b * strides[0] + c * strides[1] + voxel * strides[2]
             for j in range(H):
@@ -145,7 +160,7 @@ def crop_and_resize3d(
     d, h, w = crops.shape[2:]
     shared(
         _crop_layers, crops.numel() // (h * w), LEAST // (h * w), located(volumes),
-        tuple(volumes.shape), volumes.stride(), boxes.data_ptr(), located(crops), (d, h, w),
+        tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), located(crops), (d, h, w),
         clamp_box, window_of(window), zero_of(volumes),
     )  # fmt: skip
 
@@ -163,11 +178,10 @@ def crop_and_resize3d_backward(
     if not out.numel():
         return
     planes = out.numel() // (out.shape[3] * out.shape[4])
-    windowed = out if volumes is None else volumes
-    low, high = window or (0.0, 1.0)
+    source = out if volumes is None else volumes  # only read to apply the window
     shared(
-        _gradient_planes, planes, LEAST * planes // (grad_output.numel() + out.numel()),
-        located(grad_output), boxes.data_ptr(), boxes.shape[0], tuple(grad_output.shape[2:]),
-        located(windowed), windowed.stride(), located(out), tuple(out.shape),
-        clamp_box, (volumes is not None, low, high, 1 / (high - low)), zero_of(out),
+        _backward_planes, planes, LEAST * planes // (grad_output.numel() + out.numel()),
+        located(grad_output), boxes_as_array(boxes), tuple(grad_output.shape[2:]),
+        located(source), source.stride(), located(out), tuple(out.shape),
+        clamp_box, window_of(window), zero_of(out),
     )  # fmt: skip

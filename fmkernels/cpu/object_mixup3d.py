@@ -1,20 +1,19 @@
 """Objects mixed with other objects, resized, on the CPU.
 
-All targets are mixed before any is written, each in a patch of its own, so that nothing that is read has changed. Where
-a target overlaps earlier ones it takes what it mixes from their patches, so that nothing is rounded in between. A part
-owns planes of the volumes, and takes the pairs in the order of their list.
+All targets are mixed before any is written, each in a patch of its own, so that nothing that is
+read has changed. A target that overlaps earlier ones reads the voxels that they share from their
+patches, so that nothing is rounded in between. A task owns planes of the volumes and takes the
+pairs in list order.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled, shared
-from fmkernels.cpu.sampling import box_of, new_axis, place, sample
+from fmkernels.cpu.sampling import boxes_as_array, new_axis, sample, sample_positions
 from fmkernels.cpu.voxels import (
-    ZEROS,
     elements,
     load_block,
     located,
@@ -22,16 +21,16 @@ from fmkernels.cpu.voxels import (
     store_block,
     window_block,
     window_of,
+    zero_of,
 )
-from fmkernels.dtypes import compute_dtype
 
-BLOCK = 1 << 12  # voxels outside of boxes that pass through the nearest cache together
-LEAST = 1 << 15  # voxels for which another thread is worth its while
+BLOCK = 1 << 12  # voxels outside of boxes per block
+LEAST = 1 << 15  # minimum voxels per thread
 
 
 @compiled
 def _clip(box, shape, clipped):
-    """The part of a box [7] that lies in its volume of [B, C, D, H, W]; whether it holds anything."""
+    """Clip a box [7] to its volume of [B, C, D, H, W]; whether anything is left."""
     usable = 0 <= box[0] < shape[0]
     clipped[0] = box[0]
     for axis in range(3):
@@ -44,23 +43,28 @@ def _clip(box, shape, clipped):
 
 
 @compiled
-def _plan(boxes, donor_boxes, shape, donor_shape, targets, sources):
-    """What each pair mixes, and how many voxels all pairs together.
+def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights):
+    """Fill targets, sources and weights; return the number of voxels of all patches.
 
-    targets [K, 8]: volume (-1 of a pair that changes nothing), the first voxels along z, y and x, the first beyond, the
-    place of the patch. sources [K, 7]: the donor box, clipped.
+    Return -1 - k instead if the weight of pair k is not in [0, 1].
+
+    targets [K, 8]: batch index (-1 for a pair that changes nothing), first voxels along z, y and x,
+    end voxels, start of the patch. sources [K, 7]: the clipped donor boxes. weights [K]: lam.
     """
     voxels = 0
     clipped = np.empty(7)
+    load_block(lam[0], lam[1], 0, 1, weights)
     for k in range(len(targets)):
+        if weights[k] < 0 or weights[k] > 1:
+            return -1 - k
         target = targets[k]
-        usable = _clip(box_of(boxes, k), shape, clipped)
+        usable = _clip(boxes[k], shape, clipped)
         n = shape[1]
         for i in range(1, 7):
             target[i] = int(np.ceil(clipped[i] - 0.5)) if usable else 0
         for axis in range(3):
             n *= max(target[4 + axis] - target[1 + axis], 0)
-        usable &= _clip(box_of(donor_boxes, k), donor_shape, sources[k]) and n > 0
+        usable &= _clip(donor_boxes[k], donor_shape, sources[k]) and n > 0
         target[0], target[7] = int(clipped[0]) if usable else -1, voxels
         voxels += n if usable else 0
     return voxels
@@ -68,14 +72,14 @@ def _plan(boxes, donor_boxes, shape, donor_shape, targets, sources):
 
 @compiled
 def _row_of(target, c, z, y):
-    """Where a row of the patch of a target begins."""
+    """The start of a row in the patch of a target."""
     d, h, w = target[4] - target[1], target[5] - target[2], target[6] - target[3]
     return target[7] + ((c * d + z - target[1]) * h + y - target[2]) * w
 
 
 @compiled
 def _layers(patches, target, c, first, last):
-    """[last - first, h * w]: of the patch of a target, what lies in planes ``first`` to ``last`` of its volume."""
+    """Planes ``first`` to ``last`` of the patch of a target, [last - first, h * w]."""
     h, w = target[5] - target[2], target[6] - target[3]
     start, n = _row_of(target, c, first, target[2]), last - first
     return patches[start : start + n * h * w].reshape(n, h * w)
@@ -84,12 +88,12 @@ def _layers(patches, target, c, first, last):
 @compiled
 def _load_box(volumes, start, strides, window, line, box):
     """box [d, h, w] = the voxels from element ``start`` on, windowed."""
-    (address, kind), (windowed, low, scale) = volumes, window
-    as_it_is = kind == own_kind(line) and strides[4] == 1
+    (address, kind), (windowed, low, scale, _) = volumes, window
+    readable = kind == own_kind(line) and strides[4] == 1
     for i in range(box.shape[0]):
         for j in range(box.shape[1]):
             row = start + i * strides[2] + j * strides[3]
-            if as_it_is:
+            if readable:
                 voxels = elements(address + line.itemsize * row, line.size, line.dtype)
             else:
                 voxels = line
@@ -104,26 +108,26 @@ def _load_box(volumes, start, strides, window, line, box):
 def _store_box(box, out, start, strides, line):
     """The voxels from element ``start`` on = box [d, h, w], rounded."""
     address, kind = out
-    as_it_is = kind == own_kind(line) and strides[4] == 1
+    writable = kind == own_kind(line) and strides[4] == 1
     for i in range(box.shape[0]):
         for j in range(box.shape[1]):
             row = start + i * strides[2] + j * strides[3]
-            voxels = (
-                elements(address + line.itemsize * row, line.size, line.dtype) if as_it_is else line
-            )
+            voxels = line
+            if writable:
+                voxels = elements(address + line.itemsize * row, line.size, line.dtype)
             for n in range(box.shape[2]):
                 voxels[n] = box[i, j, n]
-            if strides[4] == 1 and not as_it_is:
+            if strides[4] == 1 and not writable:
                 store_block(line, address, kind, row)
-            elif not as_it_is:
+            elif not writable:
                 for n in range(line.size):
                     store_block(line[n : n + 1], address, kind, row + n * strides[4])
 
 
 @compiled
-def _take_earlier(targets, k, first, c, patches, own):
-    """Put into ``own``, the layers of a target from ``first`` on, what earlier patches hold of it."""
-    d, h, w = own.shape
+def _load_earlier(targets, k, first, c, patches, box):
+    """Overwrite a box, the target from plane ``first`` on, with the voxels of earlier patches."""
+    d, h, w = box.shape
     y, x = targets[k, 2], targets[k, 3]
     for j in range(k):
         b, z1, y1, x1, z2, y2, x2, _ = targets[j]
@@ -133,53 +137,59 @@ def _take_earlier(targets, k, first, c, patches, own):
                 for row in range(max(y1, y), min(y2, y + h)):
                     at = _row_of(targets[j], c, i, row) - x1
                     for n in range(left, right):
-                        own[i - first, row - y, n - x] = patches[at + n]
+                        box[i - first, row - y, n - x] = patches[at + n]
 
 
 @compiled
-def _mixed(own, share, donor):
-    """donor = share * own + (1 - share) * donor."""
-    rest = donor.dtype.type(1) - share
-    for i in range(donor.size):
-        donor[i] = share * own[i] + rest * donor[i]
+def _mix_block(weight, target, donor):
+    """donor = weight * target + (1 - weight) * donor; a factor of 0 hides NaN and infinities."""
+    rest = donor.dtype.type(1) - weight
+    if weight == 1:
+        donor[:] = target
+    elif weight != 0:
+        for i in range(donor.size):
+            donor[i] = weight * target[i] + rest * donor[i]
+
+
+@compiled
+def _start(target, c, z, strides):
+    """The element at the first voxel of plane z of a target."""
+    plane = target[0] * strides[0] + c * strides[1] + z * strides[2]
+    return plane + target[2] * strides[3] + target[3] * strides[4]
 
 
 @compiled
 def _mix(
-    first, last, volumes, shape, strides, window, donors, donor_shape, donor_strides, donor_window, targets, sources,
-    lam, patches,
+    first, last, volumes, shape, strides, window, donors, donor_shape, donor_strides, donor_window,
+    targets, sources, weights, patches,
 ):  # fmt: skip
-    """Make the patches of planes ``first`` to ``last`` of all volumes. Tensors are addresses, with their kinds."""
+    """Mix planes ``first`` to ``last`` of all volumes into the patches.
+
+    ``volumes`` and ``donors`` are addresses with dtype codes.
+    """
     zero = patches.dtype.type(0)
     C, D = shape[1], shape[2]
-    shares, line = np.full(len(targets), zero), np.full(shape[4], zero)
-    load_block(lam[0], lam[1], 0, 1, shares)
+    line = np.full(shape[4], zero)
     for k in range(len(targets)):
         b, z1, y1, x1, z2, y2, x2, _ = targets[k]
         begin, end = max(first - b * D, z1), min(last - b * D, z2)
         if b < 0 or begin >= end:
             continue
         z, y, x = new_axis(z2 - z1, zero), new_axis(y2 - y1, zero), new_axis(x2 - x1, zero)
-        place(sources[k, 1], sources[k, 4], donor_shape[2], True, z)
-        place(sources[k, 2], sources[k, 5], donor_shape[3], True, y)
-        place(sources[k, 3], sources[k, 6], donor_shape[4], True, x)
-        own = np.empty((end - begin, y2 - y1, x2 - x1), patches.dtype)
+        sample_positions(sources[k, 1], sources[k, 4], donor_shape[2], True, z)
+        sample_positions(sources[k, 2], sources[k, 5], donor_shape[3], True, y)
+        sample_positions(sources[k, 3], sources[k, 6], donor_shape[4], True, x)
+        target = np.empty((end - begin, y2 - y1, x2 - x1), patches.dtype)
         for c in range(C):
             layers = _layers(patches, targets[k], c, begin, end)
             start = int(sources[k, 0]) * donor_strides[0] + c * donor_strides[1]
             sample(
                 donors, start, donor_strides, donor_window, z, y, x, begin - z1, end - z1, layers
             )
-            start = (
-                b * strides[0]
-                + c * strides[1]
-                + begin * strides[2]
-                + y1 * strides[3]
-                + x1 * strides[4]
-            )
-            _load_box(volumes, start, strides, window, line[: x2 - x1], own)
-            _take_earlier(targets, k, begin, c, patches, own)
-            _mixed(own.reshape(-1), shares[k], layers.reshape(-1))
+            start = _start(targets[k], c, begin, strides)
+            _load_box(volumes, start, strides, window, line[: x2 - x1], target)
+            _load_earlier(targets, k, begin, c, patches, target)
+            _mix_block(weights[k], target.reshape(-1), layers.reshape(-1))
 
 
 @compiled
@@ -193,20 +203,14 @@ def _write(first, last, out, shape, strides, targets, patches):
         if b < 0 or begin >= end:
             continue
         for c in range(C):
-            start = (
-                b * strides[0]
-                + c * strides[1]
-                + begin * strides[2]
-                + y1 * strides[3]
-                + x1 * strides[4]
-            )
             layers = _layers(patches, target, c, begin, end).reshape(end - begin, y2 - y1, x2 - x1)
+            start = _start(target, c, begin, strides)
             _store_box(layers, out, start, strides, line[: x2 - x1])
 
 
 @compiled
 def _copy(first, last, volumes, out, window, size, block, zero):
-    """out = volumes, windowed and rounded: blocks ``first`` to ``last``, as they lie in memory."""
+    """out = volumes, windowed and rounded: blocks ``first`` to ``last`` in memory order."""
     values = np.full(block, zero)
     for start in range(first * block, min(last * block, size), block):
         part = values[: min(block, size - start)]
@@ -216,23 +220,7 @@ def _copy(first, last, volumes, out, window, size, block, zero):
         store_block(part, out[0], out[1], start)
 
 
-def launch_object_mixup(
-    volumes: Tensor,
-    donors: Tensor | None,
-    boxes: Tensor,
-    donor_boxes: Tensor,
-    lam: Tensor,
-    window: Sequence[float] | None,
-    donor_window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As fmkernels.kernels.object_mixup3d.launch_object_mixup."""
-    out = torch.empty_like(volumes, dtype=dtype)
-    launch_object_mixup_into(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out)
-    return out
-
-
-def launch_object_mixup_into(
+def object_mixup3d(
     volumes: Tensor,
     donors: Tensor | None,
     boxes: Tensor,
@@ -241,58 +229,35 @@ def launch_object_mixup_into(
     window: Sequence[float] | None,
     donor_window: Sequence[float] | None,
     out: Tensor,
+    in_place: bool = False,
+    overlap: bool = False,
 ) -> None:
-    """As fmkernels.kernels.object_mixup3d.launch_object_mixup_into."""
+    """As fmkernels.kernels.object_mixup3d.object_mixup3d; overlap with the donors costs nothing."""
     if not out.numel():
         return
     donors = volumes if donors is None else donors
-    same = (
-        volumes.data_ptr() == out.data_ptr()
-        and volumes.stride() == out.stride()
-        and volumes.dtype == out.dtype
-    )
-    unchanged = window is None and volumes.dtype == out.dtype
-    if not (same if unchanged else _match(volumes, out)) and not (
-        unchanged and _apart(volumes, out)
-    ):
-        dense = volumes.contiguous()
-        out.copy_(
-            launch_object_mixup(
-                dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype
-            )
-        )
-        return
-    K, shape, strides, zero = (
-        boxes.shape[0],
-        tuple(volumes.shape),
-        volumes.stride(),
-        ZEROS[compute_dtype(volumes.dtype)],
-    )
-    own, target, own_window = located(volumes), located(out), window_of(window)
+    K, shape, zero = boxes.shape[0], tuple(volumes.shape), zero_of(volumes)
+    source, target = located(volumes), located(out)
     targets, sources = np.empty((K, 8), np.int64), np.empty((K, 7))
-    donor_shape = tuple(donors.shape)
-    voxels = _plan(boxes.data_ptr(), donor_boxes.data_ptr(), shape, donor_shape, targets, sources)
+    weights, donor_shape = np.empty(K, zero.dtype), tuple(donors.shape)
+    voxels = _plan(
+        boxes_as_array(boxes), boxes_as_array(donor_boxes), located(lam), shape, donor_shape,
+        targets, sources, weights,
+    )  # fmt: skip
+    if voxels < 0:
+        raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {weights[-1 - voxels]}")
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
-    least = LEAST * planes // max(voxels, 1)
+    grain_size = LEAST * planes // max(voxels, 1)
     shared(
-        _mix, planes, least, own, shape, strides, own_window, located(donors), donor_shape, donors.stride(),
-        window_of(donor_window), targets, sources, located(lam), patches,
+        _mix, planes, grain_size, source, shape, volumes.stride(), window_of(window),
+        located(donors), donor_shape, donors.stride(), window_of(donor_window), targets, sources,
+        weights, patches,
     )  # fmt: skip
-    if not unchanged:
+    if window is not None or volumes.dtype != out.dtype:
         blocks = -(-out.numel() // BLOCK)
-        shared(_copy, blocks, LEAST // BLOCK, own, target, own_window, out.numel(), BLOCK, zero)
-    elif not same:
+        copied = source, target, window_of(window), out.numel(), BLOCK, zero
+        shared(_copy, blocks, LEAST // BLOCK, *copied)
+    elif not in_place:
         out.copy_(volumes)
-    shared(_write, planes, least, target, shape, out.stride(), targets, patches)
-
-
-def _apart(volumes: Tensor, out: Tensor) -> bool:
-    return volumes.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
-
-
-def _match(volumes: Tensor, out: Tensor) -> bool:
-    """Whether both have one layout, without gaps, and voxels that are the same or apart."""
-    dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last_3d)
-    alike = dense and volumes.stride() == out.stride()
-    return alike and (volumes.data_ptr() == out.data_ptr() or _apart(volumes, out))
+    shared(_write, planes, grain_size, target, shape, out.stride(), targets, patches)

@@ -1,8 +1,8 @@
-"""Pseudo-targets from flipped views on the CPU, block by block: rows are gathered first, so that all sums fill vectors.
+"""Pseudo-targets from flipped views on the CPU, block by block: gathered rows vectorize.
 
-The formulation differs from the kernel's on purpose: the mean of sigmoids and its complement, where the kernel keeps
-both as fractions over a common denominator. Near y = 1 the complement has lost digits, but only such as y itself,
-rounded to float32, cannot show.
+The formulation differs from that of the kernel on purpose: the mean of sigmoids and its complement,
+where the kernel keeps both as fractions over a common denominator. Near y = 1 the complement loses
+digits, but only those that y, rounded to float32, cannot show.
 """
 
 from collections.abc import Sequence
@@ -14,45 +14,41 @@ from torch import Tensor
 from fmkernels.cpu.arithmetic import exp, load, log, stored
 from fmkernels.cpu.compiled import compiled, shared
 
-BLOCK = 1024  # elements: a handful of float32 blocks stay in the nearest cache
-LEAST = 8  # blocks for which a thread of their own pays
+BLOCK = 1024  # elements; a few float32 blocks stay in the L1 cache
+LEAST = 8  # minimum blocks per thread
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @compiled
 def _gather(x, origin, shape, strides, flip, first, logit):
-    """Elements first, first + 1, ... of a sample [D, H, W, I] at an origin, of any strides, the flip undone."""
+    """Load elements first, first + 1, ... of the sample [D, H, W, I] at an origin, unflipped."""
     depth, height, width, inner = shape
     stride_d, stride_h, stride_w, stride_i = strides
-    line, place = divmod(first, width * inner)
+    line, at = divmod(first, width * inner)
     d, h = divmod(line, height)
     done = 0
     while done < logit.size:
-        row = (
-            origin
-            + (depth - 1 - d if flip & 1 else d) * stride_d
-            + (height - 1 - h if flip & 2 else h) * stride_h
-        )
-        size = min(logit.size - done, width * inner - place)
+        row = origin
+        row += (depth - 1 - d if flip & 1 else d) * stride_d
+        row += (height - 1 - h if flip & 2 else h) * stride_h
+        size = min(logit.size - done, width * inner - at)
+        # indices are unsigned: negative ones would count from the end
         if inner == 1 and stride_w == 1 and flip & 4:
             for i in range(size):
-                logit[done + i] = load(
-                    x, np.uint64(row + width - 1 - place - i)
-                )  # unsigned: no index from the end
+                logit[done + i] = load(x, np.uint64(row + width - 1 - at - i))
         elif inner == 1 and stride_w == 1:
             for i in range(size):
-                logit[done + i] = load(x, np.uint64(row + place + i))
+                logit[done + i] = load(x, np.uint64(row + at + i))
         else:
-            w, a = divmod(place, inner)
+            w, a = divmod(at, inner)
             for i in range(size):
-                logit[done + i] = load(
-                    x, np.uint64(row + (width - 1 - w if flip & 4 else w) * stride_w + a * stride_i)
-                )
+                column = width - 1 - w if flip & 4 else w
+                logit[done + i] = load(x, np.uint64(row + column * stride_w + a * stride_i))
                 a += 1
                 if a == inner:
                     w, a = w + 1, 0
         done += size
-        place, h = 0, h + 1
+        at, h = 0, h + 1
         if h == height:
             d, h = d + 1, 0
 
@@ -74,14 +70,14 @@ def _sharpen(total, views, inverse_temperature, target):
 
 @compiled
 def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
-    """Blocks ``start`` to ``end``, numbered through all samples, of one level.
+    """Compute blocks ``start`` to ``end``, numbered through all samples, of one level.
 
     Args:
         x: logits [K, B, A, D, H, W, I], the memory from the first to the last.
-        shape: of x; ``strides`` alike.
+        shape, strides: those of x.
         flips: uint8 [K].
-        inverse_temperature: in the type computed in.
-        out: targets [B, A, D, H, W, I].
+        inverse_temperature: a scalar of the compute dtype.
+        out: targets [B, A, D, H, W, I], flat.
     """
     views, anchors = shape[0], shape[2]
     length = shape[3] * shape[4] * shape[5] * shape[6]
@@ -110,9 +106,8 @@ def predict_targets(
         if not out.numel():
             continue
         x = x.float() if x.dtype == torch.float16 else x
-        inverse = (
-            np.float64(1 / temperature) if x.dtype == torch.float64 else np.float32(1 / temperature)
-        )
+        dtype = np.float64 if x.dtype == torch.float64 else np.float32
+        inverse = dtype(1 / temperature)
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         memory = stored(x.as_strided((span,), (1,)))
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)

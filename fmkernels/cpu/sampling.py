@@ -1,19 +1,24 @@
-"""How the volume ops sample on the CPU: where samples lie along an axis, and the values between voxels.
+"""Sampling of volumes on the CPU: sample positions along an axis, and the values between voxels.
 
-Interpolation goes axis by axis. A row of voxels is sampled along x once, whatever samples along y and z take from it:
-of such rows, and of planes made of them, the last two are kept, that of an even voxel and that of an odd one.
+Interpolation goes axis by axis. A row of voxels is sampled along x once, however many samples along
+y and z use it: the last two rows are kept, that of an even voxel and that of an odd one, and so are
+the last two planes made of them.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fmkernels.cpu.compiled import compiled
 from fmkernels.cpu.voxels import elements, load_block, own_kind, window_block
 
 
 class Axis(NamedTuple):
-    """The voxels below and above each sample along an axis, one if it lies on it, and the weight of that above."""
+    """The voxels below and above each sample along an axis, and the weight of the voxel above.
+
+    For a sample at a voxel center, both are that voxel and the weight is 0.
+    """
 
     below: np.ndarray
     above: np.ndarray
@@ -22,7 +27,7 @@ class Axis(NamedTuple):
 
 @compiled
 def new_axis(shape, zero):
-    """For so many samples that are yet to be placed, or [K, n] of them."""
+    """An axis of ``shape`` samples, [n] or [K, n], to be filled by `sample_positions`."""
     return Axis(np.empty(shape, np.int32), np.empty(shape, np.int32), np.full(shape, zero))
 
 
@@ -33,8 +38,8 @@ def axis_of(axes, k):
 
 
 @compiled
-def place(start, end, size, clamp_box, axis):
-    """Place the samples of a box along an axis of ``size`` voxels, whose centres lie at 0, 1, 2 ..."""
+def sample_positions(start, end, size, clamp_box, axis):
+    """Fill an axis with the samples of a box along ``size`` voxels with centers at 0, 1, 2 ..."""
     start, end, n = np.float64(start), np.float64(end), axis.weight.size
     low, high = 0.0, size - 1.0
     if clamp_box:
@@ -46,30 +51,29 @@ def place(start, end, size, clamp_box, axis):
         below = np.floor(position)
         axis.below[i], axis.above[i] = below, np.ceil(position)
         axis.weight[i] = position - below
+        if axis.weight[i] == 1:  # by rounding; 0 times the voxel below may be NaN
+            axis.below[i], axis.weight[i] = axis.above[i], 0
 
 
-@compiled
-def box_of(boxes, k):
-    """Row ``k`` of the boxes [K, 7] at an address."""
-    return elements(boxes + 28 * k, 7, np.float32)
+def boxes_as_array(boxes: Tensor) -> np.ndarray:
+    """Contiguous boxes [K, 7] as loops take them."""
+    return (boxes.detach() if boxes.requires_grad else boxes).numpy()
 
 
 @compiled
 def is_usable(box, shape):
-    """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and its extents are finite."""
-    finite = (
-        abs(box[4] - box[1]) < np.inf
-        and abs(box[5] - box[2]) < np.inf
-        and abs(box[6] - box[3]) < np.inf
-    )
-    return finite and 0 <= box[0] < shape[0] and shape[2] > 0 and shape[3] > 0 and shape[4] > 0
+    """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and has finite extents."""
+    usable = 0 <= box[0] < shape[0]
+    for axis in range(3):
+        usable &= abs(box[4 + axis] - box[1 + axis]) < np.inf and shape[2 + axis] > 0
+    return usable
 
 
 @compiled
 def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
     """plane [h, w] = samples of the plane of voxels that begins with element ``start``."""
-    (address, kind), (windowed, low, scale) = volumes, window
-    as_it_is = kind == own_kind(line) and strides[4] == 1 and not windowed
+    (address, kind), (windowed, low, scale, _) = volumes, window
+    readable = kind == own_kind(line) and strides[4] == 1 and not windowed
     left = min(x.below[0], x.below[-1])
     part = line[left:]
     one = line.dtype.type(1)
@@ -80,7 +84,7 @@ def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
                 continue
             odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
             begin = start + voxel * strides[3]
-            if as_it_is:
+            if readable:
                 voxels = elements(address + line.itemsize * begin, line.size, line.dtype)
             else:
                 voxels = line
@@ -99,7 +103,10 @@ def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
 
 @compiled
 def sample(volumes, start, strides, window, z, y, x, first, last, layers):
-    """layers = samples ``first`` to ``last`` along z, [last - first, h * w], of the channel from element ``start``."""
+    """layers [last - first, h * w] = samples ``first`` to ``last`` along z.
+
+    The channel that is sampled begins with element ``start``.
+    """
     dtype, one = layers.dtype, layers.dtype.type(1)
     h, w = y.weight.size, x.weight.size
     line = np.empty(max(x.above[0], x.above[-1]) + 1, dtype)
@@ -111,17 +118,8 @@ def sample(volumes, start, strides, window, z, y, x, first, last, layers):
             if voxel == (odd if voxel & 1 else even):
                 continue
             odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
-            _sample_plane(
-                volumes,
-                start + voxel * strides[2],
-                strides,
-                window,
-                y,
-                x,
-                line,
-                rows,
-                planes[voxel & 1],
-            )
+            plane, begin = planes[voxel & 1], start + voxel * strides[2]
+            _sample_plane(volumes, begin, strides, window, y, x, line, rows, plane)
         below, above, weight = z.below[i] & 1, z.above[i] & 1, z.weight[i]
         for j in range(h * w):
             between = flat[below, j] * (one - weight) + flat[above, j] * weight

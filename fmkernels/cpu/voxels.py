@@ -1,13 +1,13 @@
-"""How compiled loops read and write volumes of any type of voxel: in blocks that stay in a core's nearest cache.
+"""How compiled loops read and write volumes of any dtype: in blocks that stay in the L1 cache.
 
-A loop takes a volume as its address and the number of its type, and computes on blocks of float32 (float64 for float64
-data): that costs the host next to nothing, and one compiled loop serves every type::
+A loop takes a volume as its address and dtype code, and computes on blocks of float32 (float64 for
+float64 data). That costs the host next to nothing, and one compiled loop serves every dtype::
 
-    address, kind = x.data_ptr(), KINDS[x.dtype]  # on the host; x must outlive the call
+    address, code = located(x)  # on the host; x must outlive the call
 
     block = np.empty(n, np.float32)  # in a loop
-    load_block(address, kind, start, step, block)  # voxels start, start + step, ...
-    store_block(block, address, kind, start)  # into voxels start, start + 1, ...
+    load_block(address, code, start, step, block)  # voxels start, start + step, ...
+    store_block(block, address, code, start)  # into voxels start, start + 1, ...
 """
 
 from collections.abc import Sequence
@@ -32,30 +32,30 @@ KINDS = {
     torch.int16: INT16,
     torch.uint8: UINT8,
 }
-"""The number of each type."""
+"""Dtype codes."""
 ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-"""From which a loop knows in which type to compute."""
+"""Typed zeros: they fix the compute dtype of a loop."""
 
 
 def zero_of(x: Tensor) -> np.floating:
-    """A zero of the compute dtype, from which a loop takes it: float64 for float64, else float32."""
+    """A zero that fixes the compute dtype of a loop: float64 for float64, else float32."""
     return np.float64(0) if x.dtype == torch.float64 else np.float32(0)
 
 
 def located(x: Tensor) -> tuple[int, int]:
-    """A tensor as loops take it: its address, and the number of its type."""
+    """The address and dtype code of a tensor."""
     return x.data_ptr(), KINDS[x.dtype]
 
 
-def window_of(window: Sequence[float] | None) -> tuple[bool, float, float]:
-    """A window as loops take it: whether there is one, its lower end, what its width is multiplied with to be 1."""
+def window_of(window: Sequence[float] | None) -> tuple[bool, float, float, float]:
+    """A window as loops take it: (enabled, low, 1 / (high - low), high)."""
     low, high = window or (0.0, 1.0)
-    return window is not None, low, 1 / (high - low)
+    return window is not None, low, 1 / (high - low), high
 
 
 @intrinsic
 def _pointer(_, address):
-    """The pointer that an integer is the address of."""
+    """int address -> void*"""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], llvmlite.ir.IntType(8).as_pointer())
@@ -65,13 +65,13 @@ def _pointer(_, address):
 
 @compiled
 def elements(address, size, dtype):
-    """``size`` elements of a numpy type at an address, as an array."""
+    """An array of ``size`` elements of a NumPy dtype at an address."""
     return numba.carray(_pointer(address), (size,), dtype)
 
 
 @compiled
 def own_kind(block):
-    """The number of the type of an array of float32 or float64."""
+    """The dtype code of an array of float32 or float64."""
     return FLOAT64 if block.itemsize == 8 else FLOAT32
 
 
@@ -93,14 +93,13 @@ def _decode_float16(block):
 
 @compiled
 def _copy(source, step, block):
-    if step == 1:  # this and the next alone fill vectors
+    if step == 1:  # only this loop and the next vectorize
         for i in range(block.size):
             block[i] = source[i]
     elif step == -1:
         for i in range(block.size):
-            block[i] = source[
-                np.uint64(block.size - 1 - i)
-            ]  # unsigned: no index that counts from the end
+            # unsigned: negative indices would count from the end
+            block[i] = source[np.uint64(block.size - 1 - i)]
     else:
         first = 0 if step > 0 else source.size - 1
         for i in range(block.size):
@@ -140,9 +139,8 @@ def _encode_float16(block, target):
         bits = bits_of(block[i])
         magnitude = bits & 0x7FFFFFFF
         normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
-        subnormal = (
-            bits_of(float_of(magnitude) + np.float32(0.5)) - 0x3F000000
-        )  # rounded by the sum
+        # the sum rounds
+        subnormal = bits_of(float_of(magnitude) + np.float32(0.5)) - 0x3F000000
         finite = normal if magnitude >= 113 << 23 else subnormal
         special = 0x7C00 if magnitude <= 0x7F800000 else 0x7E00
         target[i] = ((bits >> 16) & 0x8000) | (finite if magnitude < 0x47800000 else special)
@@ -152,14 +150,13 @@ def _encode_float16(block, target):
 def _round(block, low, high, target):
     dtype = block.dtype.type
     for i in range(block.size):
-        target[i] = (
-            np.rint(min(max(block[i], dtype(low)), dtype(high))) if block[i] == block[i] else 0
-        )
+        value = np.rint(min(max(block[i], dtype(low)), dtype(high)))
+        target[i] = value if block[i] == block[i] else 0
 
 
 @compiled
 def store_block(block, address, kind, start):
-    """Voxel start + i = block[i], to nearest, ties to even; integers saturate, NaN becomes 0."""
+    """Voxel start + i = block[i], rounded to nearest even; integers saturate, NaN becomes 0."""
     if kind == FLOAT32:
         _copy(block, 1, elements(address + 4 * start, block.size, np.float32))
     elif kind == FLOAT64:
@@ -176,7 +173,7 @@ def store_block(block, address, kind, start):
 
 @compiled
 def window_voxel(value, low, scale):
-    """clamp((value - low) * scale, 0, 1), all of one type; NaN stays NaN."""
+    """clamp((value - low) * scale, 0, 1), all of one dtype; NaN stays NaN."""
     value = (value - low) * scale
     return type(value)(0) if value < 0 else type(value)(1) if value > 1 else value
 

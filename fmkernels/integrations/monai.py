@@ -1,17 +1,20 @@
-"""MONAI's 3D detection with soft targets: its RetinaNet detector, MixUp of images and of objects, its boxes.
+"""MONAI's 3D detection with soft targets: its RetinaNet detector, MixUp, and its boxes.
 
-Needs MONAI and torchvision, which the extra ``fmkernels[monai]`` brings.
+Needs MONAI and torchvision, which the extra ``fmkernels[monai]`` installs.
 
-A batch is a list of dictionaries, one for each image, as MONAI's detection pipelines make them. Besides the image, its
-boxes [n, 6] and their labels [n], a dictionary may hold, and what is written here reads and writes:
+A batch is a list of dictionaries, one per image, as MONAI's detection pipelines make them. Besides
+the image, its boxes [n, 6] and their labels [n], a dictionary may hold these entries, which the
+classes of this module read and write:
 
-- ``box_weights``: float32 [n] in [0, 1], the soft target of the anchors that find each box; 1 where absent. A box of
-  weight 0 is an object for :class:`ObjectMixUpBoxd`, but no target.
-- ``anchor_targets``: float32 [anchors, classes] in [0, 1], added to the targets that come from the boxes.
-- ``image_weight``: float or 0-d tensor, the weight of the image in the classification loss; 1 where absent.
+- ``box_weights``: float32 [n] in [0, 1], the soft target of the anchors matched with each box; 1 if
+  absent. A box of weight 0 is an object for :class:`ObjectMixUpBoxd`, but no target.
+- ``anchor_targets``: float32 [anchors, classes] in [0, 1], added to the targets from the boxes.
+- ``image_weight``: float or 0-d tensor, the weight of the image in the classification loss; 1 if
+  absent.
 
-MONAI calls the spatial axes of an image x, y, z in the order of the tensor; fmkernels calls the same axes z, y, x. So
-the numbers of a box stay in the order of the axes. In both, as MONAI flips and crops boxes, voxel i covers [i, i + 1).
+MONAI calls the spatial axes of an image x, y, z in the order of the tensor; fmkernels calls the
+same axes z, y, x. So the numbers of a box stay in the order of the axes. In both libraries, as
+MONAI flips and crops boxes, voxel i covers [i, i + 1).
 """
 
 import contextlib
@@ -22,7 +25,7 @@ import torch
 from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
 from monai.apps.detection.utils.detector_utils import preprocess_images
 from monai.apps.detection.utils.predict_utils import ensure_dict_value_to_list_
-from monai.data.box_utils import BoxMode, StandardMode, convert_box_mode
+from monai.data.box_utils import BoxMode, StandardMode, convert_box_mode, get_boxmode
 from monai.transforms import Randomizable, Transform
 from monai.transforms.traits import ReduceTrait
 from monai.utils import convert_to_dst_type, convert_to_tensor
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 
 from fmkernels import functional
 from fmkernels.nn import SoftTargetFocalLoss
+from fmkernels.ops.checks import check_number, check_window, describe
 
 __all__ = [
     "MixUpBoxd",
@@ -49,27 +53,30 @@ _MAX_SEED = 2**31
 
 
 def from_monai_boxes(boxes: Iterable[Any], mode: Mode = StandardMode) -> Tensor:
-    """Boxes of a batch as :func:`fmkernels.crop_and_resize3d` and :func:`fmkernels.object_mixup3d` take them.
+    """Convert MONAI's boxes of a batch to boxes of fmkernels.
 
     Args:
-        boxes: for each image, [n, 6] in MONAI's ``mode``, voxels; tensors, metatensors or arrays of any real type.
-        mode: one of MONAI's box modes for 3D, as a name such as "cccwhd" or a class.
+        boxes: for each image, [n, 6] in MONAI's ``mode``, in voxels; tensors, metatensors or arrays
+            of any real dtype.
+        mode: one of MONAI's 3D box modes, as a name such as "cccwhd" or a class.
 
     Returns:
-        float32 [K, 7]: (batch index, z1, y1, x1, z2, y2, x2), z being the first spatial axis of the image.
+        float32 [K, 7]: (batch index, z1, y1, x1, z2, y2, x2), where z is the first spatial axis of
+        the image, as :func:`fmkernels.crop_and_resize3d` and :func:`fmkernels.object_mixup3d` take
+        them.
 
     Raises:
-        ValueError: boxes that are not [n, 6], or a mode that MONAI does not know.
+        ValueError: boxes are not [n, 6], or MONAI does not know the mode.
 
     Example:
         >>> from_monai_boxes([torch.tensor([[5, 6, 7, 2, 4, 6]])], "cccwhd")
         tensor([[ 0.,  4.,  4.,  4.,  6.,  8., 10.]])
     """
     rows = []
-    for index, own in enumerate(boxes):
-        corners = convert_box_mode(_boxes(own), mode, StandardMode)
+    for index, of_image in enumerate(boxes):
+        corners = convert_box_mode(_boxes(of_image), mode, StandardMode)
         rows.append(torch.cat([corners.new_full((len(corners), 1), index), corners], 1))
-    return torch.cat(rows) if rows else torch.empty(0, 7)
+    return torch.cat(rows) if rows else torch.empty(0, 7, dtype=torch.float32, device="cpu")
 
 
 def to_monai_boxes(boxes: Tensor, batch_size: int, mode: Mode = StandardMode) -> list[Tensor]:
@@ -77,14 +84,14 @@ def to_monai_boxes(boxes: Tensor, batch_size: int, mode: Mode = StandardMode) ->
 
     Args:
         boxes: [K, 7]: (batch index, z1, y1, x1, z2, y2, x2), voxels.
-        batch_size: number of images; boxes of other images are left out.
+        batch_size: number of images; boxes of other images are dropped.
         mode: the box mode of the result.
 
     Returns:
         For each image, [n, 6] in MONAI's ``mode``, in the order of ``boxes``.
 
     Raises:
-        ValueError: boxes that are not [K, 7], or a mode that MONAI does not know.
+        ValueError: boxes are not [K, 7], or MONAI does not know the mode.
 
     Example:
         >>> to_monai_boxes(torch.tensor([[0, 4.0, 4, 4, 6, 8, 10]]), 1, "xyzwhd")
@@ -101,23 +108,28 @@ def to_monai_boxes(boxes: Tensor, batch_size: int, mode: Mode = StandardMode) ->
 class SoftTargetRetinaNetDetector(RetinaNetDetector):
     r"""MONAI's detector, trained with soft targets on all anchors.
 
-    Boxes of equal weight are matched with the anchors together, by the matcher that was set. The target of an anchor
-    and a class is
+    Boxes of equal weight are matched with the anchors together, by the matcher that was set. The
+    target of an anchor and a class is
 
     .. math::
-        y = \min(1, \mathrm{anchor\_targets} + \sum_w w \, [\text{the anchor finds a box of weight } w])
+        y = \min(1, \mathrm{anchor\_targets} +
+            \sum_w w \, [\text{the anchor is matched with a box of weight } w])
 
-    and an anchor that a matching leaves between its thresholds is ignored. So images mixed by :class:`MixUpBoxd` have
-    the mixed targets of their parts. The classification loss is divided by the number of anchors that find a box of
-    weight at least 1/2; of these, and of no others, the boxes are regressed.
+    An anchor that any of these matchings leaves between its thresholds is ignored. Images mixed by
+    :class:`MixUpBoxd` therefore have the mixed targets of their parts. The classification loss is
+    divided by the number of anchors that are matched with a box of weight at least 1/2. Only these
+    anchors regress their boxes.
 
-    It takes the arguments of MONAI's detector, for a network of 3D images. Its classification loss is
-    :class:`fmkernels.nn.SoftTargetFocalLoss`: set the hyper-parameters by
-    ``detector.set_cls_loss(SoftTargetFocalLoss(alpha0, alpha1, gamma))``. A sampler must not be set. Inference, state
-    and everything else are MONAI's.
+    The arguments are those of MONAI's detector, for a network of 3D images. The classification loss
+    is :class:`fmkernels.nn.SoftTargetFocalLoss`: set its hyper-parameters by
+    ``detector.set_cls_loss(SoftTargetFocalLoss(alpha0, alpha1, gamma))``. Do not set a sampler.
+    Labels are integers of any dtype in [0, number of classes). Inference, state and everything else
+    are MONAI's.
 
     Raises:
-        ValueError: a network of 2D images; in training, a sampler, or anchor targets of another shape than the logits.
+        ValueError: the network is for 2D images; in training, a sampler is set, labels are out of
+            range or not one per box, or anchor targets do not have the shape of the logits.
+        TypeError: labels are not integers.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -141,43 +153,46 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             head_outputs_reshape: class logits [B, anchors, classes] and box deltas [B, anchors, 6].
             targets: for each image its boxes, labels, and what the module's description lists.
             anchors: for each image [anchors, 6].
-            num_anchor_locs_per_level: places of each level.
+            num_anchor_locs_per_level: number of grid cells of each level.
         """
         if self.fg_bg_sampler is not None:
             raise ValueError(
-                "SoftTargetRetinaNetDetector: trains on all anchors, expected no sampler to be set"
+                "SoftTargetRetinaNetDetector: trains on all anchors, fg_bg_sampler must be None, "
+                f"got {describe(self.fg_bg_sampler)}"
             )
         logits = convert_to_tensor(head_outputs_reshape[self.cls_key], track_meta=False)
         deltas = convert_to_tensor(head_outputs_reshape[self.box_reg_key], track_meta=False)
         soft: list[Tensor] = []
         regressed: list[tuple] = []
         positives = logits.new_zeros((), dtype=torch.int64)
-        for target, own_logits, own_deltas, own_anchors in zip(
+        for target, image_logits, image_deltas, image_anchors in zip(
             targets, logits, deltas, anchors, strict=True
         ):
-            y, ignored = (
-                self._anchor_targets(target, own_logits),
-                logits.new_zeros(len(own_logits), dtype=torch.bool),
-            )
-            for weight, group in self._groups(target, logits.device):
+            y = self._anchor_targets(target, image_logits)
+            ignored = logits.new_zeros(len(image_logits), dtype=torch.bool)
+            for weight, group in self._groups(target, image_logits):
                 (matched,) = self.compute_anchor_matched_idxs(
-                    [own_anchors], [group], num_anchor_locs_per_level
+                    [image_anchors], [group], num_anchor_locs_per_level
                 )
-                found = matched >= 0
-                y[found, group[self.target_label_key][matched[found]]] += weight
+                is_matched = matched >= 0
+                y[is_matched, group[self.target_label_key][matched[is_matched]]] += weight
                 ignored |= matched == self.proposal_matcher.BETWEEN_THRESHOLDS
-                if weight >= 0.5 and found.any():
-                    positives += found.sum()
-                    regressed.append((group, own_deltas, own_anchors, matched))
+                if weight >= 0.5 and is_matched.any():
+                    positives += is_matched.sum()
+                    regressed.append((group, image_deltas, image_anchors, matched))
             soft.append(y.clamp(max=1).masked_fill(ignored[:, None], -1))
 
         weights = [
-            torch.as_tensor(target.get(_IMAGE_WEIGHT, 1.0), dtype=torch.float32)
+            torch.as_tensor(
+                target.get(_IMAGE_WEIGHT, 1.0), dtype=torch.float32, device=logits.device
+            )
             for target in targets
         ]
-        of_images = torch.stack([w.to(logits.device) for w in weights])[:, None, None]
         classification = self.cls_loss_func(
-            logits, torch.stack(soft), weight=of_images, normalizer=positives
+            logits,
+            torch.stack(soft),
+            weight=torch.stack(weights)[:, None, None],
+            normalizer=positives,
         )
         if regressed:
             groups, group_deltas, group_anchors, matches = map(list, zip(*regressed, strict=True))
@@ -187,28 +202,40 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         return {self.cls_key: classification, self.box_reg_key: box}
 
     def _anchor_targets(self, target: Mapping[str, Any], logits: Tensor) -> Tensor:
-        """float32 [anchors, classes] of its own: what is known of the anchors before the boxes are."""
+        """float32 [anchors, classes], a copy: the targets before those of the boxes are added."""
         given = target.get(_ANCHOR_TARGETS)
         if given is None:
             return torch.zeros_like(logits, dtype=torch.float32)
         if given.shape != logits.shape:
             raise ValueError(
-                f"SoftTargetRetinaNetDetector: {_ANCHOR_TARGETS} must have the shape of an image's logits, "
-                f"{tuple(logits.shape)}, got {tuple(given.shape)}"
+                f"SoftTargetRetinaNetDetector: {_ANCHOR_TARGETS} must have the shape of the logits "
+                f"of an image, {tuple(logits.shape)}, got {tuple(given.shape)}"
             )
         return given.detach().to(logits.device, torch.float32, copy=True)
 
     def _groups(
-        self, target: Mapping[str, Any], device: torch.device
+        self, target: Mapping[str, Any], logits: Tensor
     ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Boxes and labels of each weight above 0."""
+        """The boxes and labels of each weight above 0, for logits [anchors, classes]."""
+        name, device, classes = "SoftTargetRetinaNetDetector", logits.device, logits.shape[1]
         boxes = convert_to_tensor(target[self.target_box_key], track_meta=False, device=device)
-        labels = convert_to_tensor(target[self.target_label_key], track_meta=False, device=device)
+        labels = _labels(name, target, self.target_label_key, len(boxes)).to(device)
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{name}: {self.target_label_key} must be in [0, {classes}), got {wrong[0].item()}"
+            )
         weights = _weights(target, boxes)
         for weight in weights.unique().tolist():
             if weight > 0:
-                own = weights == weight
-                yield weight, {self.target_box_key: boxes[own], self.target_label_key: labels[own]}
+                chosen = weights == weight
+                yield (
+                    weight,
+                    {
+                        self.target_box_key: boxes[chosen],
+                        self.target_label_key: labels[chosen],
+                    },
+                )
 
     @torch.no_grad()
     def predict_targets(
@@ -220,38 +247,41 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         confidence: float = 0.8,
         network: nn.Module | None = None,
     ) -> list[Item]:
-        """Targets of unlabelled images from flipped views; see :func:`fmkernels.predict_targets`.
+        """Targets of unlabeled images from flipped views; see :func:`fmkernels.predict_targets`.
 
-        The network predicts in evaluation mode; afterwards each of its modules is in the mode that it was in. Exact
-        where flipped anchors are anchors, as MONAI's are on levels of even stride.
+        The network predicts in evaluation mode; afterwards each of its modules is in its previous
+        mode. The targets are exact if a flip maps anchors onto anchors, as it does with MONAI's
+        anchors on levels of even stride.
 
         Args:
-            images: as the detector takes them: [B, C, D, H, W], or a list of [C, D, H, W]; any float type.
-            flips: the flip of each view as a bit mask: 1, 2, 4 for the first, second, third spatial axis. The first
-                view is not flipped.
-            temperature: of the sharpening, in (0, 1].
-            confidence: the target, in [0, 1], from which a predicted box is an object. Those of lower targets teach
-                the classifier, but are not mixed.
-            network: what predicts, the moving average of the detector's network, say; the detector's network by
-                default.
+            images: as the detector takes them: [B, C, D, H, W], or a list of [C, D, H, W]; any
+                float dtype.
+            flips: the flip of each view as a bit mask: 1, 2, 4 for the first, second, third spatial
+                axis. The first view is not flipped.
+            temperature: temperature of the sharpening, in (0, 1].
+            confidence: minimum target, in [0, 1], for a predicted box to become an object. Lower
+                targets train the classifier, but their boxes are not mixed.
+            network: the network that predicts, for example the moving average of the detector's
+                network; the detector's network by default.
 
         Returns:
-            For each image the targets to train on: ``anchor_targets``, and as boxes of weight 0, so as objects to be
-            mixed, what the detector's box selector (``set_box_selector_parameters``) finds by the confident ones of
-            them and by the box deltas of the first view.
+            For each image the targets to train on: ``anchor_targets``; and boxes of weight 0, that
+            is objects to mix, which the detector's box selector (see MONAI's
+            ``set_box_selector_parameters``) chooses from the confident targets with the box deltas
+            of the first view.
 
         Raises:
-            ValueError: flips that do not begin with 0, or a value that fits no function below.
+            ValueError: flips do not begin with 0, or a value is out of range.
         """
         if not flips or flips[0] != 0:
             raise ValueError(
-                f"predict_targets: flips must begin with 0, the image as it is, got {tuple(flips)}"
+                f"predict_targets: flips must begin with 0, the original, got {tuple(flips)}"
             )
         if not 0 <= confidence <= 1:
             raise ValueError(f"predict_targets: confidence must be in [0, 1], got {confidence}")
         padded, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
         padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
-        masks = torch.tensor(flips, dtype=torch.uint8, device=padded.device)
+        masks = torch.tensor(tuple(flips), dtype=torch.uint8, device=padded.device)
         views = torch.cat(
             [padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips]
         )
@@ -270,7 +300,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         )
         self.generate_anchors(padded, {self.cls_key: targets})
         flat = self._reshape_maps(targets)
-        found = self.postprocess_detections(
+        detections = self.postprocess_detections(
             {
                 self.cls_key: flat.masked_fill(flat < confidence, 0).logit(),
                 self.box_reg_key: self._reshape_maps(
@@ -283,17 +313,17 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         )
         return [
             {
-                self.target_box_key: own[self.target_box_key],
-                self.target_label_key: own[self.target_label_key],
-                _BOX_WEIGHTS: y.new_zeros(len(own[self.target_box_key])),
+                self.target_box_key: detected[self.target_box_key],
+                self.target_label_key: detected[self.target_label_key],
+                _BOX_WEIGHTS: y.new_zeros(len(detected[self.target_box_key])),
                 _ANCHOR_TARGETS: y,
             }
-            for own, y in zip(found, flat, strict=True)
+            for detected, y in zip(detections, flat, strict=True)
         ]
 
 
 class _BatchTransform(Randomizable, Transform, ReduceTrait):
-    """Of a whole batch, a list of dictionaries; draws from the random state of MONAI's transforms."""
+    """A transform of a batch, a list of dictionaries, that uses MONAI's random state."""
 
     def __init__(
         self,
@@ -304,97 +334,114 @@ class _BatchTransform(Randomizable, Transform, ReduceTrait):
         eta: float = 0.2,
         window: tuple[float, float] | None = None,
     ) -> None:
-        self.image_key, self.box_key, self.label_key, self.eta, self.window = (
-            image_key,
-            box_key,
-            label_key,
-            eta,
-            window,
-        )
+        name = type(self).__name__
+        if check_number(name, "eta", eta) <= 0:
+            raise ValueError(f"{name}: eta must be > 0, got {eta}")
+        self.image_key, self.box_key, self.label_key = image_key, box_key, label_key
+        self.eta, self.window = eta, check_window(name, window)
 
     def randomize(self, data: Any | None = None) -> None:
-        self._generator = torch.Generator().manual_seed(int(self.R.randint(_MAX_SEED)))
+        self._generator = torch.Generator("cpu").manual_seed(int(self.R.randint(_MAX_SEED)))
+
+    def _check_batch(self, argument: str, batch: Any) -> None:
+        name = type(self).__name__
+        hint = "a list of dictionaries, one per image, not collated (monai.data.no_collation)"
+        if not isinstance(batch, (list, tuple)):
+            raise TypeError(f"{name}: {argument} must be {hint}, got {describe(batch)}")
+        for item in batch:
+            if not isinstance(item, Mapping):
+                raise TypeError(f"{name}: {argument} must be {hint}, got {describe(item)} in it")
+            missing = [key for key in self._keys() if key not in item]
+            if missing:
+                raise ValueError(
+                    f"{name}: {argument} must hold {missing[0]!r} in each dictionary, "
+                    f"got {list(item)}"
+                )
+
+    def _keys(self) -> tuple[Hashable, ...]:
+        return self.image_key, self.box_key, self.label_key
 
     def _images(self, batch: Sequence[Mapping[Any, Any]]) -> Tensor:
-        """[B, C, D, H, W] without meta data."""
-        images = [convert_to_tensor(item[self.image_key], track_meta=False) for item in batch]
+        """[B, C, D, H, W] without metadata."""
+        images = [_tensor(item[self.image_key]) for item in batch]
         if len({image.shape for image in images}) > 1:
             raise ValueError(
-                f"{type(self).__name__}: images must be of one shape, got {[tuple(image.shape) for image in images]}"
+                f"{type(self).__name__}: {self.image_key} must have one shape in all images, "
+                f"got {[tuple(image.shape) for image in images]}"
             )
         return torch.stack(images)
 
     def _with_images(self, batch: Sequence[Mapping[Any, Any]], images: Tensor) -> list[Item]:
-        """Copies of the dictionaries with these images, each of the kind and with the meta data of the former one."""
-        return [
-            {
-                **item,
-                self.image_key: convert_to_dst_type(image, item[self.image_key], dtype=image.dtype)[
-                    0
-                ],
-            }
-            for item, image in zip(batch, images, strict=True)
-        ]
+        """Copies of the dictionaries with new images, of the types and metadata of the old ones."""
+        items = []
+        for item, image in zip(batch, images, strict=True):
+            converted, *_ = convert_to_dst_type(image, item[self.image_key], dtype=image.dtype)
+            items.append({**item, self.image_key: converted})
+        return items
 
 
 class MixUpBoxd(_BatchTransform):
-    r"""Image-level MixUp of a batch that carries boxes, labels and weights along.
+    r"""Image-level MixUp of a batch with its boxes, labels and weights.
 
     .. math::
-        \mathrm{image}_b \leftarrow \lambda_b \, \mathrm{image}_b + (1 - \lambda_b) \, \mathrm{image}_{\pi(b)}, \qquad
+        \mathrm{image}_b \leftarrow \lambda_b \, \mathrm{image}_b
+            + (1 - \lambda_b) \, \mathrm{image}_{\pi(b)}, \qquad
         \lambda = \max(l, 1 - l), \; l \sim \mathrm{Beta}(\eta, \eta)
 
-    in one launch. Boxes and labels of the partner follow the own ones; the own ``box_weights`` become lambda times as
-    large, those of the partner 1 - lambda times; ``anchor_targets`` are mixed as the images are. An image whose partner
-    is itself stays as it is. All other entries, ``image_weight`` and meta data too, are those of the own image.
+    in one launch. Boxes and labels of the partner are appended to those of the image. The
+    ``box_weights`` of the image are multiplied with lambda, those of the partner with 1 - lambda;
+    ``anchor_targets`` are mixed as the images are. An image whose partner is itself does not
+    change. All other entries, ``image_weight`` and metadata included, are those of the image.
 
-    Use it on what the DataLoader gives, on the device, or inside of ``monai.transforms.Compose`` behind a transform
-    that makes several images of one, such as ``RandCropBoxByPosNegLabeld``.
+    Apply it to the batches of a DataLoader (with ``monai.data.no_collation``), on the device; or
+    inside of ``monai.transforms.Compose``, after a transform that makes several images of one, such
+    as ``RandCropBoxByPosNegLabeld``.
 
     Args:
-        image_key: of the images [C, D, H, W]; tensors, metatensors or arrays, float16, bfloat16, float32, float64,
-            int16 or uint8, all of one shape and type.
-        box_key: of the boxes [n, 6], in any mode, the same in the whole batch.
-        label_key: of the labels [n].
+        image_key: key of the images [C, D, H, W]; tensors, metatensors or arrays, float16,
+            bfloat16, float32, float64, int16 or uint8, all of one shape and dtype.
+        box_key: key of the boxes [n, 6], in any mode, the same in the whole batch.
+        label_key: key of the labels [n], integers.
         eta: both parameters of the Beta distribution, > 0.
-        window: (lo, hi): every voxel v counts as clamp((v - lo) / (hi - lo), 0, 1), in the same launch; integer images
-            become float32. None keeps the values.
+        window: (lo, hi): every voxel v counts as clamp((v - lo) / (hi - lo), 0, 1), in the same
+            launch; integer images become float32. None keeps the values.
 
-    Called with a sequence of dictionaries, which it leaves as they are, it returns a list of new ones.
+    Called with a list of dictionaries, which it does not change, it returns a list of new ones.
 
     Raises:
-        ValueError: images of several shapes, or a value that :func:`fmkernels.mixup3d` does not take.
+        TypeError: the batch is not a list of dictionaries, or an argument is of a wrong type.
+        ValueError: images differ in shape, labels or weights are not one per box, or a value is out
+            of range.
     """
 
     def __call__(self, batch: Sequence[Mapping[Any, Any]]) -> list[Item]:
+        self._check_batch("batch", batch)
         if not batch:
             return []
         self.randomize()
         images = self._images(batch)
+        boxes = [_boxes(item[self.box_key]) for item in batch]
+        labels = [
+            _labels("MixUpBoxd", item, self.label_key, len(b))
+            for item, b in zip(batch, boxes, strict=True)
+        ]
+        weights = [_weights(item, b) for item, b in zip(batch, boxes, strict=True)]
         lam, index = functional.sample_mixup(len(batch), eta=self.eta, generator=self._generator)
         mixed = functional.mixup3d(
             images, lam.to(images.device), index.to(images.device), window=self.window
         )
         items = self._with_images(batch, mixed)
-        for item, own, share, partner in zip(
-            items, batch, lam.tolist(), index.tolist(), strict=True
+        for i, (item, weight, j) in enumerate(
+            zip(items, lam.tolist(), index.tolist(), strict=True)
         ):
-            other = batch[partner]
-            if other is own:
+            if i == j:
                 continue
-            boxes, other_boxes = _boxes(own[self.box_key]), _boxes(other[self.box_key])
-            labels = [
-                convert_to_tensor(source[self.label_key], track_meta=False).flatten()
-                for source in (own, other)
-            ]
-            item[self.box_key] = torch.cat([boxes, other_boxes])
-            item[self.label_key] = torch.cat(labels)
-            item[_BOX_WEIGHTS] = torch.cat(
-                [share * _weights(own, boxes), (1 - share) * _weights(other, other_boxes)]
-            )
+            item[self.box_key] = torch.cat([boxes[i], boxes[j]])
+            item[self.label_key] = torch.cat([labels[i], labels[j]])
+            item[_BOX_WEIGHTS] = torch.cat([weight * weights[i], (1 - weight) * weights[j]])
             parts = [
-                part * source[_ANCHOR_TARGETS]
-                for part, source in ((share, own), (1 - share, other))
+                factor * source[_ANCHOR_TARGETS]
+                for factor, source in ((weight, batch[i]), (1 - weight, batch[j]))
                 if source.get(_ANCHOR_TARGETS) is not None
             ]
             if parts:
@@ -403,63 +450,76 @@ class MixUpBoxd(_BatchTransform):
 
 
 class ObjectMixUpBoxd(_BatchTransform):
-    r"""Object-level MixUp of a batch: each object is mixed with another one of its label, resized to its box.
+    r"""Object-level MixUp of a batch: mix each object with another one of its label.
 
     .. math::
-        \mathrm{object}_k \leftarrow \lambda_k \, \mathrm{object}_k + (1 - \lambda_k) \, \mathrm{donor}_k, \qquad
+        \mathrm{object}_k \leftarrow \lambda_k \, \mathrm{object}_k
+            + (1 - \lambda_k) \, \mathrm{donor}_k, \qquad
         \lambda = \max(l, 1 - l), \; l \sim \mathrm{Beta}(\eta, \eta)
 
-    in one launch; see :func:`fmkernels.object_mixup3d`. Objects are all boxes, of whatever weight; the donor of each is
-    drawn from all others of its label in the batch. An object without another stays. Boxes, labels and weights stay.
+    in one launch; see :func:`fmkernels.object_mixup3d`. Objects are all boxes, of any weight. The
+    donor of each is drawn from all others of its label in the batch and resized to its box. An
+    object without another of its label does not change. Boxes, labels and weights do not change.
 
     Args:
         image_key: as in :class:`MixUpBoxd`.
-        box_key: of the boxes [n, 6], in voxels.
-        label_key: of the labels [n].
+        box_key: key of the boxes [n, 6], in voxels.
+        label_key: key of the labels [n], integers.
         eta: both parameters of the Beta distribution, > 0.
-        window: as in :class:`MixUpBoxd`; of the donors alone where they are integers and the images are not.
+        window: as in :class:`MixUpBoxd`; only applied to the donors if they are integers and the
+            images are not.
         mode: the box mode.
 
-    Called with a sequence of dictionaries, which it leaves as they are, it returns a list of new ones. A second
-    sequence, ``objects``, gives the boxes, and the images that the donors are read from, of the same images in the same
-    order: the batch before :class:`MixUpBoxd`, as FocalMix has it.
+    Called with a list of dictionaries, which it does not change, it returns a list of new ones. A
+    second list, ``objects``, gives the boxes, and the images of the donors, for the same images in
+    the same order: the batch before :class:`MixUpBoxd`, as in FocalMix.
 
     Raises:
-        ValueError: images of several shapes, ``objects`` of another number of images, or a value that
-            :func:`fmkernels.object_mixup3d` does not take.
+        TypeError: a batch is not a list of dictionaries, or an argument is of a wrong type.
+        ValueError: images differ in shape, ``objects`` has another number of images, labels are not
+            one per box, or a value is out of range.
     """
 
-    def __init__(self, *args: Any, mode: Mode = StandardMode, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        image_key: Hashable = "image",
+        box_key: Hashable = "box",
+        label_key: Hashable = "label",
+        *,
+        eta: float = 0.2,
+        window: tuple[float, float] | None = None,
+        mode: Mode = StandardMode,
+    ) -> None:
+        super().__init__(image_key, box_key, label_key, eta=eta, window=window)
+        get_boxmode(mode)  # raises if MONAI does not know it
         self.mode = mode
 
     def __call__(
         self, batch: Sequence[Mapping[Any, Any]], objects: Sequence[Mapping[Any, Any]] | None = None
     ) -> list[Item]:
+        sources = batch if objects is None else objects
+        self._check_batch("batch", batch)
+        self._check_batch("objects", sources)
+        if len(sources) != len(batch):
+            raise ValueError(
+                f"ObjectMixUpBoxd: objects must be of the {len(batch)} images, got {len(sources)}"
+            )
         if not batch:
             return []
-        if objects is not None and len(objects) != len(batch):
-            raise ValueError(
-                f"ObjectMixUpBoxd: objects must be of the {len(batch)} images, got {len(objects)}"
-            )
         self.randomize()
-        sources = batch if objects is None else objects
         images = self._images(batch)
         donors = None if objects is None else self._images(objects)
-        boxes = from_monai_boxes([item[self.box_key] for item in sources], self.mode).to(
-            images.device
-        )
-        labels = torch.cat(
-            [
-                convert_to_tensor(item[self.label_key], track_meta=False).flatten()
-                for item in sources
-            ]
-        )
+        rows = [_boxes(item[self.box_key]) for item in sources]
+        labels = [
+            _labels("ObjectMixUpBoxd", item, self.label_key, len(b))
+            for item, b in zip(sources, rows, strict=True)
+        ]
+        boxes = from_monai_boxes(rows, self.mode).to(images.device)
         lam, _ = functional.sample_mixup(len(boxes), eta=self.eta, generator=self._generator)
         mixed = functional.object_mixup3d(
             images,
             boxes,
-            self._donors(boxes, labels.to(images.device)),
+            self._donors(boxes, torch.cat(labels).to(images.device)),
             lam.to(images.device),
             donors=donors,
             window=self.window,
@@ -467,20 +527,21 @@ class ObjectMixUpBoxd(_BatchTransform):
         return self._with_images(batch, mixed)
 
     def _donors(self, boxes: Tensor, labels: Tensor) -> Tensor:
-        """For each box another one of its label at random; NaN where there is none."""
-        if not len(boxes):
+        """For each box another box of its label at random; NaN if there is none."""
+        count, device = len(boxes), boxes.device
+        if not count:
             return boxes
-        wish = torch.rand(len(boxes), len(boxes), generator=self._generator).to(boxes.device)
-        other = (labels[:, None] == labels) & ~torch.eye(
-            len(boxes), dtype=torch.bool, device=boxes.device
-        )
-        best, donor = wish.masked_fill(~other, -1.0).max(1)
+        score = torch.rand(
+            count, count, dtype=torch.float32, device="cpu", generator=self._generator
+        ).to(device)
+        other = (labels[:, None] == labels) & ~torch.eye(count, dtype=torch.bool, device=device)
+        best, donor = score.masked_fill(~other, -1.0).max(1)
         return boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
 
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards each module is in its own again."""
+    """Evaluation mode; afterwards each module is in its previous mode again."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -491,9 +552,15 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor without metadata; on the CPU if it was none, whatever the default device is."""
+    device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+    return convert_to_tensor(value, track_meta=False, dtype=dtype, device=device)
+
+
 def _boxes(boxes: Any) -> Tensor:
-    """float32 [n, 6], of any mode; none where there are no numbers, whatever the shape."""
-    boxes = convert_to_tensor(boxes, track_meta=False, dtype=torch.float32)
+    """float32 [n, 6] in any mode; [0, 6] for boxes of any shape without elements."""
+    boxes = _tensor(boxes, torch.float32)
     if not boxes.numel():
         return boxes.reshape(0, 6)
     if boxes.dim() != 2 or boxes.shape[1] != 6:
@@ -501,12 +568,24 @@ def _boxes(boxes: Any) -> Tensor:
     return boxes
 
 
+def _labels(name: str, item: Mapping[Any, Any], key: Hashable, count: int) -> Tensor:
+    """int64 [n], one label per box. As uint8, they would be a mask if used as an index."""
+    labels = _tensor(item[key]).flatten()
+    if len(labels) != count:
+        raise ValueError(f"{name}: {key} must be one for each of {count} boxes, got {len(labels)}")
+    real = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    if real and count:
+        got = str(labels.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: {key} must be integers, got {got}")
+    return labels.to(torch.int64)
+
+
 def _weights(item: Mapping[Any, Any], boxes: Tensor) -> Tensor:
     """float32 [n] on the device of the boxes."""
     weights = item.get(_BOX_WEIGHTS)
     if weights is None:
-        return torch.ones(len(boxes), device=boxes.device)
-    weights = convert_to_tensor(weights, track_meta=False, dtype=torch.float32, device=boxes.device)
+        return torch.ones(len(boxes), dtype=torch.float32, device=boxes.device)
+    weights = _tensor(weights, torch.float32).to(boxes.device)
     if weights.shape != (len(boxes),):
         raise ValueError(
             f"{_BOX_WEIGHTS} must be one for each of {len(boxes)} boxes, got {tuple(weights.shape)}"

@@ -1,8 +1,9 @@
-"""Crops of volumes, resized trilinearly, on the GPU: one launch for all boxes forward, one backward.
+"""Crops of volumes, resized trilinearly, on the GPU: one launch for all boxes, each way.
 
-A program of the forward owns the same ``LANES`` positions of ``DEPTH`` layers of one crop, so that what a box, a row
-and a column cost is paid once for them. A program of the backward owns a brick of voxels; it tests many boxes at once
-for whether they touch it, and gathers what the samples of those that do have taken from its voxels, in list order.
+A program of the forward computes the same ``LANES`` positions in ``DEPTH`` layers of one crop, so
+that it computes the coordinates of a box, a row and a column once. A program of the backward owns a
+brick of voxels. It tests many boxes at once for overlap with the brick, and gathers the gradient
+from the samples of those that overlap, in list order.
 """
 
 from collections.abc import Sequence
@@ -12,41 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.kernels.sampling import is_usable, load_box, place, place_samples, taps, trilinear
+from fmkernels.kernels.sampling import (
+    is_usable,
+    load_box,
+    sample_axis,
+    sample_position,
+    taps,
+    trilinear,
+)
 from fmkernels.kernels.tuning import launch_parameters
 from fmkernels.kernels.voxels import to_storage
 
-LANES, SMALLEST_LANES = 128, 32  # positions of a layer that a program of the forward owns
-BRICK_Y, BRICK_X = (
-    8,
-    16,
-)  # voxels that a program of the backward owns; along z as many as the block allows
-BOXES = 128  # that one test of a brick takes
-NARROW = (
-    2**29
-)  # samples of a crop that int32 counts, with those beyond its end that the backward looks at
-MARGIN = tl.constexpr(1e-3)  # samples: more than float32 errs where a sample is found for a voxel,
-MARGIN_PER_SAMPLE = tl.constexpr(1e-6)  # which grows with their number
-FLAT = tl.constexpr(
-    1e-30
-)  # voxels from one sample to the next, below which all are taken from one place
+LANES, MIN_LANES = 128, 32  # positions per layer of a program of the forward
+BRICK_Y, BRICK_X = 8, 16  # voxels of a program of the backward; as many along z as the block allows
+BOXES = 128  # boxes tested at once
+NARROW = 2**29  # samples per crop that int32 counts, even past the end as the backward does
+# slack in samples for the float32 error of voxel -> sample, which grows with the sample count
+MARGIN, MARGIN_PER_SAMPLE = tl.constexpr(1e-3), tl.constexpr(1e-6)
+FLAT = tl.constexpr(1e-30)  # step, in voxels, below which all samples are at one position
 
 _SIZES = (
-    "K",
-    "B",
-    "D",
-    "H",
-    "W",
-    "stride_b",
-    "stride_c",
-    "stride_z",
-    "stride_y",
-    "stride_x",
-    "C",
-    "d",
-    "h",
-    "w",
-)
+    "K", "B", "D", "H", "W", "stride_b", "stride_c", "stride_z", "stride_y", "stride_x",
+    "C", "d", "h", "w",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -56,19 +45,20 @@ def crop_kernel(
     out,  # [K, C, d, h, w], written
     K, B, D, H, W, stride_b, stride_c, stride_z, stride_y, stride_x, C, d, h, w,
     window_low: tl.float64, window_scale: tl.float64,
-    LANES: tl.constexpr, DEPTH: tl.constexpr, CLAMP_BOX: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
+    LANES: tl.constexpr, DEPTH: tl.constexpr, CLAMP_BOX: tl.constexpr, WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = tl.float64 if volumes.dtype.element_ty == tl.float64 else tl.float32
     TYPE: tl.constexpr = out.dtype.element_ty
     low, scale = window_low.to(T), window_scale.to(T)
     plane = h.to(tl.int64 if WIDE else tl.int32) * w
-    tiles = tl.cdiv(plane, LANES)  # of a layer
+    tiles = tl.cdiv(plane, LANES)  # per layer
     program, programs = tl.program_id(0), tiles * tl.cdiv(d, DEPTH)
     crop = (program // programs).to(tl.int32)
     tile = program - crop * programs
     chunk = (tile // tiles).to(tl.int32)
     lane = (tile - chunk * tiles) * LANES + tl.arange(0, LANES)
-    inside = tl.minimum(lane, plane - 1)  # what is not stored reads nothing else
+    inside = tl.minimum(lane, plane - 1)  # lanes past the end repeat the last position
     row = inside // w
     column = inside - row * w
     k = crop // C
@@ -76,19 +66,18 @@ def crop_kernel(
     batch, start, end = load_box(boxes, k)
     target = out + crop.to(tl.int64) * d * plane + lane
     if is_usable(batch, start, end, B, D, H, W):
-        z_origin, z_first, z_step, z_low, z_high = place_samples(start[0], end[0], D, d, CLAMP_BOX)
-        y_origin, y_first, y_step, y_low, y_high = place_samples(start[1], end[1], H, h, CLAMP_BOX)
-        x_origin, x_first, x_step, x_low, x_high = place_samples(start[2], end[2], W, w, CLAMP_BOX)
-        y, dy, fy = taps(place(row, y_first, y_step, y_low, y_high), stride_y, T)
-        x, dx, fx = taps(place(column, x_first, x_step, x_low, x_high), stride_x, T)
+        z_origin, z_first, z_step, z_low, z_high = sample_axis(start[0], end[0], D, d, CLAMP_BOX)
+        y_origin, y_first, y_step, y_low, y_high = sample_axis(start[1], end[1], H, h, CLAMP_BOX)
+        x_origin, x_first, x_step, x_low, x_high = sample_axis(start[2], end[2], W, w, CLAMP_BOX)
+        y, dy, fy = taps(sample_position(row, y_first, y_step, y_low, y_high), stride_y, T)
+        x, dx, fx = taps(sample_position(column, x_first, x_step, x_low, x_high), stride_x, T)
         origin = volumes + batch.to(tl.int64) * stride_b + c.to(tl.int64) * stride_c
         origin += z_origin.to(tl.int64) * stride_z + y_origin.to(tl.int64) * stride_y
         corner = origin + x_origin.to(tl.int64) * stride_x + (y + x)
         for j in tl.static_range(DEPTH):
             layer = chunk * DEPTH + j
-            z, dz, fz = taps(
-                place(tl.minimum(layer, d - 1), z_first, z_step, z_low, z_high), stride_z, T
-            )
+            z = sample_position(tl.minimum(layer, d - 1), z_first, z_step, z_low, z_high)
+            z, dz, fz = taps(z, stride_z, T)
             value = trilinear(corner + z, dz, dy, dx, fz, fy, fx, low, scale, WINDOW)
             tl.store(
                 target + layer.to(tl.int64) * plane,
@@ -106,8 +95,8 @@ def crop_kernel(
 
 
 @triton.jit
-def _touches(start, end, size, first, last):
-    """Whether a box may have samples taken from any voxel from ``first`` to ``last`` along an axis."""
+def _may_touch(start, end, size, first, last):
+    """Whether samples of a box may use any voxel from ``first`` to ``last`` along an axis."""
     edge = (size - 1).to(tl.float32)
     least = tl.minimum(tl.maximum(tl.floor(tl.minimum(start, end) - 0.5), 0.0), edge)
     most = tl.minimum(tl.maximum(tl.ceil(tl.maximum(start, end) - 0.5), 0.0), edge)
@@ -115,14 +104,17 @@ def _touches(start, end, size, first, last):
 
 
 @triton.jit
-def _takers(voxel, samples, first, step, low, high):
-    """The first sample taken from each voxel (counted from the origin), or one before it; how many follow at most."""
+def _sample_range(voxel, samples, first, step, low, high):
+    """The first sample that uses each voxel, or one before it, and the largest number of samples.
+
+    Voxels are counted from the origin.
+    """
     to_sample = 1.0 / step
     one, other = (voxel - 1.0 - first) * to_sample, (voxel + 1.0 - first) * to_sample
     margin = MARGIN + MARGIN_PER_SAMPLE * samples
     least = tl.floor(tl.minimum(one, other) - margin) + 1.0
     most = tl.ceil(tl.maximum(one, other) + margin) - 1.0
-    # what lies beyond an end was taken from the end
+    # samples beyond an end use the voxel at the end
     last = (samples - 1).to(tl.float32)
     flat, at_low, at_high = tl.abs(step) < FLAT, voxel <= low, voxel >= high
     least = tl.where(flat | ((step > 0.0) & at_low) | ((step < 0.0) & at_high), 0.0, least)
@@ -133,9 +125,9 @@ def _takers(voxel, samples, first, step, low, high):
 
 
 @triton.jit
-def _share(voxel, sample, samples, first, step, low, high, T: tl.constexpr):
-    """How much of a sample was taken from each voxel; nothing where there is no such sample."""
-    distance = tl.abs(place(sample, first, step, low, high) - voxel)
+def _weight(voxel, sample, samples, first, step, low, high, T: tl.constexpr):
+    """The weight of each voxel in a sample; 0 if there is no such sample."""
+    distance = tl.abs(sample_position(sample, first, step, low, high) - voxel)
     return tl.where(sample < samples, tl.maximum(1.0 - distance.to(T), 0.0), 0.0)
 
 
@@ -143,30 +135,28 @@ def _share(voxel, sample, samples, first, step, low, high, T: tl.constexpr):
 def _gather(
     crop, z, y, x, start, end, D, H, W, d, h, w, total, CLAMP_BOX: tl.constexpr, INDEX: tl.constexpr
 ):
-    """``total`` [Z, Y, X], and what the samples of one crop [d, h, w] have taken from the voxels at z, y and x."""
+    """``total`` [Z, Y, X] plus the gradient of one crop [d, h, w] to the voxels at z, y and x."""
     T: tl.constexpr = total.dtype
-    z_origin, z_first, z_step, z_low, z_high = place_samples(start[0], end[0], D, d, CLAMP_BOX)
-    y_origin, y_first, y_step, y_low, y_high = place_samples(start[1], end[1], H, h, CLAMP_BOX)
-    x_origin, x_first, x_step, x_low, x_high = place_samples(start[2], end[2], W, w, CLAMP_BOX)
+    z_origin, z_first, z_step, z_low, z_high = sample_axis(start[0], end[0], D, d, CLAMP_BOX)
+    y_origin, y_first, y_step, y_low, y_high = sample_axis(start[1], end[1], H, h, CLAMP_BOX)
+    x_origin, x_first, x_step, x_low, x_high = sample_axis(start[2], end[2], W, w, CLAMP_BOX)
     z, y, x = z.to(tl.float32) - z_origin, y.to(tl.float32) - y_origin, x.to(tl.float32) - x_origin
-    z_sample, z_most = _takers(z, d, z_first, z_step, z_low, z_high)
-    y_least, y_most = _takers(y, h, y_first, y_step, y_low, y_high)
-    x_least, x_most = _takers(x, w, x_first, x_step, x_low, x_high)
+    z_sample, z_most = _sample_range(z, d, z_first, z_step, z_low, z_high)
+    y_least, y_most = _sample_range(y, h, y_first, y_step, y_low, y_high)
+    x_least, x_most = _sample_range(x, w, x_first, x_step, x_low, x_high)
     for _ in range(0, z_most):
-        z_share = _share(z, z_sample, d, z_first, z_step, z_low, z_high, T)[:, None]
+        z_weight = _weight(z, z_sample, d, z_first, z_step, z_low, z_high, T)[:, None]
         y_sample = y_least
         for _ in range(0, y_most):
-            y_share = _share(y, y_sample, h, y_first, y_step, y_low, y_high, T)[None, :]
+            y_weight = _weight(y, y_sample, h, y_first, y_step, y_low, y_high, T)[None, :]
             line = (((z_sample.to(INDEX) * h)[:, None] + y_sample[None, :]) * w)[:, :, None]
-            share = (z_share * y_share)[:, :, None]
+            line_weight = (z_weight * y_weight)[:, :, None]
             x_sample = x_least
             for _ in range(0, x_most):
-                x_share = _share(x, x_sample, w, x_first, x_step, x_low, x_high, T)[None, None, :]
-                taken = share * x_share
-                total += (
-                    tl.load(crop + (line + x_sample[None, None, :]), taken > 0.0, other=0.0).to(T)
-                    * taken
-                )
+                x_weight = _weight(x, x_sample, w, x_first, x_step, x_low, x_high, T)
+                weight = line_weight * x_weight[None, None, :]
+                value = tl.load(crop + (line + x_sample[None, None, :]), weight > 0.0, other=0.0)
+                total += value.to(T) * weight
                 x_sample += 1
             y_sample += 1
         z_sample += 1
@@ -175,14 +165,14 @@ def _gather(
 
 @triton.jit(do_not_specialize=_SIZES)
 def crop_backward_kernel(
-    upstream,  # [K, C, d, h, w]: gradient of the crops
+    grad_output,  # [K, C, d, h, w]
     boxes,  # [K, 7] float32
-    volumes,  # [B, C, D, H, W], with strides, read where there was a window; or None
+    volumes,  # [B, C, D, H, W], with strides, read to apply the window; or None
     out,  # [B, C, D, H, W], written: gradient to the volumes
     K, B, D, H, W, stride_b, stride_c, stride_z, stride_y, stride_x, C, d, h, w,
     window_low: tl.float64, window_high: tl.float64, window_scale: tl.float64,
-    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BOXES: tl.constexpr, CLAMP_BOX: tl.constexpr,
-    WIDE: tl.constexpr,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BOXES: tl.constexpr,
+    CLAMP_BOX: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -193,27 +183,21 @@ def crop_backward_kernel(
     volume = layer // layers
     b = volume // C
     c = volume - b * C
-    z0, y0, x0 = (
-        (layer - volume * layers) * Z,
-        (row - layer * rows) * Y,
-        (program - row * columns) * X,
-    )
+    z0, y0 = (layer - volume * layers) * Z, (row - layer * rows) * Y
+    x0 = (program - row * columns) * X
     z, y, x = z0 + tl.arange(0, Z), y0 + tl.arange(0, Y), x0 + tl.arange(0, X)
     total = tl.zeros([Z, Y, X], T)
     for group in range(0, K, BOXES):
         candidate = group + tl.arange(0, BOXES)
         batch, start, end = load_box(boxes, candidate, candidate < K)
         hit = is_usable(batch, start, end, B, D, H, W) & (batch.to(tl.int32) == b)
-        hit = (
-            hit
-            & _touches(start[0], end[0], D, z0, z0 + (Z - 1))
-            & _touches(start[1], end[1], H, y0, y0 + (Y - 1))
-        )
-        hit = hit & _touches(start[2], end[2], W, x0, x0 + (X - 1))
+        hit = hit & _may_touch(start[0], end[0], D, z0, z0 + (Z - 1))
+        hit = hit & _may_touch(start[1], end[1], H, y0, y0 + (Y - 1))
+        hit = hit & _may_touch(start[2], end[2], W, x0, x0 + (X - 1))
         k = tl.min(tl.where(hit, candidate, K), 0)
         while k < K:
             _, first, last = load_box(boxes, k)
-            crop = upstream + (k.to(tl.int64) * C + c) * d * h * w
+            crop = grad_output + (k.to(tl.int64) * C + c) * d * h * w
             total = _gather(crop, z, y, x, first, last, D, H, W, d, h, w, total, CLAMP_BOX, INDEX)
             k = tl.min(tl.where(hit & (candidate > k), candidate, K), 0)
     z, y, x = z[:, None, None], y[None, :, None], x[None, None, :]
@@ -241,7 +225,7 @@ def crop_and_resize3d(
     B, C, D, H, W = volumes.shape
     K, _, d, h, w = crops.shape
     launch = launch_parameters("crop_and_resize3d", volumes.device)
-    lanes = min(LANES, max(SMALLEST_LANES, triton.next_power_of_2(h * w)))
+    lanes = min(LANES, max(MIN_LANES, triton.next_power_of_2(h * w)))
     depth = launch.block // LANES
     programs = K * C * triton.cdiv(h * w, lanes) * triton.cdiv(d, depth)
     low, high = window or (0.0, 1.0)

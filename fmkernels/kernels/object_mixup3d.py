@@ -1,14 +1,15 @@
-"""Objects mixed with other objects, resized, on the GPU: one launch, or two where donors share memory with the result.
+"""Objects mixed with other objects, resized, on the GPU: one launch, or two if donors overlap out.
 
-A voxel belongs to the first target box that holds its centre. A program takes ``LANES`` positions of a few slices of
-one box, leaves out what belongs to an earlier one, and mixes the rest with the donors of its own box and of the later
-ones, in list order, in registers. The programs of a box share its tiles out among themselves: the host need not know
-how large a box is, and none is padded to another. Where the result has memory of its own, or there is a window,
-further programs of the same launch write the voxels in no box, in tiles of consecutive voxels.
+A voxel belongs to the first target box that holds its center. A program takes ``LANES`` positions
+of a few slices of one box, leaves out the voxels that belong to an earlier box, and mixes the
+others with the donors of its own and of later boxes, in list order, in registers. The programs of a
+box divide its tiles among themselves: the host need not know the size of a box, and no box is
+padded to the size of another. Unless the op works in place and without a window, further programs
+of the same launch write the voxels outside of all boxes, in tiles of consecutive voxels.
 
-Where donors share memory with the result, the first launch writes the mixed voxels to the same places of a scratch as
-large as the volumes, and the second moves them from there. No other place has room for any boxes without the host
-knowing them; of the scratch only the voxels in boxes are ever touched.
+If ``out`` overlaps donors, the first launch writes the mixed voxels to a scratch tensor of the
+shape of ``out``, and the second launch copies them. The host does not know the boxes, so only such
+a scratch has room for any of them; its voxels outside of boxes are never touched.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.kernels.sampling import load_box, place, place_samples, taps, trilinear
-from fmkernels.kernels.tuning import launch_parameters
+from fmkernels.kernels.sampling import load_box, sample_axis, sample_position, taps, trilinear
+from fmkernels.kernels.tuning import debug, launch_parameters
 from fmkernels.kernels.voxels import to_storage, window_voxels
 
-LANES = 128  # positions of a slice of a box that a program takes at a time
-BOXES = 128  # that are tested at once
-PROGRAMS = 2048  # for all boxes together, about
-COPY, COPY_PART = (
-    4096,
-    512,
-)  # voxels in no box that a program writes: all at once, or where a box is near
+LANES = 128  # positions per slice of a tile
+BOXES = 128  # boxes tested at once
+PROGRAMS = 2048  # target number of programs over all boxes
+COPY = 4096  # voxels outside of boxes per program
+COPY_PART = 512  # voxels per step of a program near a box
 WIDE_FROM = 1 << 31  # voxels from which they are counted in int64
 INFINITY = tl.constexpr(float("inf"))
 
@@ -39,54 +38,52 @@ def _clipped(bound, size):
 
 
 @triton.jit
-def _first_centre(bound):
-    """The first voxel with its centre at or beyond a bound."""
+def _first_center(bound):
+    """The first voxel with its center at or beyond a bound."""
     below = tl.floor(bound)
     return (below + tl.where(bound - below > 0.5, 1.0, 0.0)).to(tl.int32)
 
 
 @triton.jit
 def _load_target(boxes, donor_boxes, k, shape, donor_shape):
-    """Of pair ``k``: whether it is mixed at all, the volume, and the voxels whose centres lie in the target: the first
-    along each axis, and the first beyond."""
+    """Whether pair ``k`` is mixed, its volume, and the first and the end voxel along each axis."""
     batch, start, end = load_box(boxes, k)
     donor_batch, donor_start, donor_end = load_box(donor_boxes, k)
     usable = (batch >= 0) & (batch < shape[0]) & (donor_batch >= 0) & (donor_batch < donor_shape[0])
     for axis in tl.static_range(3):
         usable = usable & (tl.abs(start[axis]) < INFINITY) & (tl.abs(end[axis]) < INFINITY)
-        usable = (
-            usable & (tl.abs(donor_start[axis]) < INFINITY) & (tl.abs(donor_end[axis]) < INFINITY)
-        )
+        usable = usable & (tl.abs(donor_start[axis]) < INFINITY)
+        usable = usable & (tl.abs(donor_end[axis]) < INFINITY)
         size = donor_shape[1 + axis]
         usable = usable & (_clipped(donor_start[axis], size) < _clipped(donor_end[axis], size))
-    z = _first_centre(_clipped(start[0], shape[1]))
-    y = _first_centre(_clipped(start[1], shape[2]))
-    x = _first_centre(_clipped(start[2], shape[3]))
-    z_end = _first_centre(_clipped(end[0], shape[1]))
-    y_end = _first_centre(_clipped(end[1], shape[2]))
-    x_end = _first_centre(_clipped(end[2], shape[3]))
+    z = _first_center(_clipped(start[0], shape[1]))
+    y = _first_center(_clipped(start[1], shape[2]))
+    x = _first_center(_clipped(start[2], shape[3]))
+    z_end = _first_center(_clipped(end[0], shape[1]))
+    y_end = _first_center(_clipped(end[1], shape[2]))
+    x_end = _first_center(_clipped(end[2], shape[3]))
     return usable, batch.to(tl.int32), (z, y, x), (z_end, y_end, x_end)
 
 
 @triton.jit
 def _next_near(boxes, after, K, batch, last_batch, start, end, BOXES: tl.constexpr):
-    """The first box after number ``after`` that may hold a voxel of the given box of the given volumes, else K."""
-    found = K
+    """The first box after ``after`` that may overlap the given box of the given volumes, else K."""
+    nearest = K
     group = after + 1
-    while group < found:
+    while group < nearest:
         candidate = group + tl.arange(0, BOXES)
         other, other_start, other_end = load_box(boxes, candidate, candidate < K)
         near = (other >= tl.floor(batch)) & (other < tl.floor(last_batch) + 1.0)
         for axis in tl.static_range(3):
             near = near & (other_start[axis] < end[axis]) & (other_end[axis] > start[axis])
-        found = tl.min(tl.where(near, candidate, K), 0)
+        nearest = tl.min(tl.where(near, candidate, K), 0)
         group += BOXES
-    return found
+    return nearest
 
 
 @triton.jit
-def _next_neighbour(boxes, after, K, k, BOXES: tl.constexpr):
-    """The first box after number ``after`` that may share a voxel with box ``k``, such as itself, else K."""
+def _next_neighbor(boxes, after, K, k, BOXES: tl.constexpr):
+    """The first box after ``after`` that may overlap box ``k``, itself included, else K."""
     batch, start, end = load_box(boxes, k)
     return _next_near(boxes, after, K, batch, batch, start, end, BOXES)
 
@@ -100,65 +97,51 @@ def _inside(z, y, x, first, stop):
 @triton.jit
 def _voxel(b, c, z, y, x, strides):
     """Offset of a voxel."""
-    plane = z.to(tl.int64) * strides[2] + (
-        y.to(tl.int64) * strides[3] + x.to(tl.int64) * strides[4]
-    )
-    return b.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1] + plane
+    row = y.to(tl.int64) * strides[3] + x.to(tl.int64) * strides[4]
+    volume = b.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1]
+    return volume + (z.to(tl.int64) * strides[2] + row)
 
 
 @triton.jit
-def _loaded(pointer, mask, low, scale, WINDOW: tl.constexpr):
+def _load_voxels(pointer, mask, low, scale, WINDOW: tl.constexpr):
     value = tl.load(pointer, mask, None if mask is None else 0)
     return window_voxels(value, low, scale) if WINDOW else value.to(low.dtype)
 
 
 @triton.jit
 def _sample(
-    donors,
-    donor_boxes,
-    k,
-    c,
-    z,
-    y,
-    x,
-    first,
-    stop,
-    shape,
-    strides,
-    low,
-    scale,
+    donors, donor_boxes, k, c, z, y, x, first, stop, shape, strides, low, scale,
     WINDOW: tl.constexpr,
-):
-    """The donor of pair ``k`` at the voxels z [DEPTH, 1], y and x [1, LANES]; at an edge for voxels outside the box."""
+):  # fmt: skip
+    """The donor of pair ``k`` at the voxels z [DEPTH, 1], y and x [1, LANES].
+
+    Voxels outside of the box take the value at its edge.
+    """
     T: tl.constexpr = low.dtype
     batch, start, end = load_box(donor_boxes, k)
-    start = (
-        _clipped(start[0], shape[1]),
-        _clipped(start[1], shape[2]),
-        _clipped(start[2], shape[3]),
-    )
-    end = (_clipped(end[0], shape[1]), _clipped(end[1], shape[2]), _clipped(end[2], shape[3]))
-    z_origin, z_first, z_step, z_low, z_high = place_samples(
-        start[0], end[0], shape[1], stop[0] - first[0], True
-    )
-    y_origin, y_first, y_step, y_low, y_high = place_samples(
-        start[1], end[1], shape[2], stop[1] - first[1], True
-    )
-    x_origin, x_first, x_step, x_low, x_high = place_samples(
-        start[2], end[2], shape[3], stop[2] - first[2], True
-    )
+    z1, z2 = _clipped(start[0], shape[1]), _clipped(end[0], shape[1])
+    y1, y2 = _clipped(start[1], shape[2]), _clipped(end[1], shape[2])
+    x1, x2 = _clipped(start[2], shape[3]), _clipped(end[2], shape[3])
+    d, h, w = stop[0] - first[0], stop[1] - first[1], stop[2] - first[2]
+    z_origin, z_first, z_step, z_low, z_high = sample_axis(z1, z2, shape[1], d, True)
+    y_origin, y_first, y_step, y_low, y_high = sample_axis(y1, y2, shape[2], h, True)
+    x_origin, x_first, x_step, x_low, x_high = sample_axis(x1, x2, shape[3], w, True)
     origin = donors + batch.to(tl.int64) * strides[0] + c.to(tl.int64) * strides[1]
     origin += z_origin.to(tl.int64) * strides[2] + y_origin.to(tl.int64) * strides[3]
     origin += x_origin.to(tl.int64) * strides[4]
-    z, dz, fz = taps(place(z - first[0], z_first, z_step, z_low, z_high), strides[2], T)
-    y, dy, fy = taps(place(y - first[1], y_first, y_step, y_low, y_high), strides[3], T)
-    x, dx, fx = taps(place(x - first[2], x_first, x_step, x_low, x_high), strides[4], T)
+    z = sample_position(z - first[0], z_first, z_step, z_low, z_high)
+    y = sample_position(y - first[1], y_first, y_step, y_low, y_high)
+    x = sample_position(x - first[2], x_first, x_step, x_low, x_high)
+    z, dz, fz = taps(z, strides[2], T)
+    y, dy, fy = taps(y, strides[3], T)
+    x, dx, fx = taps(x, strides[4], T)
     return trilinear(origin + (z + (y + x)), dz, dy, dx, fz, fy, fx, low, scale, WINDOW)
 
 
 @triton.jit(
     do_not_specialize=[
-        "K", "programs", "B", "C", "D", "H", "W", "inner", "pool", "donor_D", "donor_H", "donor_W",
+        "K", "programs", "B", "C", "D", "H", "W", "inner",
+        "num_donors", "donor_D", "donor_H", "donor_W",
         "stride_b", "stride_c", "stride_z", "stride_y", "stride_x",
         "out_b", "out_c", "out_z", "out_y", "out_x",
         "donor_b", "donor_c", "donor_z", "donor_y", "donor_x",
@@ -166,21 +149,21 @@ def _sample(
 )  # fmt: skip
 def object_mixup_kernel(
     volumes,  # [B, C, D, H, W], with strides
-    donors,  # [pool, C, donor_D, donor_H, donor_W], with strides; or the mixed voxels, where MIXED
+    donors,  # [num_donors, C, donor_D, donor_H, donor_W], with strides; the scratch if MIXED
     out,  # [B, C, D, H, W], with strides, written; may be volumes
     boxes,  # [K, 7] float32
     donor_boxes,  # [K, 7] float32
     lam,  # [K]
-    K, programs,  # for each box
+    K, programs,  # programs per box
     B, C, D, H, W,
-    inner,  # channels that lie side by side: 1, or C where channels are the last in memory
-    pool, donor_D, donor_H, donor_W,
+    inner,  # adjacent channels: 1, or C for channels_last_3d
+    num_donors, donor_D, donor_H, donor_W,
     stride_b, stride_c, stride_z, stride_y, stride_x,
     out_b, out_c, out_z, out_y, out_x,
     donor_b, donor_c, donor_z, donor_y, donor_x,
     window_low: tl.float64, window_scale: tl.float64,
     LANES: tl.constexpr, DEPTH: tl.constexpr, BOXES: tl.constexpr,
-    COPY: tl.constexpr,  # voxels of a tile, or 0 where only voxels in boxes are written
+    COPY: tl.constexpr,  # voxels per tile; 0 if only voxels in boxes are written
     COPY_PART: tl.constexpr,
     MIXED: tl.constexpr, WINDOW: tl.constexpr, DONOR_WINDOW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -188,22 +171,18 @@ def object_mixup_kernel(
     TYPE: tl.constexpr = out.dtype.element_ty
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     low, scale = window_low.to(T), window_scale.to(T)
-    shape, donor_shape = (B, D, H, W), (pool, donor_D, donor_H, donor_W)
+    shape, donor_shape = (B, D, H, W), (num_donors, donor_D, donor_H, donor_W)
     program = tl.program_id(0)
     if program < K * programs:
         k = program // programs
         tile = (program - k * programs).to(INDEX)
         tiles = tile + 1
-        while (
-            tile < tiles
-        ):  # the box is loaded again for every tile: few boxes have more than one for a program
+        while tile < tiles:  # loads the box once per tile; most programs have one tile
             usable, b, first, stop = _load_target(boxes, donor_boxes, k, shape, donor_shape)
             columns = tl.maximum(stop[2] - first[2], 0).to(INDEX)
             plane = tl.maximum(stop[1] - first[1], 0).to(INDEX) * columns
-            across, layers = (
-                tl.cdiv(plane, LANES),
-                tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH),
-            )
+            across = tl.cdiv(plane, LANES)
+            layers = tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH)
             tiles = tl.where(usable, across * layers * C, 0)
             if tile < tiles:
                 layer = tile // across
@@ -212,14 +191,14 @@ def object_mixup_kernel(
                 row = lane // columns
                 x = first[2] + (lane - row * columns).to(tl.int32)[None, :]
                 y = first[1] + row.to(tl.int32)[None, :]
-                z = (
-                    first[0]
-                    + ((layer - c * layers) * DEPTH + tl.arange(0, DEPTH)).to(tl.int32)[:, None]
-                )
+                slices = (layer - c * layers) * DEPTH + tl.arange(0, DEPTH)
+                z = first[0] + slices.to(tl.int32)[:, None]
                 mask = (z < stop[0]) & (lane < plane)[None, :]
+                strides = (stride_b, stride_c, stride_z, stride_y, stride_x)
+                out_strides = (out_b, out_c, out_z, out_y, out_x)
                 donor_strides = (donor_b, donor_c, donor_z, donor_y, donor_x)
                 value = tl.zeros([DEPTH, LANES], T)
-                j = _next_neighbour(boxes, -1, K, k, BOXES)
+                j = _next_neighbor(boxes, -1, K, k, BOXES)
                 while j < (k if MIXED else K):
                     applied, _, from_, to = _load_target(boxes, donor_boxes, j, shape, donor_shape)
                     inside = applied & _inside(z, y, x, from_, to)
@@ -227,26 +206,30 @@ def object_mixup_kernel(
                         mask = mask & ~inside
                     elif not MIXED:
                         if j == k:
-                            at = _voxel(
-                                b, c, z, y, x, (stride_b, stride_c, stride_z, stride_y, stride_x)
-                            )
-                            value = _loaded(volumes + at, mask, low, scale, WINDOW)
-                        if applied:
+                            at = _voxel(b, c, z, y, x, strides)
+                            value = _load_voxels(volumes + at, mask, low, scale, WINDOW)
+                        weight = tl.load(lam + j).to(T)
+                        tl.device_assert(
+                            ((weight < 0.0) | (weight > 1.0)) == 0,
+                            "object_mixup3d: lam must be in [0, 1]",
+                        )
+                        if applied & (weight != 1.0):  # not 0 * donor: it may not be finite
                             donor = _sample(
-                                donors, donor_boxes, j, c, z, y, x, from_, to, donor_shape, donor_strides, low, scale,
-                                DONOR_WINDOW,
+                                donors, donor_boxes, j, c, z, y, x, from_, to, donor_shape,
+                                donor_strides, low, scale, DONOR_WINDOW,
                             )  # fmt: skip
-                            part = tl.load(lam + j).to(T)
+                            target = value
+                            if not volumes.dtype.element_ty.is_int():
+                                target = tl.where(weight == 0.0, 0.0, value)
                             mixed = tl.fma(
-                                tl.broadcast_to(part, value.shape), value, (1.0 - part) * donor
+                                tl.broadcast_to(weight, value.shape), target, (1.0 - weight) * donor
                             )
                             value = tl.where(inside, mixed, value)
-                    j = _next_neighbour(boxes, j, K, k, BOXES)
-                at = _voxel(b, c, z, y, x, (out_b, out_c, out_z, out_y, out_x))
+                    j = _next_neighbor(boxes, j, K, k, BOXES)
+                at = _voxel(b, c, z, y, x, out_strides)
                 if MIXED:
-                    tl.store(
-                        out + at, tl.load(donors + _voxel(b, c, z, y, x, donor_strides), mask), mask
-                    )
+                    mixed = tl.load(donors + _voxel(b, c, z, y, x, donor_strides), mask)
+                    tl.store(out + at, mixed, mask)
                 else:
                     tl.store(out + at, to_storage(value, TYPE), mask)
             tile += programs
@@ -259,10 +242,8 @@ def object_mixup_kernel(
         first_plane, last_plane = first_row // H, last_row // H
         first_volume, last_volume = first_plane // D, last_plane // D
         outer = C // inner
-        batch, last_batch = (
-            (first_volume // outer).to(tl.float32),
-            (last_volume // outer).to(tl.float32),
-        )
+        batch = (first_volume // outer).to(tl.float32)
+        last_batch = (last_volume // outer).to(tl.float32)
         one_volume, one_plane = first_volume == last_volume, first_plane == last_plane
         start = (
             tl.where(one_volume, first_plane - first_volume * D, 0).to(tl.float32),
@@ -277,9 +258,8 @@ def object_mixup_kernel(
         nearest = _next_near(boxes, -1, K, batch, last_batch, start, end, BOXES)
         if (nearest == K) & (last - begin == COPY - 1):
             here = begin.to(tl.int64) + tl.arange(0, COPY)
-            tl.store(
-                out + here, to_storage(_loaded(volumes + here, None, low, scale, WINDOW), TYPE)
-            )
+            value = _load_voxels(volumes + here, None, low, scale, WINDOW)
+            tl.store(out + here, to_storage(value, TYPE))
         else:
             for piece in range(0, last - begin + 1, COPY_PART):
                 at = begin + piece + tl.arange(0, COPY_PART)
@@ -296,56 +276,11 @@ def object_mixup_kernel(
                     )
                     free = free & ~(applied & (b == b_box) & _inside(z, y, x, from_, to))
                     k = _next_near(boxes, k, K, batch, last_batch, start, end, BOXES)
-                tl.store(
-                    out + at,
-                    to_storage(_loaded(volumes + at, free, low, scale, WINDOW), TYPE),
-                    free,
-                )
+                value = _load_voxels(volumes + at, free, low, scale, WINDOW)
+                tl.store(out + at, to_storage(value, TYPE), free)
 
 
-def _same_voxels(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """First address of a tensor that is not empty, and the first beyond."""
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    (begin, end), (start, stop) = _span(a), _span(b)
-    return begin < stop and start < end
-
-
-def _inner_channels(x: Tensor) -> int | None:
-    """How many channels lie side by side, where the voxels are consecutive in memory."""
-    if x.is_contiguous():
-        return 1
-    return x.shape[1] if x.is_contiguous(memory_format=torch.channels_last_3d) else None
-
-
-def launch_object_mixup(
-    volumes: Tensor,
-    donors: Tensor | None,
-    boxes: Tensor,
-    donor_boxes: Tensor,
-    lam: Tensor,
-    window: Sequence[float] | None,
-    donor_window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The mixed volumes, in a new tensor of type ``dtype``.
-
-    ``volumes`` are contiguous or channels_last_3d; ``donors`` may be strided, None stands for the volumes; boxes and
-    ``lam`` are contiguous. ``donor_window`` is the same as ``window``, unless that is None.
-    """
-    out = torch.empty_like(volumes, dtype=dtype)
-    launch_object_mixup_into(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out)
-    return out
-
-
-def launch_object_mixup_into(
+def object_mixup3d(
     volumes: Tensor,
     donors: Tensor | None,
     boxes: Tensor,
@@ -354,41 +289,34 @@ def launch_object_mixup_into(
     window: Sequence[float] | None,
     donor_window: Sequence[float] | None,
     out: Tensor,
+    in_place: bool = False,
+    overlap: bool = False,
 ) -> None:
-    """As launch_object_mixup, into ``out``: the volumes themselves or memory apart from them, with any strides."""
-    donors = volumes if donors is None else donors
+    """Write the mixed volumes.
+
+    ``volumes`` and ``out`` are both contiguous or both channels_last_3d; they may have any strides
+    in place without a window. ``donors`` may have any strides, None stands for the volumes. Boxes
+    and ``lam`` are contiguous. ``donor_window`` equals ``window``, unless that is None.
+    ``in_place``: ``out`` is the volumes. ``overlap``: ``out`` and the donors overlap.
+    """
     if not out.numel():
         return
-    only_boxes = window is None and _same_voxels(volumes, out)
-    inner = None if only_boxes else _inner_channels(volumes)
-    if not only_boxes and (inner is None or volumes.stride() != out.stride()):
-        dense = volumes.contiguous() if inner is None else volumes
-        out.copy_(
-            launch_object_mixup(
-                dense, donors, boxes, donor_boxes, lam, window, donor_window, out.dtype
-            )
-        )
-    elif donors.numel() and _share_memory(donors, out):
-        scratch = torch.empty_like(out, memory_format=torch.contiguous_format)
-        _launch(volumes, donors, boxes, donor_boxes, lam, window, donor_window, scratch)
-        _launch(
-            volumes,
-            donors,
-            boxes,
-            donor_boxes,
-            lam,
-            window,
-            donor_window,
-            out,
-            inner=inner,
-            mixed=scratch,
-        )
+    donors = volumes if donors is None else donors
+    inputs = volumes, boxes, donor_boxes, lam, window
+    if in_place and window is None:
+        inner = None
     else:
-        _launch(volumes, donors, boxes, donor_boxes, lam, window, donor_window, out, inner=inner)
+        inner = 1 if volumes.is_contiguous() else volumes.shape[1]
+    if overlap and donors.numel():
+        scratch = torch.empty_like(out, memory_format=torch.contiguous_format)
+        _launch(*inputs, donors, donor_window, scratch, None)
+        _launch(*inputs, donors, None, out, inner, scratch)
+    else:
+        _launch(*inputs, donors, donor_window, out, inner)
 
 
-def programs_of(shape: Sequence[int], boxes: int, block: int) -> int:
-    """How many programs share the tiles of a box, for so many boxes: enough of them together, and none too many."""
+def programs_per_box(shape: Sequence[int], boxes: int, block: int) -> int:
+    """The number of programs that divide the tiles of each of so many boxes among themselves."""
     _, C, D, H, W = shape
     tiles = triton.cdiv(H * W, LANES) * triton.cdiv(D, block // LANES) * C
     return min(tiles, max(1, PROGRAMS // max(boxes, 1)))
@@ -396,32 +324,33 @@ def programs_of(shape: Sequence[int], boxes: int, block: int) -> int:
 
 def _launch(
     volumes: Tensor,
-    donors: Tensor,
     boxes: Tensor,
     donor_boxes: Tensor,
     lam: Tensor,
     window: Sequence[float] | None,
+    donors: Tensor,
     donor_window: Sequence[float] | None,
     out: Tensor,
-    *,
-    inner: int | None = None,
-    mixed: Tensor | None = None,
+    inner: int | None,
+    scratch: Tensor | None = None,
 ) -> None:
-    """Write the voxels in boxes, taken from ``mixed`` where they lie there, and, given ``inner``, all others too."""
+    """Write the voxels in boxes, from ``scratch`` if given, and all others if ``inner`` is."""
     launch = launch_parameters("object_mixup3d", out.device)
     (B, C, D, H, W), K = out.shape, boxes.shape[0]
-    programs = programs_of(out.shape, K, launch.block)
+    programs = programs_per_box(out.shape, K, launch.block)
     copies = 0 if inner is None else triton.cdiv(out.numel(), COPY)
     grid = K * programs + copies
     if not grid:
         return
-    sources = donors if mixed is None else mixed
+    sources = donors if scratch is None else scratch
     low, high = window or donor_window or (0.0, 1.0)
     with torch.cuda.device_of(out):
         object_mixup_kernel[(grid,)](
-            volumes, sources, out, boxes, donor_boxes, lam, K, programs, B, C, D, H, W, inner or 1, donors.shape[0],
-            *donors.shape[2:], *volumes.stride(), *out.stride(), *sources.stride(), low, 1 / (high - low),
-            LANES=LANES, DEPTH=launch.block // LANES, BOXES=BOXES, COPY=COPY if copies else 0, COPY_PART=COPY_PART,
-            MIXED=mixed is not None, WINDOW=window is not None, DONOR_WINDOW=donor_window is not None and mixed is None,
-            WIDE=out.numel() + COPY >= WIDE_FROM, num_warps=launch.num_warps, **launch.register_limit,
+            volumes, sources, out, boxes, donor_boxes, lam, K, programs, B, C, D, H, W, inner or 1,
+            donors.shape[0], *donors.shape[2:], *volumes.stride(), *out.stride(),
+            *sources.stride(), low, 1 / (high - low),
+            LANES=LANES, DEPTH=launch.block // LANES, BOXES=BOXES, COPY=COPY if copies else 0,
+            COPY_PART=COPY_PART, MIXED=scratch is not None, WINDOW=window is not None,
+            DONOR_WINDOW=donor_window is not None, WIDE=out.numel() + COPY >= WIDE_FROM,
+            num_warps=launch.num_warps, debug=debug(), **launch.register_limit,
         )  # fmt: skip

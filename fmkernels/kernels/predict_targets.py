@@ -1,13 +1,14 @@
-"""Pseudo-targets from flipped views on the GPU: one launch per level, views read once, targets written once.
+"""Pseudo-targets from flipped views on the GPU: one launch per level, every element moved once.
 
-The mean probability p of K views and its complement q are kept as fractions over one common denominator, the product
-of all (1 + exp(-|x|)): sums of positive terms, so both are right to the last digits however small. Sharpening needs
-only their ratio, in which the denominator cancels, and so no view costs a division.
+The mean probability p of K views and its complement q are kept as fractions over one common
+denominator, the product of all (1 + exp(-|x|)). Both are sums of positive terms, so that they are
+accurate however small. Sharpening only needs their ratio, in which the denominator cancels, so that
+no view needs a division.
 
-A level is seen as samples of [D, H, W, I] elements, I being 1, or the anchors where they lie innermost in memory
-(channels last). Positions count vectors of V elements along the innermost axis: V = 1 where its length, a stride or the
-flips' mirror images do not keep 16-byte alignment. A flip of that axis reverses the order of vectors in the address and
-of lanes in registers.
+A level is seen as samples of [D, H, W, I] elements. I is 1, or the number of anchors where these
+are innermost in memory (channels last). Positions count vectors of V elements along the innermost
+axis. V is 1 if its length, a stride or the mirrored positions do not keep 16-byte alignment. A flip
+of that axis reverses the order of vectors in the address and of lanes in registers.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from torch import Tensor
 from fmkernels.kernels.arithmetic import LOG2E, divide, log2
 from fmkernels.kernels.tuning import launch_parameters
 
-_SIZES = ("A", "D", "H", "W", "inner", "tiles", "stride_k", "stride_b", "stride_a", "stride_d", "stride_h", "stride_w",
-          "stride_i")  # fmt: skip
+_SIZES = (
+    "A", "D", "H", "W", "inner", "tiles",
+    "stride_k", "stride_b", "stride_a", "stride_d", "stride_h", "stride_w", "stride_i",
+)  # fmt: skip
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _lanes(vector, V: tl.constexpr):
 
 @triton.jit
 def _add_view(x, p, q, denominator, FIRST: tl.constexpr):
-    """p / denominator and q / denominator plus sigmoid(x) and sigmoid(-x)."""
+    """Add sigmoid(x) to p / denominator and sigmoid(-x) to q / denominator."""
     if x.dtype == tl.float64:
         e = tl.exp(-tl.abs(x))
     else:
@@ -60,10 +63,10 @@ def _add_view(x, p, q, denominator, FIRST: tl.constexpr):
         q = tl.where(positive, e, 1.0)
         denominator = larger
     else:
-        share = e * denominator
-        p = p * larger + tl.where(positive, denominator, share)
-        q = q * larger + tl.where(positive, share, denominator)
-        denominator = denominator + share
+        smaller = e * denominator
+        p = p * larger + tl.where(positive, denominator, smaller)
+        q = q * larger + tl.where(positive, smaller, denominator)
+        denominator = denominator + smaller
     return p, q, denominator
 
 
@@ -83,7 +86,8 @@ def predict_targets_kernel(
     tiles,  # programs per sample
     stride_k, stride_b, stride_a, stride_d, stride_h, stride_w, stride_i,  # in vectors
     inverse_temperature: tl.float64,
-    BLOCK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ANCHORS_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ANCHORS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -131,17 +135,15 @@ def predict_targets_kernel(
 
 
 def _vector(x: Tensor, innermost: int) -> int:
-    """Elements per 16 bytes where vectors of so many keep whole and aligned in every view; else 1."""
+    """Elements per 16 bytes if vectors of that size are whole and aligned in every view; else 1."""
     width = 16 // x.element_size()
-    others = [
-        stride for dim, stride in enumerate(x.stride()) if dim != innermost and x.shape[dim] > 1
-    ]
-    fits = (
-        x.stride(innermost) == 1
-        and x.shape[innermost] % width == 0
-        and not any(s % width for s in others)
+    dense = x.stride(innermost) == 1 and x.shape[innermost] % width == 0
+    aligned = all(
+        stride % width == 0
+        for dim, stride in enumerate(x.stride())
+        if dim != innermost and x.shape[dim] > 1
     )
-    return width if fits else 1
+    return width if dense and aligned else 1
 
 
 def predict_targets(

@@ -1,7 +1,7 @@
-"""How the volume ops sample: boxes, where samples lie along an axis, and the value between 8 voxels.
+"""Sampling of volumes: boxes, sample positions along an axis, and the value between 8 voxels.
 
-Coordinates are float32 whatever the voxels are, and are counted from a voxel at the start of the box, so that their
-accuracy depends on the extent of the box and not on where it lies.
+Coordinates are float32 for every voxel dtype. They are counted from a voxel near the box, the
+origin, so that their accuracy depends on the extent of the box and not on its position.
 """
 
 import triton
@@ -15,26 +15,19 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def load_box(boxes, k, mask=None):
-    """Row ``k`` of [K, 7] boxes: batch index, (z1, y1, x1), (z2, y2, x2); a batch index of -1 where masked."""
+    """Row ``k`` of boxes [K, 7]: batch index, (z1, y1, x1), (z2, y2, x2); -1 where masked."""
     row = boxes + k.to(tl.int64) * 7
     OTHER: tl.constexpr = None if mask is None else -1.0
     batch = tl.load(row, mask, other=OTHER)
-    z1, y1, x1 = (
-        tl.load(row + 1, mask, OTHER),
-        tl.load(row + 2, mask, OTHER),
-        tl.load(row + 3, mask, OTHER),
-    )
-    z2, y2, x2 = (
-        tl.load(row + 4, mask, OTHER),
-        tl.load(row + 5, mask, OTHER),
-        tl.load(row + 6, mask, OTHER),
-    )
+    z1, y1 = tl.load(row + 1, mask, OTHER), tl.load(row + 2, mask, OTHER)
+    x1, z2 = tl.load(row + 3, mask, OTHER), tl.load(row + 4, mask, OTHER)
+    y2, x2 = tl.load(row + 5, mask, OTHER), tl.load(row + 6, mask, OTHER)
     return batch, (z1, y1, x1), (z2, y2, x2)
 
 
 @triton.jit
 def is_usable(batch, start, end, B, D, H, W):
-    """Whether a box lies in one of B volumes that hold a voxel, and its extents are finite."""
+    """Whether the box belongs to one of B volumes that are not empty, and has finite extents."""
     usable = (batch >= 0) & (batch < B) & (D > 0) & (H > 0) & (W > 0)
     for axis in tl.static_range(3):
         usable = usable & (tl.abs(end[axis] - start[axis]) < INFINITY)
@@ -43,7 +36,7 @@ def is_usable(batch, start, end, B, D, H, W):
 
 @triton.jit
 def quotient(a, n):
-    """a / n for an int n > 0, exact where float32 has the result: the identity crop must not resample."""
+    """a / n for an int n > 0, exact if float32 holds the result: identity crops do not resample."""
     n = n.to(tl.float32)
     inverse = libdevice.fast_dividef(tl.full(n.shape, 1.0, tl.float32), n)
     estimate = a * inverse
@@ -51,15 +44,17 @@ def quotient(a, n):
 
 
 @triton.jit
-def place_samples(start, end, size, samples, CLAMP_BOX: tl.constexpr):
-    """Origin, first, step, low, high along an axis of ``size`` > 0 voxels, whose centres lie at 0, 1, 2 ...
+def sample_axis(start, end, size, samples, CLAMP_BOX: tl.constexpr):
+    """Origin, first, step, low, high of the samples along an axis of ``size`` > 0 voxels.
 
-    Sample i lies at origin + clamp(first + i * step, low, high). All are float32; origin, low and high are whole
-    numbers, those of voxels.
+    Sample i lies at origin + clamp(first + i * step, low, high), where voxel centers are at 0, 1, 2
+    ... All are float32; origin, low and high are whole numbers. Clamped positions are whole numbers
+    or at least 0: the fraction of a tiny negative one would round to 1.
     """
     edge = (size - 1).to(tl.float32)
     start_floor = tl.floor(start)
-    origin = tl.minimum(tl.maximum(start_floor, 0.0), edge)
+    origin = start_floor if CLAMP_BOX else tl.floor(tl.minimum(start, end)) - 1.0
+    origin = tl.minimum(tl.maximum(origin, 0.0), edge)
     step = quotient(end - start, samples)
     first = tl.fma(step, 0.5, (start - origin) - 0.5)
     if CLAMP_BOX:
@@ -67,9 +62,8 @@ def place_samples(start, end, size, samples, CLAMP_BOX: tl.constexpr):
         low = tl.maximum(start_floor + tl.where(start - start_floor > 0.5, 1.0, 0.0), 0.0)
         high = tl.minimum(end_floor - tl.where(end - end_floor > 0.5, 0.0, 1.0), edge)
         nearest = tl.floor(0.5 * start + 0.5 * end)
-        nearest -= tl.where(
-            end - nearest < nearest - start, 1.0, 0.0
-        )  # the sum may have rounded up
+        # the sum may have rounded up
+        nearest -= tl.where(end - nearest < nearest - start, 1.0, 0.0)
         nearest = tl.minimum(tl.maximum(nearest, 0.0), edge)
         empty = low > high
         low = tl.where(empty, nearest, low) - origin
@@ -81,24 +75,21 @@ def place_samples(start, end, size, samples, CLAMP_BOX: tl.constexpr):
 
 
 @triton.jit
-def place(sample, first, step, low, high):
-    """Where a sample lies, counted from the origin."""
+def sample_position(sample, first, step, low, high):
+    """The position of a sample, counted from the origin."""
     return tl.minimum(tl.maximum(tl.fma(sample.to(tl.float32), step, first), low), high)
 
 
 @triton.jit
 def taps(position, stride, T: tl.constexpr):
-    """Offset of the voxel below, the way from there to the one above, and the weight of that.
+    """Offset of the voxel below, the stride to the voxel above, and the weight of the latter.
 
-    A position on a voxel has no way to go, so that nothing beyond the last voxel is read.
+    The stride is 0 at a voxel center, so that nothing beyond the last voxel is read.
     """
     below = tl.floor(position)
     fraction = position - below
-    return (
-        below.to(tl.int64) * stride,
-        tl.where(fraction > 0.0, stride, 0).to(tl.int64),
-        fraction.to(T),
-    )
+    step = tl.where(fraction > 0.0, stride, 0).to(tl.int64)
+    return below.to(tl.int64) * stride, step, fraction.to(T)
 
 
 @triton.jit
@@ -110,8 +101,8 @@ def _between(near, far, fraction, FINITE: tl.constexpr):
 
 
 @triton.jit
-def _edge(pointer, way, fraction, low, scale, WINDOW: tl.constexpr):
-    near, far = tl.load(pointer), tl.load(pointer + way)
+def _edge(pointer, step, fraction, low, scale, WINDOW: tl.constexpr):
+    near, far = tl.load(pointer), tl.load(pointer + step)
     FINITE: tl.constexpr = WINDOW or near.dtype.is_int()
     if WINDOW:
         near, far = window_voxels(near, low, scale), window_voxels(far, low, scale)
@@ -120,7 +111,7 @@ def _edge(pointer, way, fraction, low, scale, WINDOW: tl.constexpr):
 
 @triton.jit
 def trilinear(corner, dz, dy, dx, fz, fy, fx, low, scale, WINDOW: tl.constexpr):
-    """The value between the 8 voxels at corner, corner + dz, ..., in the type of low, the window applied to each."""
+    """The value between the 8 windowed voxels at corner, corner + dz, ..., in the dtype of low."""
     FINITE: tl.constexpr = WINDOW or corner.dtype.element_ty.is_int()
     near = _edge(corner, dx, fx, low, scale, WINDOW)
     near = _between(near, _edge(corner + dy, dx, fx, low, scale, WINDOW), fy, FINITE)

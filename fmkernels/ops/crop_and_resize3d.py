@@ -1,4 +1,4 @@
-"""crop_and_resize3d: boxes cropped out of volumes and resized."""
+"""crop_and_resize3d: crop boxes out of volumes and resize them."""
 
 from collections.abc import Sequence
 
@@ -29,40 +29,45 @@ def crop_and_resize3d(
     window: tuple[float, float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Crop boxes out of volumes and resize each to one size by trilinear interpolation, all in one launch.
+    r"""Crop boxes out of volumes and resize each to one size by trilinear interpolation.
 
-    Sample i of n along an axis of a box [start, end) lies, in voxels whose centres are at 0, 1, 2 ..., at
+    Along an axis of a box [start, end), with voxel centers at 0, 1, 2 ..., sample i of n lies at
 
     .. math::
-        p_i = \mathrm{clamp}\left(\mathrm{start} + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n}
-              - \tfrac{1}{2}, \; \mathrm{first}, \; \mathrm{last}\right)
+        p_i = \mathrm{clamp}\left(\mathrm{start}
+              + (i + \tfrac{1}{2}) \, \frac{\mathrm{end} - \mathrm{start}}{n} - \tfrac{1}{2},
+              \; \mathrm{first}, \; \mathrm{last}\right)
 
-    and is the mean of the 8 voxels around it, each weighted with ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Boxes are
-    float32, and arithmetic on voxels is float32 (float64 for float64) whatever the storage.
+    Its value is the mean of the 8 voxels around it, each with the weight
+    ``(1 - |dz|) (1 - |dy|) (1 - |dx|)``. Coordinates are float32. Arithmetic on voxels is float32
+    (float64 for float64 volumes).
 
     Args:
-        volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides; axes of at most
-            2^24 voxels.
-        boxes: float32 [K, 7], (batch index, z1, y1, x1, z2, y2, x2) in voxels, half-open, voxel i covering [i, i + 1).
-            Any numbers, also beyond the volume. A box that is not finite (or whose extents are not, in float32), or
-            whose batch index is out of range, gives zeros.
+        volumes: [B, C, D, H, W]; float16, bfloat16, float32, float64, int16 or uint8; any strides;
+            axes of at most 2^24 voxels.
+        boxes: float32 [K, 7], (batch index, z1, y1, x1, z2, y2, x2) in voxels, half-open, voxel i
+            covering [i, i + 1). Any numbers, also beyond the volume. A box gives zeros if it is not
+            finite, if its extents are not finite in float32, or if its batch index is out of range.
         output_size: (d, h, w), each >= 1.
-        clamp: "box": first and last are the first and the last voxel of the volume whose centre lies in the box, as in
-            a crop followed by a resize. Where there is none, in a box smaller than a voxel, outside of the volume or
-            with end <= start, both are the voxel nearest to the middle of the box. "volume": the first and the last
-            voxel of the volume, so that samples near a face of the box take from beyond it; with end < start the crop
-            is mirrored.
-        window: (lo, hi), finite, lo < hi, applied to every voxel before the interpolation: v becomes
-            clamp((v - lo) / (hi - lo), 0, 1). None keeps the values as they are.
-        dtype: type of the result: one of those of the volumes. By default that of the volumes, float32 for windowed
-            integers. Integer results are rounded to nearest, ties to even, and saturate; NaN becomes 0.
+        clamp: "box": first and last are the first and the last voxel of the volume whose center
+            lies in the box, as in a crop followed by a resize. Boxes that contain no voxel center,
+            such as boxes smaller than a voxel, outside of the volume or with end <= start, use the
+            voxel nearest to the box center. "volume": first and last are those of the volume, so
+            that samples near a face of the box use voxels beyond it; with end < start the crop is
+            mirrored.
+        window: (lo, hi), finite, lo < hi, applied to every voxel before the interpolation: v
+            becomes clamp((v - lo) / (hi - lo), 0, 1). None keeps the values.
+        dtype: dtype of the result, any of those of the volumes. By default that of the volumes,
+            float32 for windowed integers. Integer results are rounded to nearest, ties to even, and
+            saturate; NaN becomes 0.
 
     Returns:
         The crops, [K, C, d, h, w], contiguous.
 
-    The gradient flows to the volumes, gathered without atomics in the order of the boxes, so that it is the same in
-    every run; not to the boxes. No value is read back to the host. A voxel that is not finite shows in the samples that
-    it has a weight in, and only there.
+    Gradients flow to the volumes, not to the boxes. They are gathered in the order of the boxes,
+    without atomics, and are the same in every run. No value is read back to the host; a GPU needs
+    one launch. A voxel that is not finite affects only the samples in which its weight is not
+    exactly 0.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
@@ -71,14 +76,14 @@ def crop_and_resize3d(
     Equivalent PyTorch, for integer boxes inside their volumes and clamp "box"::
 
         out = torch.cat([
-            F.interpolate(volumes[b : b + 1, :, z1:z2, y1:y2, x1:x2], output_size, mode="trilinear")
+            F.interpolate(volumes[b:b+1, :, z1:z2, y1:y2, x1:x2], output_size, mode="trilinear")
             for b, z1, y1, x1, z2, y2, x2 in boxes.int().tolist()
         ])
 
-    clamp "volume" is F.grid_sample with padding_mode="border" and align_corners=False, and inside of the volumes
-    roi_align with aligned=True and one sample per bin.
+    clamp "volume" equals F.grid_sample with padding_mode="border" and align_corners=False, and
+    inside of the volumes roi_align with aligned=True and one sample per bin.
 
-    Source: He et al., Mask R-CNN, ICCV 2017 (RoIAlign, of which this is the form for volumes).
+    Source: He et al., Mask R-CNN, ICCV 2017 (RoIAlign, here for volumes).
 
     Example:
         >>> import torch

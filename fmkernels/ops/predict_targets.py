@@ -24,33 +24,34 @@ _MIN_TEMPERATURE = 1e-30  # already gives exactly 0, 1/2 or 1
 
 def predict_targets(
     view_logits: Tensor | Sequence[Tensor], flips: Tensor, *, temperature: float = 0.7
-) -> Tensor | Any:  # a sequence where the logits are one
+) -> Tensor | Any:  # a sequence for a sequence
     r"""Pseudo-targets from K flipped views: undo each flip, average the probabilities, sharpen.
 
     .. math::
         \bar y = \frac 1 K \sum_k \mathrm{unflip}_k(\sigma(\mathrm{view\_logits}_k)), \qquad
         y = \frac{\bar y^{1/T}}{\bar y^{1/T} + (1 - \bar y)^{1/T}}
 
-    Tiny probabilities keep their digits. Arithmetic is float32 (float64 for float64) whatever the storage.
+    Tiny probabilities keep their relative accuracy. Arithmetic is float32 (float64 for float64).
 
     Args:
-        view_logits: raw logits of the views, [K, B, A, D, H, W]; float16, bfloat16, float32 or float64; any strides,
-            channels_last_3d views included, without a copy. Or a sequence of such tensors, the levels of a feature
-            pyramid. There are 8 flips: the kernel, whose code grows with K, is made for about as many views.
-        flips: uint8 [K] on the same device: how each view was flipped, as a bit mask, 1 = D, 2 = H, 4 = W; other bits
-            are not looked at. Never read back to the host.
-        temperature: T in (0, 1]; 1 leaves the mean as it is.
+        view_logits: raw logits of the views, [K, B, A, D, H, W]; float16, bfloat16, float32 or
+            float64; any strides, channels_last_3d views included, without a copy. Or a sequence of
+            such tensors, the levels of a feature pyramid. The kernel is unrolled over K, at most 8
+            distinct flips.
+        flips: uint8 [K] on the same device: the flip of each view as a bit mask, 1 = D, 2 = H,
+            4 = W; other bits are ignored. Never read back to the host.
+        temperature: T in (0, 1]; 1 keeps the mean.
 
     Returns:
-        float32 [B, A, D, H, W], whatever the type of the logits; in the order of memory of the views. For a sequence,
-        one of the same kind.
+        float32 [B, A, D, H, W] for logits of any dtype, in the memory order of the views. For a
+        sequence, a list or tuple like it.
 
-    No gradient is offered. Logits of +inf and -inf are the probabilities 1 and 0; where a view is NaN, so is the
-    result; it is finite everywhere else.
+    No gradient is offered. Logits of +inf and -inf are the probabilities 1 and 0. The result is NaN
+    where a view is NaN, and finite everywhere else.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
-        ValueError: shapes, devices or values do not fit, or a gradient is asked for.
+        ValueError: shapes, devices or values do not fit, or a gradient is requested.
 
     Equivalent PyTorch::
 
@@ -58,8 +59,8 @@ def predict_targets(
         mean = torch.stack(views).sigmoid().mean(0)
         targets = mean ** (1 / T) / (mean ** (1 / T) + (1 - mean) ** (1 / T))
 
-    Source: Wang et al., FocalMix: Semi-Supervised Learning for 3D Medical Image Detection, CVPR 2020; T = 0.7 is the
-    value that its figure shows.
+    Source: Wang et al., FocalMix: Semi-Supervised Learning for 3D Medical Image Detection, CVPR
+    2020; T = 0.7 is the value in its figure.
 
     Example:
         >>> import torch

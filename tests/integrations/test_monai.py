@@ -1,7 +1,9 @@
-"""Against the MONAI that is installed: boxes, MixUp, the detector's losses and targets, a pipeline."""
+"""Against the installed MONAI: boxes, MixUp, losses and targets of the detector, a pipeline."""
 
+import contextlib
 import copy
 import doctest
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ monai = pytest.importorskip("monai")
 
 from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector  # noqa: E402
 from monai.apps.detection.transforms.box_ops import flip_boxes  # noqa: E402
-from monai.apps.detection.transforms.dictionary import RandCropBoxByPosNegLabeld, RandFlipBoxd  # noqa: E402
+from monai.apps.detection.transforms.dictionary import (  # noqa: E402
+    RandCropBoxByPosNegLabeld,
+    RandFlipBoxd,
+)
 from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape  # noqa: E402
 from monai.data import MetaTensor, box_utils  # noqa: E402
 from monai.transforms import Compose, EnsureTyped, ScaleIntensityRanged  # noqa: E402
 from monai.utils import optional_import  # noqa: E402
 
-from fmkernels import crop_and_resize3d, soft_target_focal_loss  # noqa: E402
+from fmkernels import crop_and_resize3d, object_mixup3d, soft_target_focal_loss  # noqa: E402
 from fmkernels.integrations import monai as adapter  # noqa: E402
 from fmkernels.integrations.monai import (  # noqa: E402
     MixUpBoxd,
@@ -129,7 +134,7 @@ def test_boxes_of_every_mode_come_and_go(mode, kind):
 
 
 def test_axes_are_those_of_monai():
-    """A box cuts out of an image what MONAI's flips and slices say it does, and axis 0 is the first flip bit."""
+    """Boxes crop what MONAI's slices and flips say they do, and axis 0 is the first flip bit."""
     image = torch.rand(1, 12, 14, 16)
     x1, y1, z1, x2, y2, z2 = BOXES[0].int().tolist()
     expected = image[:, x1:x2, y1:y2, z1:z2]
@@ -170,15 +175,13 @@ def test_mixup_mixes_images_and_carries_boxes_labels_and_weights():
         moved += 1
         (other,) = [x for x in batch if torch.equal(x["box"], item["box"][count:])]
         own_weights, weights = own.get("box_weights", torch.ones(count)), item["box_weights"]
-        share = weights[0] / own_weights[0]
-        assert 0.5 <= share < 1
-        torch.testing.assert_close(
-            item["image"], share * own["image"] + (1 - share) * other["image"]
-        )
+        lam = weights[0] / own_weights[0]
+        assert 0.5 <= lam < 1
+        torch.testing.assert_close(item["image"], lam * own["image"] + (1 - lam) * other["image"])
         torch.testing.assert_close(item["box"][:count], own["box"])
         torch.testing.assert_close(item["label"], torch.cat([own["label"], other["label"]]))
         others = other.get("box_weights", torch.ones(len(other["box"])))
-        torch.testing.assert_close(weights, torch.cat([share * own_weights, (1 - share) * others]))
+        torch.testing.assert_close(weights, torch.cat([lam * own_weights, (1 - lam) * others]))
     assert moved >= 2
 
 
@@ -240,6 +243,104 @@ def test_weights_are_one_for_each_box():
         [MixUpBoxd().set_random_state(seed)(bad) for seed in range(20)]
 
 
+@pytest.mark.parametrize("kind", [MixUpBoxd, ObjectMixUpBoxd])
+def test_labels_are_integers_one_for_each_box(kind):
+    for wrong in (torch.zeros(2, dtype=torch.long), torch.zeros(0, dtype=torch.long)):
+        bad = batch_of(2)
+        bad[0]["label"] = wrong
+        with pytest.raises(ValueError, match=f"{kind.__name__}: label must be one for each of 1"):
+            kind()(bad)
+    bad = [{**item, "class": item["label"].float()} for item in batch_of(2)]
+    with pytest.raises(TypeError, match=f"{kind.__name__}: class must be integers, got float32"):
+        kind(label_key="class")(bad)
+
+
+def test_labels_of_any_integer_dtype_are_mixed():
+    batch = batch_of(4)
+    for item, dtype in zip(batch, (np.uint8, np.int32, np.int64, np.int16), strict=True):
+        item["label"] = item["label"].numpy().astype(dtype)
+    mixed = MixUpBoxd(eta=1.0).set_random_state(3)(batch)
+    moved = [m for m, b in zip(mixed, batch, strict=True) if len(m["box"]) > len(b["box"])]
+    assert moved and all(item["label"].dtype == torch.int64 for item in moved)
+    assert all(len(item["label"]) == len(item["box"]) for item in mixed)
+
+
+@pytest.mark.parametrize("kind", [MixUpBoxd, ObjectMixUpBoxd])
+def test_a_collated_batch_gets_one_clear_error(kind):
+    collated = {key: [item[key] for item in batch_of(2)] for key in ("image", "box", "label")}
+    expected = f"{kind.__name__}: batch must be a list of dictionaries, .* not collated"
+    for batch, got in (
+        (collated, "got dict"),
+        ([batch_of(2), batch_of(2)], "got a list of 2 in it"),
+        (torch.zeros(2, 1, 4, 4, 4), "got a tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"{expected} .*{got}"):
+            kind()(batch)
+    without = batch_of(2)
+    del without[1]["label"]
+    with pytest.raises(ValueError, match=f"{kind.__name__}: batch must hold 'label' in each"):
+        kind()(without)
+
+
+def test_objects_that_are_collated_are_refused():
+    with pytest.raises(TypeError, match="ObjectMixUpBoxd: objects must be a list of dictionaries"):
+        ObjectMixUpBoxd()(batch_of(2), objects={"image": 1})
+
+
+@pytest.mark.parametrize("kind", [MixUpBoxd, ObjectMixUpBoxd])
+def test_arguments_are_checked_at_construction(kind):
+    for error, words, arguments in (
+        (ValueError, "eta must be > 0, got 0", {"eta": 0}),
+        (TypeError, "eta must be a number, got str", {"eta": "0.2"}),
+        (ValueError, "eta must be finite", {"eta": float("nan")}),
+        (TypeError, "window must be a pair", {"window": 3}),
+        (ValueError, "window must have lo < hi", {"window": (1, 0)}),
+    ):
+        with pytest.raises(error, match=f"{kind.__name__}: {words}"):
+            kind(**arguments)
+    with pytest.raises(ValueError, match="box mode"):
+        ObjectMixUpBoxd(mode="zyx")
+
+
+@pytest.mark.parametrize("kind", [MixUpBoxd, ObjectMixUpBoxd])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_defaults_of_the_process_change_nothing(kind, arrays):
+    """Neither torch.set_default_dtype nor torch.set_default_device."""
+    batch = batch_of(4)
+    if arrays:
+        batch = [{key: value.numpy() for key, value in item.items()} for item in batch]
+    expected = kind(eta=1.0).set_random_state(3)(batch)
+    boxes = from_monai_boxes([item["box"] for item in batch])
+    torch.set_default_dtype(torch.float64)
+    try:
+        # with another default device, MONAI itself cannot convert arrays
+        with contextlib.nullcontext() if arrays else torch.device("meta"):
+            result = kind(eta=1.0).set_random_state(3)(batch)
+            again = from_monai_boxes([item["box"] for item in batch])
+            none = from_monai_boxes([])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, boxes) and again.dtype == none.dtype == torch.float32
+    assert none.device.type == "cpu"
+    for ours, theirs in zip(result, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key].dtype == value.dtype and (ours[key] == value).all()
+
+
+def test_a_metatensor_that_overlaps_is_noticed():
+    """It is a subclass of torch.Tensor that has memory."""
+    base = torch.rand(3, 1, 8, 8, 8)
+    boxes = from_monai_boxes([BOXES[1:], BOXES[1:]])
+    arguments = boxes, boxes.flip(0), torch.full((2,), 0.75)
+    expected = object_mixup3d(base[:2], *arguments)
+    meta = MetaTensor(base.clone())
+    object_mixup3d(meta[:2], *arguments, out=meta[:2])
+    assert torch.equal(meta[:2].as_tensor(), expected)
+    with pytest.raises(ValueError, match="out may be volumes itself but must not overlap it"):
+        object_mixup3d(meta[:2], *arguments, out=meta[1:])
+
+
 def test_objects_are_mixed_with_others_of_their_label():
     corners = [[0.0, 0, 0], [8, 8, 8], [0, 0, 0], [8, 8, 8]]
     boxes = [torch.tensor([[*corner, *(c + 4 for c in corner)]]) for corner in corners]
@@ -271,12 +372,12 @@ def test_objects_of_the_batch_before_and_their_mode():
     mixed = [
         item | {"image": torch.zeros(1, 12, 12, 12), "box": torch.cat(boxes)} for item in before
     ]
-    centred = [
+    centered = [
         item | {"box": box_utils.convert_box_mode(item["box"], "xyzxyz", "cccwhd")}
         for item in before
     ]
     result = ObjectMixUpBoxd(eta=1.0).set_random_state(4)(mixed, objects=before)
-    again = ObjectMixUpBoxd(eta=1.0, mode="cccwhd").set_random_state(4)(mixed, objects=centred)
+    again = ObjectMixUpBoxd(eta=1.0, mode="cccwhd").set_random_state(4)(mixed, objects=centered)
     for item, same, own, donor in zip(result, again, before, (4.0, 2.0), strict=True):
         x1, y1, z1, x2, y2, z2 = own["box"][0].int().tolist()
         inside = item["image"][:, x1:x2, y1:y2, z1:z2]
@@ -389,6 +490,42 @@ def test_what_the_detector_refuses():
         detector.predict_targets(torch.stack(images_of(batch)), confidence=80)
 
 
+def groups_of(labels, boxes=BOXES):
+    """What the detector makes of the labels of an image, without torchvision."""
+    detector = SimpleNamespace(target_box_key="box", target_label_key="class")
+    target = {"box": boxes, "class": labels}
+    return list(SoftTargetRetinaNetDetector._groups(detector, target, torch.zeros(5, 2)))
+
+
+def test_the_detector_checks_labels():
+    expected = torch.tensor([1, 0])
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64):
+        ((weight, group),) = groups_of(expected.to(dtype))
+        assert weight == 1 and group["class"].dtype == torch.int64
+        assert torch.equal(group["class"], expected)
+    for value in (-1, 2, 255):
+        with pytest.raises(ValueError, match=rf"class must be in \[0, 2\), got {value}"):
+            groups_of(torch.tensor([0, value]))
+    with pytest.raises(TypeError, match="class must be integers, got float32"):
+        groups_of(torch.zeros(2))
+    with pytest.raises(TypeError, match="class must be integers, got bool"):
+        groups_of(torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="class must be one for each of 2 boxes, got 3"):
+        groups_of(torch.zeros(3, dtype=torch.long))
+
+
+@with_torchvision
+def test_labels_of_uint8_are_no_mask():
+    detector, batch = detector_of(SoftTargetRetinaNetDetector), batch_of(3)
+    expected = detector(images_of(batch), batch)
+    narrow = [{**item, "label": item["label"].byte()} for item in batch]
+    losses = detector(images_of(batch), narrow)
+    assert all(torch.equal(losses[key], expected[key]) for key in expected)
+    narrow[2]["label"] = torch.tensor([0, -1])
+    with pytest.raises(ValueError, match=r"label must be in \[0, 2\), got -1"):
+        detector(images_of(batch), narrow)
+
+
 @with_torchvision
 def test_inference_is_that_of_monai():
     theirs, ours = (
@@ -465,7 +602,7 @@ class Broken(nn.Module):
 @with_torchvision
 @pytest.mark.parametrize("own", [True, False])
 def test_predicting_leaves_the_network_as_it_was(own):
-    """It evaluates: statistics and dropout rest; afterwards each module trains that did, also where it has failed."""
+    """The network evaluates; afterwards each module is in its mode again, also after an error."""
     detector = detector_of(SoftTargetRetinaNetDetector)
     network = detector.network if own else copy.deepcopy(detector.network)
     network.stem = nn.Sequential(

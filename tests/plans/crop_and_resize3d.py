@@ -49,11 +49,11 @@ def crop(
 def gradient(
     name: str, dtype, *, window=None, clamp_box=True, size=BRICKS, shape=(1, 1, *BRICKS)
 ) -> Case:
-    upstream, boxes = torch.ones((1, shape[1], *size), dtype=dtype), whole(shape)
+    grad_output, boxes = torch.ones((1, shape[1], *size), dtype=dtype), whole(shape)
     windowed = torch.zeros(shape, dtype=dtype) if window else None
 
     def call():
-        return crop_backward(upstream, boxes, windowed, shape, clamp_box, window, dtype)
+        return crop_backward(grad_output, boxes, windowed, shape, clamp_box, window, dtype)
 
     min_bytes = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
     return Case(name, call, torch.Size(shape).numel(), min_bytes)

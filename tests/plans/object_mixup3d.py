@@ -3,11 +3,12 @@
 In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from fmkernels.kernels import object_mixup3d as kernels
+from fmkernels.kernels.object_mixup3d import object_mixup3d
+from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -18,31 +19,31 @@ LARGE = (2, 1, 64, 64, 64)
 
 
 class Objects:
-    """Arguments of the launch functions. Box k is all of volume k; its donor is the next one."""
+    """Arguments of the launcher. Box k is all of volume k; its donor is the next one."""
 
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)
-        self.donors = torch.empty(donors, dtype=donor_dtype or dtype) if donors else None
-        self.boxes = torch.tensor(
+        donors = torch.empty(donors, dtype=donor_dtype or dtype) if donors else None
+        boxes = torch.tensor(
             [[k, 0, 0, 0, *shape[2:]] for k in range(pairs)], dtype=torch.float32
         ).reshape(-1, 7)
-        self.lam, self.windows = (
-            torch.ones(pairs),
-            (window if donor_dtype is None else None, window),
-        )
-
-    def arguments(self):
-        donor_boxes = self.boxes.roll(1, 0)
-        return self.volumes, self.donors, self.boxes, donor_boxes, self.lam, *self.windows
-
-    def case(self, name: str, launch: Callable, last, min_bytes: float | None) -> Case:
-        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), min_bytes)
+        windows = (window if donor_dtype is None else None), window
+        # not a weight of 0 or 1, for which less is read
+        lam = torch.full((pairs,), 0.75)
+        self.arguments = donors, boxes, boxes.roll(1, 0), lam, *windows
 
     def new(self, name: str, dtype: torch.dtype, min_bytes: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup, dtype, min_bytes)
+        def call():
+            return launch("object_mixup3d", self.volumes, *self.arguments, dtype=dtype)
+
+        return Case(name, call, self.volumes.numel(), min_bytes)
 
     def in_place(self, name: str, min_bytes: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup_into, self.volumes, min_bytes)
+        def call():
+            overlap = self.arguments[0] is None
+            object_mixup3d(self.volumes, *self.arguments, self.volumes, True, overlap)
+
+        return Case(name, call, self.volumes.numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:

@@ -4,6 +4,7 @@ The default rows were chosen from the compiled code: registers, instructions per
 rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -62,9 +63,6 @@ TABLE: dict[str, dict[str, Launch]] = {
     "mixup3d_in_place": {
         DEFAULT: Launch(block=512, num_warps=4),
     },
-    "mixup3d_in_place_flipped": {
-        DEFAULT: Launch(block=1024, num_warps=4),
-    },
 }
 
 
@@ -83,3 +81,9 @@ def launch_parameters(op: str, device: torch.device) -> Launch:
     """The row of ``op`` for this device, or its default row."""
     rows = TABLE[op]
     return rows.get(architecture(device), rows[DEFAULT])
+
+
+@cache
+def debug() -> bool:
+    """Whether kernels check values that only the device knows: FMKERNELS_DEBUG=1, read once."""
+    return os.environ.get("FMKERNELS_DEBUG") == "1"

@@ -118,14 +118,15 @@ def _late(module: str, name: str) -> Callable:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, differentiate, *inputs):
-        ctx.differentiate, ctx.count = differentiate, len(inputs)
+    def forward(ctx, *inputs):  # first those of the op, so that needs_input_grad begins with them
+        *_, compute, ctx.differentiate = inputs
+        ctx.count = len(inputs)
         return compute(ctx)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         gradients = ctx.differentiate(ctx, *grad_outputs)
-        return (None, None, *gradients, *[None] * (ctx.count - len(gradients)))
+        return (*gradients, *[None] * (ctx.count - len(gradients)))
 
 
 # autograd.Function.apply without the Python code that comes before: a microsecond, and functorch's
@@ -163,7 +164,7 @@ def _autograd_kernel(
 
         structure = None
         with _allowed_under_functorch():
-            results = _apply(compute, backward or not_differentiable, *_flat(args))
+            results = _apply(*_flat(args), compute, backward or not_differentiable)
         return results if isinstance(results, Tensor) else _like(structure, iter(results))
 
     return kernel

@@ -1,15 +1,14 @@
-"""What the kernels of mixup3d cost, held without a GPU: bytes, races, launches, registers, instructions."""
+"""Costs of the mixup3d kernels, checked without a GPU: bytes, races, registers, instructions."""
 
 import pytest
 import torch
 import triton.language as tl
 
 import reference
-from fmkernels import mixup3d, sample_mixup
 from fmkernels.kernels import mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
 from tests.support.interpreter import KernelFault, checked
+from tests.support.launch import launch
 from tests.support.plan import TARGETS, run_plan
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 AXES = (0, 1, 2, 4)
 WINDOW = (-1200.0, 600.0)
+F32, U8 = torch.float32, torch.uint8
 LAM, CYCLE = torch.tensor([0.9, 0.6, 0.75]), torch.tensor([1, 2, 0])
 FLIPS = torch.tensor([5, 0, 6], dtype=torch.uint8)
 
@@ -31,7 +31,7 @@ def bytes_per_voxel(report, voxels):
     large = [
         t
         for name, t in report.traffic.items()
-        if name in ("volumes", "donors", "out", "upstream", "gradient")
+        if name in ("volumes", "donors", "out", "grad_output", "grad_input")
     ]
     return (
         sum(t.read_once + t.written_once for t in large) / voxels,
@@ -39,14 +39,13 @@ def bytes_per_voxel(report, voxels):
     )
 
 
-@pytest.mark.parametrize("flips", [None, FLIPS])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.float64]
 )
-def test_in_place_reads_and_writes_each_voxel_once(dtype, flips):
+def test_in_place_reads_and_writes_each_voxel_once(dtype):
     volumes = make(dtype)
     with checked() as report:
-        kernels.launch_mixup_into(volumes, None, LAM, CYCLE, flips, None, AXES, None, volumes)
+        kernels.mixup3d(volumes, None, LAM, CYCLE, None, None, AXES, None, volumes, True)
     once, all_reads = bytes_per_voxel(report, volumes.numel())
     assert once == 2 * dtype.itemsize
     assert all_reads == 3 * dtype.itemsize  # the partner's second read, which a cache serves
@@ -64,22 +63,35 @@ def test_in_place_reads_and_writes_each_voxel_once(dtype, flips):
 def test_out_of_place_reads_and_writes_each_voxel_once(dtype, result, floor, flips):
     volumes = make(dtype)
     with checked() as report:
-        kernels.launch_mixup(volumes, None, LAM, CYCLE, flips, None, AXES, WINDOW, result)
+        launch("mixup3d", volumes, None, LAM, CYCLE, flips, None, AXES, WINDOW, dtype=result)
     once, all_reads = bytes_per_voxel(report, volumes.numel())
     assert once == floor and all_reads == floor + dtype.itemsize
 
 
 def test_donors_and_gradients_are_read_once():
     volumes, donors = make(torch.float32), make(torch.float32)
-    for out in (volumes, torch.empty_like(volumes)):
+    for flips, out in ((None, volumes), (FLIPS, torch.empty_like(volumes))):
         with checked() as report:
-            kernels.launch_mixup_into(volumes, donors, LAM, CYCLE, FLIPS, FLIPS, AXES, None, out)
+            kernels.mixup3d(volumes, donors, LAM, CYCLE, flips, flips, AXES, None, out)
         assert bytes_per_voxel(report, volumes.numel()) == (12, 12)
-    for own, donor, all_reads in ((True, False, 8), (False, True, 8), (True, True, 12)):
+    for as_volumes, as_donors, all_reads in ((True, False, 8), (False, True, 8), (True, True, 12)):
         with checked() as report:
-            arguments = None, LAM, CYCLE, FLIPS, AXES, None, 3, torch.float32, own, donor
-            kernels.launch_gradient(volumes, *arguments)
+            arguments = volumes, None, LAM, CYCLE, FLIPS, AXES, None, as_volumes, as_donors
+            launch("mixup3d_backward", *arguments, rows=3, dtype=torch.float32)
         assert bytes_per_voxel(report, volumes.numel()) == (8, all_reads)
+
+
+def test_voxels_of_weight_0_are_not_read():
+    volumes, donors = make(torch.float32), make(torch.float32)
+    for weight, name in ((0.0, "volumes"), (1.0, "donors")):
+        lam = torch.full((3,), weight)
+        with checked() as report:
+            launch("mixup3d", volumes, donors, lam, CYCLE, *[None] * 2, AXES, None, dtype=F32)
+        assert report.traffic[name].read == 0
+        with checked() as report:
+            arguments = volumes, None, lam, CYCLE, None, AXES, None, weight == 0, weight == 1
+            launch("mixup3d_backward", *arguments, rows=3, dtype=F32)
+        assert report.traffic["grad_output"].read == 0
 
 
 INDEX = {
@@ -90,61 +102,59 @@ INDEX = {
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])
-@pytest.mark.parametrize("flips", [None, FLIPS])
 @pytest.mark.parametrize("index", INDEX)
-def test_no_race_and_nothing_left_unwritten(index, flips, shuffle):
+def test_no_race_and_nothing_left_unwritten(index, shuffle):
     for shape in ((3, 2, 5, 3, 32), (3, 1, 3, 2, 7), (3, 1, 14, 10, 4)):
-        volumes, donors = make(torch.float32, shape), make(torch.float32, shape)
-        for given, out in (
-            (None, volumes),
-            (donors, volumes),
-            (donors, donors),
-            (None, torch.empty_like(volumes)),
+        for given, target, flips in (
+            (False, "volumes", None),
+            (True, "volumes", None),
+            (True, "donors", None),
+            (False, "new", None),
+            (False, "new", FLIPS),
+            (True, "new", FLIPS),
         ):
-            before = volumes.clone(), donors.clone()
-            masks = flips, None if given is None else flips
+            volumes, other = make(torch.float32, shape), make(torch.float32, shape)
+            before, donors = (volumes.clone(), other.clone()), other if given else None
+            out = {"volumes": volumes, "donors": other, "new": torch.empty_like(volumes)}[target]
+            in_place = target == ("donors" if given else "volumes")
+            masks = flips, flips if given else None
             with checked(out=out, shuffle=shuffle) as report:
-                kernels.launch_mixup_into(
-                    volumes, given, LAM, INDEX[index], *masks, AXES, None, out
-                )
+                arguments = volumes, donors, LAM, INDEX[index], *masks, AXES, None, out
+                kernels.mixup3d(*arguments, in_place)
             assert report.never_written("out") == 0 and len(report.launches) == 1
-            other = (
-                {"flips": flips}
-                if given is None
-                else {"flips": (flips, flips), "donors": before[1]}
-            )
-            exact = reference.mixup3d(before[0], LAM, INDEX[index], **other)
+            options = {"flips": masks, "donors": before[1]} if given else {"flips": flips}
+            exact = reference.mixup3d(before[0], LAM, INDEX[index], **options)
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_checker_sees_what_would_be_wrong(monkeypatch):
-    """In place without its barrier, without owning all samples, without owning the mirror images: each is a race."""
+def test_one_volume_in_place():
+    volumes, lam, index = make(torch.float32, (1, 1, 6, 5, 48)), LAM[:1], CYCLE[2:]
+    before = volumes.clone()
+    with checked():
+        kernels.mixup3d(volumes, None, lam, index, None, None, AXES, None, volumes, True)
+    torch.testing.assert_close(volumes, before)
+
+
+def test_the_checker_finds_races(monkeypatch):
+    """In place without the barrier, or with one sample per program."""
     volumes = make(torch.float32)
 
-    def launch(flips):
+    def run(in_place):
         with checked():
-            kernels.launch_mixup_into(volumes, None, LAM, CYCLE, flips, None, AXES, None, volumes)
+            kernels.mixup3d(volumes, None, LAM, CYCLE, None, None, AXES, None, volumes, in_place)
 
-    for flips in (None, FLIPS):
-        with monkeypatch.context() as patch:
-            patch.setattr(tl, "debug_barrier", lambda **_: None)
-            with pytest.raises(KernelFault, match="no barrier in between"):
-                launch(flips)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_same_memory", lambda a, b: False)
-            with pytest.raises(KernelFault, match=r"race|no barrier in between"):
-                launch(flips)
-    launch(FLIPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(tl, "debug_barrier", lambda **_: None)
+        with pytest.raises(KernelFault, match="no barrier in between"):
+            run(True)
+    with pytest.raises(KernelFault, match=r"race|no barrier in between"):
+        run(False)
+    run(True)
 
 
-def last_program(volumes, lam, index, flips, out=None, axes=AXES):
+def last_program(volumes, lam, index, flips):
     with checked(programs=[-1]):
-        if out is None:
-            return kernels.launch_mixup(
-                volumes, None, lam, index, flips, None, axes, None, volumes.dtype
-            )
-        kernels.launch_mixup_into(volumes, None, lam, index, flips, None, axes, None, out)
-        return out
+        return launch("mixup3d", volumes, None, lam, index, flips, None, AXES, None, dtype=U8)
 
 
 @pytest.mark.parametrize(
@@ -160,47 +170,18 @@ def test_offsets_beyond_two_to_the_31(row):
     assert last_program(volumes, lam, index, None)[1, ..., -3:].flatten().tolist() == [15, 30, 45]
     flips = torch.tensor([4, 0], dtype=torch.uint8)
     assert last_program(volumes, lam, index, flips)[1, ..., -3:].flatten().tolist() == [45, 50, 55]
-    last_program(volumes, lam, index, None, volumes)
-    assert volumes[1, ..., -3:].flatten().tolist() == [15, 30, 45]
-    upstream = torch.empty((2, 1, 1, 1, row // 4 + 2), dtype=torch.float16)
-    upstream[1, ..., -3:] = torch.tensor([2.0, 4, 6], dtype=torch.float16)
     with checked(programs=[-1]):
-        gradient = kernels.launch_gradient(
-            upstream, None, lam, index, None, AXES, None, 2, torch.float16, True, False
-        )
+        kernels.mixup3d(volumes, None, lam, index, None, None, AXES, None, volumes, True)
+    assert volumes[1, ..., -3:].flatten().tolist() == [15, 30, 45]
+    grad_output = torch.empty((2, 1, 1, 1, row // 4 + 2), dtype=torch.float16)
+    grad_output[1, ..., -3:] = torch.tensor([2.0, 4, 6], dtype=torch.float16)
+    with checked(programs=[-1]):
+        arguments = grad_output, None, lam, index, None, AXES, None, True, False
+        gradient = launch("mixup3d_backward", *arguments, rows=2, dtype=torch.float16)
     assert gradient[1, ..., -3:].flatten().tolist() == [1, 2, 3]
 
 
-class Unlaunched:
-    """A kernel that is never run."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def test_no_op_synchronises_with_the_host(monkeypatch):
-    """Everything above the launches, run as on a GPU: nothing there may read a value of a tensor."""
-    from fmkernels.cpu import mixup3d as cpu
-
-    for name in ("launch_mixup", "launch_mixup_into", "launch_gradient"):
-        monkeypatch.setattr(cpu, name, getattr(kernels, name))
-    for kernel in ("mixup_kernel", "gradient_kernel"):
-        monkeypatch.setattr(kernels, kernel, Unlaunched())
-    volumes, donors = make(torch.float32).requires_grad_(), make(torch.float32).requires_grad_()
-    with no_host_sync():
-        lam, index = sample_mixup(3)
-        mixup3d(volumes, lam, index, flips=FLIPS, window=WINDOW).sum().backward()
-        mixup3d(volumes, lam, index, donors=donors, flips=(FLIPS, None)).sum().backward()
-        volumes, donors = volumes.detach(), donors.detach()
-        mixup3d(volumes, lam, index, flips=FLIPS, out=volumes)
-        mixup3d(volumes, lam, index, donors=donors, flips=(FLIPS, FLIPS), out=donors)
-        strided = volumes.transpose(2, 4)
-        mixup3d(strided, lam, index, flips=FLIPS, out=strided)
-        monkeypatch.setattr(kernels, "LARGEST_TILE", 1)
-        mixup3d(volumes, lam, index, out=volumes)
-
-
-# --- compiled code ---------------------------------------------------------------------------------------------------
+# --- compiled code -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +191,7 @@ def plan():
 
 def test_one_launch_each(plan):
     for name, case in plan.cases.items():
-        expected = "gradient_kernel" if name.startswith("gradient") else "mixup_kernel"
+        expected = "mixup3d_backward_kernel" if name.startswith("backward") else "mixup3d_kernel"
         assert [kernel for kernel, _ in case.launches] == [expected], name
 
 
@@ -231,7 +212,7 @@ def test_compiled_code(plan):
             code, name = variant.on[target], f"{variant.case} on {target}"
             assert code.spill_bytes == 0 and code.stack_bytes == 0, name
             assert code.registers <= 96, name
-            if "odd" not in variant.case and not variant.case.endswith(("4096", "512")):
+            if "odd" not in variant.case and not variant.case.endswith("4096"):
                 assert code.conversions == 0 and code.shared_bytes == 0, name
 
 
@@ -248,9 +229,9 @@ def test_main_paths_are_vectorised(plan):
             )  # half as wide as stores
             per_store = (
                 1
-                if "gradient to" in variant.case
+                if "backward to" in variant.case
                 else 3
-                if "gradient, window" in variant.case
+                if "backward, window" in variant.case
                 else 2
             )
             assert loads // per_store == main.stores[128], name
@@ -261,19 +242,15 @@ INSTRUCTIONS = {
     "in place float32": 13,
     "in place bfloat16": 11,
     "in place int16": 15,
-    "in place, flips float32": 17,
-    "in place, flips bfloat16": 14,
-    "in place, flips int16": 19,
     "in place, batch of 4096": 14,
-    "in place, flips, batch of 512": 17,
     "out of place float32": 13,
     "out of place, flips float32": 29,
     "window, flips int16 bfloat16": 25,
     "window int16 bfloat16": 15,
     "window, flips int16 float32": 37,
-    "gradient float32": 15,
-    "gradient to donors float32": 13,
-    "gradient, window, flips bfloat16": 30,
+    "backward float32": 15,
+    "backward to donors float32": 13,
+    "backward, window, flips bfloat16": 30,
 }
 
 

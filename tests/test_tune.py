@@ -197,12 +197,10 @@ def _calls():
                               lambda constants: constants["DEPTH"] * constants["LANES"]),
         "crop_and_resize3d_backward": (lambda: crop(True), "crop_backward_kernel",
                                        lambda constants: constants["Z"] * constants["Y"] * constants["X"]),
-        "mixup3d": (lambda: fmkernels.mixup3d(volumes, lam, index), "mixup_kernel",
+        "mixup3d": (lambda: fmkernels.mixup3d(volumes, lam, index), "mixup3d_kernel",
                     lambda constants: constants["VECTORS"]),
-        "mixup3d_in_place": (lambda: fmkernels.mixup3d(volumes, lam, index, out=volumes), "mixup_kernel",
+        "mixup3d_in_place": (lambda: fmkernels.mixup3d(volumes, lam, index, out=volumes), "mixup3d_kernel",
                              lambda constants: constants["VECTORS"] * constants["SAMPLES"]),
-        "mixup3d_in_place_flipped": (lambda: fmkernels.mixup3d(volumes, lam, index, flips=flips, out=volumes),
-                                     "mixup_kernel", lambda constants: constants["VECTORS"] * constants["SAMPLES"] * 8),
     }  # fmt: skip
 
 

@@ -80,7 +80,9 @@ def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
 
 
 def _run(loop: Callable, args: tuple, start: int, end: int) -> None:
-    loop(start, end, *[(x.data_ptr(), KINDS[x.dtype]) if isinstance(x, Tensor) else x for x in args])
+    loop(
+        start, end, *[(x.data_ptr(), KINDS[x.dtype]) if isinstance(x, Tensor) else x for x in args]
+    )
 
 
 def _run_all(ranges: deque[Callable[[], None]]) -> None:

@@ -28,7 +28,11 @@ SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too sma
 MIN_BOX = 64
 LEAST = 1 << 16  # voxels of all samples
 
-_DIRECT = {torch.float32, torch.float64, torch.int16}  # mixed without a copy, where nothing else asks for one
+_DIRECT = {
+    torch.float32,
+    torch.float64,
+    torch.int16,
+}  # mixed without a copy, where nothing else asks for one
 _NO_MASKS = np.zeros(0, np.uint8)
 
 
@@ -79,7 +83,11 @@ def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
     for j in range(rows):
         first = start + (rows - 1 - j if flip & axes[2] else j) * n
         load_block(
-            address, dtype_code, first + (n - 1 if step < 0 else 0), step, block[j * n : (j + 1) * n]
+            address,
+            dtype_code,
+            first + (n - 1 if step < 0 else 0),
+            step,
+            block[j * n : (j + 1) * n],
         )
 
 

@@ -41,30 +41,37 @@ def _divide(a, b):
 
 
 @triton.jit
-def _mirror(position, flip, n0, n1, n2, n3, AXES: tl.constexpr):
-    """The positions flipped by a mask: [VECTORS] from [VECTORS] and [1]."""
+def _mirror_offsets(position, n0, n1, n2, n3):
+    """The offset from each position to its mirror image along each axis, in vectors."""
     row = _divide(position, n3)
     plane = _divide(row, n2)
     i0 = _divide(plane, n1)
     i1 = plane - i0 * n1
     i2 = row - plane * n2
     i3 = position - row * n3
-    mirror_offset = (
+    return (
         (n0 - 1 - 2 * i0) * (n1 * n2 * n3),
         (n1 - 1 - 2 * i1) * (n2 * n3),
         (n2 - 1 - 2 * i2) * n3,
         n3 - 1 - 2 * i3,
     )
+
+
+@triton.jit
+def _flip(position, mirror_offsets, flip, AXES: tl.constexpr):
+    """The positions flipped by masks: [ROWS, VECTORS] from [VECTORS] and [ROWS]."""
+    position = position[None, :]
     for axis in tl.static_range(4):
-        if AXES[axis]:
-            position += tl.where((flip & AXES[axis]) != 0, mirror_offset[axis], 0)
+        if AXES[axis] and flip is not None:
+            flipped = (flip & AXES[axis])[:, None] != 0
+            position += tl.where(flipped, mirror_offsets[axis][None, :], 0)
     return position
 
 
 @triton.jit
 def _offsets(start, position, V: tl.constexpr):
-    """[ROWS, VECTORS, V]: voxels of volumes that start at vectors [ROWS]."""
-    return ((start[:, None] + position[None, :]) * V)[:, :, None] + tl.arange(0, V)[None, None, :]
+    """[ROWS, VECTORS, V]: voxels at positions [_, VECTORS] of volumes that start at [ROWS]."""
+    return ((start[:, None] + position) * V)[:, :, None] + tl.arange(0, V)[None, None, :]
 
 
 @triton.jit
@@ -77,13 +84,12 @@ def _reverse(value, flip, AXES: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _load(
-    x, start, flip, position, mask, low, scale, n0, n1, n2, n3,
+    x, start, flip, position, mirror_offsets, mask, low, scale,
     AXES: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, VECTORS, V]: a tile of volumes that start at ``start`` [ROWS], flipped, windowed."""
     T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    if flip is not None:
-        position = _mirror(position, flip, n0, n1, n2, n3, AXES)
+    position = _flip(position, mirror_offsets, flip, AXES)
     value = tl.load(x + _offsets(start, position, V), mask, other=0)
     if flip is not None:
         value = _reverse(value, flip, AXES, V)
@@ -119,7 +125,7 @@ def mixup3d_kernel(
     n0, n1, n2, n3 = n0.to(INDEX), n1.to(INDEX), n2.to(INDEX), n3.to(INDEX)
     size = n0.to(tl.int64) * n1 * n2 * n3
     position = tile.to(INDEX) * VECTORS + tl.arange(0, VECTORS)
-    inside = (position < size.to(INDEX))[None, :]
+    mirror_offsets = _mirror_offsets(position, n0, n1, n2, n3)  # after the loads, 2 more per voxel
 
     donor = tl.load(index + sample, valid, other=0)
     tl.device_assert((donor >= 0) & (donor < num_donors), "mixup3d: index out of range")
@@ -128,21 +134,21 @@ def mixup3d_kernel(
     flip = None if flips is None else tl.load(flips + sample).to(tl.int32)
     donor_flip = None if donor_flips is None else tl.load(donor_flips + donor).to(tl.int32)
     start = sample.to(tl.int64) * size
-    mask = valid[:, None] & inside
+    mask = (valid[:, None] & (position < size.to(INDEX))[None, :])[:, :, None]
+    weight = weight[:, None, None]
     own = _load(
-        volumes, start, flip, position, (mask & (weight != 0)[:, None])[:, :, None], low, scale,
-        n0, n1, n2, n3, AXES, V, WINDOW,
+        volumes, start, flip, position, mirror_offsets, mask & (weight != 0), low, scale,
+        AXES, V, WINDOW,
     )  # fmt: skip
     other = _load(
-        donors, donor * size, donor_flip, position, (mask & (weight != 1)[:, None])[:, :, None],
-        low, scale, n0, n1, n2, n3, AXES, V, WINDOW,
+        donors, donor * size, donor_flip, position, mirror_offsets, mask & (weight != 1),
+        low, scale, AXES, V, WINDOW,
     )  # fmt: skip
-    weight = weight[:, None, None]
     mixed = tl.fma(tl.broadcast_to(weight, own.shape), own, (1.0 - weight) * other)
     mixed = to_storage(mixed, out.dtype.element_ty)
     if SAMPLES > 1:
         tl.debug_barrier()
-    tl.store(out + _offsets(start, position, V), mixed, mask[:, :, None])
+    tl.store(out + _offsets(start, position[None, :], V), mixed, mask)
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "n0", "n1", "n2", "n3"])
@@ -168,12 +174,13 @@ def mixup3d_backward_kernel(
     position = tile.to(INDEX) * VECTORS + tl.arange(0, VECTORS)
     mask = (position < size.to(INDEX))[None, :, None]
     zero = tl.zeros([1], tl.int64)
-    here = _offsets(row.to(tl.int64) * size + zero, position, V)
-    flip = None
-    if flips is not None:
+    here = _offsets(row.to(tl.int64) * size + zero, position[None, :], V)
+    if flips is None:
+        there = _offsets(zero, position[None, :], V)
+    else:
         flip = tl.load(flips + row + tl.arange(0, 1)).to(tl.int32)
-        position = _mirror(position, flip, n0, n1, n2, n3, AXES)
-    there = _offsets(zero, position, V)
+        mirror_offsets = _mirror_offsets(position, n0, n1, n2, n3)
+        there = _offsets(zero, _flip(position, mirror_offsets, flip, AXES), V)
     total = tl.zeros([1, VECTORS, V], T)
     if AS_VOLUMES:
         weight = tl.load(lam + row).to(T)

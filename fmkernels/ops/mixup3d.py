@@ -116,7 +116,9 @@ def mixup3d(
     if out is not None:
         check_out(name, out, volumes, dtype)
         if differentiable:
-            raise ValueError(f"{name}: no gradient through out is offered, pass all tensors detached")
+            raise ValueError(
+                f"{name}: no gradient through out is offered, pass all tensors detached"
+            )
         mixup3d_out_op(volumes, donors, lam, index, flips, donor_flips, window, out)
         return out
     order = memory_order(volumes)

@@ -1,8 +1,8 @@
-"""soft_target_focal_loss against plain and the best PyTorch, torch.compile of both, and losses of other libraries.
+"""soft_target_focal_loss against plain and the best PyTorch, compiled or not, and other libraries.
 
-Those take hard labels or mean something else by soft ones: they run on the targets rounded to 0 and 1, where the
-formulas agree (alpha0 = 1 - alpha, alpha1 = alpha), and are marked so. Those of apex and mmcv are for GPUs, and know
-one class of several for each anchor.
+Losses of other libraries take hard labels, or define soft ones differently. They run on targets
+rounded to 0 and 1, where the formulas agree (alpha0 = 1 - alpha, alpha1 = alpha), and their names
+say so. The losses of apex and mmcv need a GPU and have one class index per anchor.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ import reference
 from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
 from fmkernels import soft_target_focal_loss
 
-CLASSES = 8  # of anchors that have one of several
-BLOCK = 2**17  # elements for each thread that the best eager form works on at a time, within caches
-LEVEL_RATIO = 8  # elements of a level beside those of the next: half the size along three axes
+CLASSES = 8  # per anchor, for apex and mmcv
+BLOCK = 2**17  # elements per thread of the best eager form: its buffers stay in the caches
+LEVEL_RATIO = 8  # elements of a level per element of the next: half the size along three axes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`elements` logits of type `logits`; the loss is summed, then multiplied by `scale` as a GradScaler does.
+    """`elements` logits in one tensor or in the `levels` of a feature pyramid.
 
-    They are one tensor, or the `levels` of a feature pyramid.
+    The loss is summed, then multiplied by `scale`, as a GradScaler does.
     """
 
     elements: int
@@ -44,7 +44,7 @@ class Workload:
         )
 
     def inputs(self) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """A detector's head: most anchors are confident negatives, some have targets in between."""
+        """As in a detector: most anchors are confident negatives, some have targets in between."""
         logits = torch.randn(self.elements, device=DEVICE) * 3 - 2
         targets = torch.rand(self.elements, device=DEVICE) * (
             torch.rand(self.elements, device=DEVICE) < 0.3
@@ -54,8 +54,8 @@ class Workload:
         logits, targets = logits.to(self.logits), targets.to(self.targets)
         if self.levels == 1:
             return logits.requires_grad_(), targets
-        shares = [LEVEL_RATIO**i for i in range(self.levels)]
-        sizes = [self.elements * share // sum(shares) for share in shares[:0:-1]]
+        ratios = [LEVEL_RATIO**i for i in range(self.levels)]
+        sizes = [self.elements * ratio // sum(ratios) for ratio in ratios[:0:-1]]
         sizes.append(self.elements - sum(sizes))
         return [x.clone().requires_grad_() for x in logits.split(sizes)], [
             y.clone() for y in targets.split(sizes)
@@ -66,20 +66,20 @@ class Workload:
         return logits, targets.round()
 
     def class_inputs(self) -> tuple[Tensor, Tensor]:
-        """Logits [anchors, CLASSES], and the class of each anchor, which is CLASSES for the background."""
+        """Logits [anchors, CLASSES], and the class of each anchor; CLASSES is the background."""
         logits = torch.randn(self.elements // CLASSES, CLASSES, device=DEVICE) * 3 - 2
-        kinds = torch.randint(CLASSES + 1, logits.shape[:1], device=DEVICE)
-        return logits.to(self.logits).requires_grad_(), kinds
+        classes = torch.randint(CLASSES + 1, logits.shape[:1], device=DEVICE)
+        return logits.to(self.logits).requires_grad_(), classes
 
     def floor(self) -> dict[str, int | None]:
-        """Logits and targets read, gradients written, be it in the forward or in the backward."""
+        """Logits and targets are read, gradients written, in the forward or in the backward."""
         read = self.elements * (self.logits.itemsize + self.targets.itemsize)
         written = self.elements * self.logits.itemsize
         return {"forward": read, "backward": None, "both": read + written}
 
 
 BF16 = torch.bfloat16
-TARGETS = {  # the workloads of the aims, where the best form is compiled too
+TARGETS = {  # workloads with a target time; the best form is also compiled
     "cpu": [Workload(4_000_000)],
     "cuda": [
         Workload(100_000_000),
@@ -110,11 +110,11 @@ OTHERS = {
     ],
 }[DEVICE.type]
 
-importorskip = cache(pytest.importorskip)  # which takes longer than a small loss
+importorskip = cache(pytest.importorskip)  # uncached, it takes longer than a small loss
 
 
 def over_levels(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The function for one tensor, or summed over those of a pyramid."""
+    """The function of one tensor, or its sum over the levels of a pyramid."""
 
     def total(logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(logits, Tensor):
@@ -129,7 +129,7 @@ def ours(logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) 
 
 
 def plain(logits: Tensor, targets: Tensor) -> Tensor:
-    """The formula as a trainer writes it."""
+    """The formula as it is usually written."""
     x, y = logits.float(), targets.float()
     cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
     return ((0.05 + 0.9 * y) * (y - torch.sigmoid(x)).square() * cross_entropy).sum()
@@ -142,7 +142,7 @@ def closed_form(
     slope: Tensor | None = None,
     buffers: Sequence[Tensor | None] = (None,) * 4,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and, where asked for, the gradient, in these buffers where they are given."""
+    """The loss and, if asked for, the gradient, in the given buffers."""
     p, cross_entropy, weight, d = buffers
     p = torch.sigmoid(x, out=p)
     cross_entropy = F.softplus(x, out=cross_entropy).addcmul_(x, y, value=-1)
@@ -157,7 +157,7 @@ def closed_form(
 
 
 def in_blocks(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """The closed form of one block after the other, in buffers that stay in the caches of a CPU."""
+    """The closed form, block by block, in buffers that stay in the caches of a CPU."""
     block = min(BLOCK * torch.get_num_threads(), logits.numel())
     buffers = torch.empty(5, block)
     loss, slopes = torch.zeros(()), torch.empty_like(logits)
@@ -189,15 +189,15 @@ class _WithSlope(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, grad_output):
         (slope,) = ctx.saved_tensors
-        if DEVICE.type == "cpu" and not torch.compiler.is_compiling() and upstream == 1:
+        if DEVICE.type == "cpu" and not torch.compiler.is_compiling() and grad_output == 1:
             return slope, None
-        return slope * upstream.to(slope.dtype), None
+        return slope * grad_output.to(slope.dtype), None
 
 
 def best(logits: Tensor, targets: Tensor) -> Tensor:
-    """The best of PyTorch: loss and gradient in the forward, by the closed form, temporaries reused."""
+    """The best in PyTorch: loss and gradient in closed form in the forward, reusing temporaries."""
     if torch.is_grad_enabled():
         return _WithSlope.apply(logits, targets)
     return _loss_and_slope(logits, targets, gradient=False)[0]
@@ -231,22 +231,22 @@ def fvcore(logits: Tensor, targets: Tensor) -> Tensor:
     return ((0.95 * y + 0.05 * (1 - y)) * loss).sum()
 
 
-def apex(logits: Tensor, kinds: Tensor) -> Tensor:
+def apex(logits: Tensor, classes: Tensor) -> Tensor:
     losses = importorskip("apex.contrib.focal_loss", exc_type=Exception)
-    background = torch.where(kinds == CLASSES, -1, kinds)
+    background = torch.where(classes == CLASSES, -1, classes)
     return losses.focal_loss(
         logits.float(), background, torch.ones(1, device=DEVICE), CLASSES, 0.95, 2.0
     )
 
 
-def mmcv(logits: Tensor, kinds: Tensor) -> Tensor:
+def mmcv(logits: Tensor, classes: Tensor) -> Tensor:
     ops = importorskip("mmcv.ops", exc_type=Exception)
-    return ops.sigmoid_focal_loss(logits.float(), kinds, 2.0, 0.95, None, "sum")
+    return ops.sigmoid_focal_loss(logits.float(), classes, 2.0, 0.95, None, "sum")
 
 
-def class_reference(logits: Tensor, kinds: Tensor) -> Tensor:
+def class_reference(logits: Tensor, classes: Tensor) -> Tensor:
     return reference.soft_target_focal_loss(
-        logits, F.one_hot(kinds, CLASSES + 1)[:, :CLASSES], reduction="sum"
+        logits, F.one_hot(classes, CLASSES + 1)[:, :CLASSES], reduction="sum"
     )
 
 

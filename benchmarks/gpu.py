@@ -1,12 +1,13 @@
-"""Everything that a machine with a GPU can show, in one run of under 9 minutes: `make gpu`. Installs nothing.
+"""All checks and benchmarks that need a GPU, in one run of less than 9 minutes: `make gpu`.
 
     python -m benchmarks.gpu --results benchmarks/results
 
-Runs the tests with the real kernels, every kernel under compute-sanitizer where there is one, every op in a CUDA graph
-and on more than 2^31 elements, a training step, the benchmarks and the tuning sweep, which changes nothing. Every stage
-has its time, and what earlier ones left of theirs; one that fails or is cut stops no other. Leaves in results/<gpu>/:
-run.json (what ran, outcome, versions, commit, clocks), tests.xml, tuning.json, and the benchmarks as JSON, table and
-picture.
+Installs nothing. Runs the tests with compiled kernels, every kernel under compute-sanitizer (if it
+is installed), every op in a CUDA graph and on more than 2^31 elements, a training step, the
+benchmarks and the tuning sweep. Every stage has a time limit, plus the time that earlier stages
+saved. A stage that fails or times out does not stop the others. Writes to results/<gpu>/: run.json
+(stages, outcomes, versions, commit, clocks), tests.xml, tuning.json, and the benchmarks as JSON,
+table and picture.
 """
 
 import argparse
@@ -30,14 +31,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
-OUTCOMES = {
-    0: "passed",
-    124: "timed out",
-    -9: "timed out",
-}  # what timeout returns; killed, it kills itself too
-SHORTEST = 5  # seconds, with less of which a stage is not begun
-GRACE = 10  # seconds from the request to end to the end
-SUITES = {  # seconds for each benchmark
+# exit codes of timeout(1), which also kills itself after it killed a stage
+OUTCOMES = {0: "passed", 124: "timed out", -9: "timed out"}
+SHORTEST = 5  # seconds; a stage with less time left is not started
+GRACE = 10  # seconds between SIGINT and SIGKILL
+SUITES = {  # seconds per benchmark
     "focalmix_step": 30,
     "soft_target_focal_loss": 55,
     "mixup3d": 45,
@@ -51,7 +49,7 @@ SUITES = {  # seconds for each benchmark
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and its seconds; or, where it cannot run here, why not."""
+    """A command and its time limit in seconds. `missing` says why it cannot run here."""
 
     name: str
     command: list[str]
@@ -62,7 +60,7 @@ class Stage:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where to write"
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="output folder"
     )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -80,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def stages(out: Path) -> list[Stage]:
-    """All there is to run, in order; the seconds of all together are below 9 minutes."""
+    """All stages, in order. Their limits add up to less than 9 minutes."""
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
@@ -99,12 +97,12 @@ def stages(out: Path) -> list[Stage]:
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *checks, "calls"]
         result.append(
-            Stage(tool, command, 35, "" if sanitizer else "there is no compute-sanitizer")
+            Stage(tool, command, 35, "" if sanitizer else "compute-sanitizer was not found")
         )
     result += [Stage("graphs", [*checks, "graphs"], 20), Stage("large", [*checks, "large"], 25)]
     for suite, seconds in SUITES.items():
         report = out / f"{suite}.json"
-        report.unlink(missing_ok=True)  # of an earlier run
+        report.unlink(missing_ok=True)  # from an earlier run
         options = ["--benchmark-quiet", "--benchmark-max-time=0.05", f"--benchmark-json={report}"]
         command = [
             *pytest,
@@ -113,20 +111,14 @@ def stages(out: Path) -> list[Stage]:
             *options,
         ]
         result.append(Stage(suite, command, seconds))
-    tuning = [
-        *python,
-        "benchmarks.tune",
-        "--dry-run",
-        "--limit=35",
-        f"--json={out / 'tuning.json'}",
-    ]
+    tuning = [*python, "benchmarks.tune", "--limit=35", f"--json={out / 'tuning.json'}"]
     result.append(Stage("tuning", tuning, 45))
     reports = [str(out / f"{suite}.json") for suite in SUITES]
     return [*result, Stage("plots", [*python, "benchmarks.plot", *reports], 15)]
 
 
 def run(stages: Sequence[Stage], record: Path, about: dict) -> dict[str, dict]:
-    """Run the stages; what became of them so far is in the record after each."""
+    """Run the stages. The record is written after each."""
     done: dict[str, dict] = {}
     end = time.monotonic()
     for stage in stages:
@@ -137,15 +129,17 @@ def run(stages: Sequence[Stage], record: Path, about: dict) -> dict[str, dict]:
 
 
 def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
-    """Run a stage, its output shown as it comes."""
+    """Run a stage and show its output."""
     began = time.monotonic()
     if stage.missing:
         return {"outcome": "skipped", "seconds": 0.0, "last_line": stage.missing}
     if seconds < SHORTEST:
-        return {"outcome": "left out", "seconds": 0.0, "last_line": "no time was left"}
+        return {"outcome": "left out", "seconds": 0.0, "last_line": "out of time"}
     environment = os.environ | {"FMKERNELS_TEST_DEVICE": "cuda", "PYTHONUNBUFFERED": "1"}
     if stage.name in ("memcheck", "racecheck"):
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor has bounds of its own
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = (
+            "1"  # so that bounds are those of each tensor
+        )
     command = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{seconds:.1f}", *stage.command]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"
@@ -154,7 +148,7 @@ def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
     reader = threading.Thread(target=_show, args=(process.stdout, lines), daemon=True)
     reader.start()
     code = process.wait()
-    reader.join(1)  # not longer: a worker that outlives the stage keeps the pipe open
+    reader.join(1)  # a worker that outlives the stage would keep the pipe open
     return {
         "outcome": OUTCOMES.get(code, "failed"),
         "seconds": round(time.monotonic() - began, 1),
@@ -170,7 +164,7 @@ def _show(stream: TextIO, lines: list[str]) -> None:
 
 
 def table(done: dict[str, dict]) -> str:
-    """What became of every stage."""
+    """The outcome of every stage."""
     lines = [f"{'stage':<24}{'outcome':<11}{'seconds':>8}  last line"]
     for name, stage in done.items():
         lines.append(
@@ -180,14 +174,14 @@ def table(done: dict[str, dict]) -> str:
 
 
 def _sanitizer() -> str:
-    """Where compute-sanitizer is, or nothing."""
-    beside = [
+    """The path of compute-sanitizer, or an empty string."""
+    folders = [
         Path(os.environ.get(name, "/usr/local/cuda")) / "bin" for name in ("CUDA_HOME", "CUDA_PATH")
     ]
     return (
         shutil.which(
             "compute-sanitizer",
-            path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, beside)]),
+            path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]),
         )
         or ""
     )

@@ -1,22 +1,20 @@
-"""Choose the launch parameters of every kernel on the GPU at hand, and write them into fmkernels/kernels/tuning.py.
+"""Tune the launch parameters on the GPU of this machine and print rows for kernels/tuning.py.
 
-    python -m benchmarks.tune [--dry-run] [--json tuning.json] [op ...]
+    python -m benchmarks.tune [--json tuning.json] [op ...]
 
-Every setting runs on every workload of an op in interleaved rounds, between device events and with the L2 cache
-emptied, beside the default row, which takes part twice: how far it is from itself is the noise. The row of this
-architecture becomes the fastest setting, and the default row serves where none is faster beyond the noise. Default rows
-and those of other architectures stay as they are.
+Every setting runs on every workload of an op, in interleaved rounds, timed by device events, with
+the L2 cache flushed. The default row runs twice: the difference from itself is the noise. The
+fastest setting becomes the row of this architecture if it beats the default beyond the noise.
 """
 
 import argparse
-import ast
 import itertools
 import json
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -38,17 +36,18 @@ from fmkernels.kernels import tuning
 from fmkernels.kernels.tuning import DEFAULT, TABLE, Launch
 from tests.support.tolerance import assert_close
 
-MARGIN = 0.02  # a setting must be faster by more than this, and on no workload slower by more
+MARGIN = 0.02  # a setting must be faster than the default by this, and on no workload slower by it
 ROUNDS = 50
-REGISTERS = 65536  # of all threads of a program
+REGISTERS = 65536  # limit for all threads of a program
 F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
-
-Table = Mapping[str, Mapping[str, Launch]]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to try for an op: warps for each block, tiles per program; and the workloads, each with a phase to time."""
+    """The settings to try for an op: warps for each block, and tiles per program.
+
+    `cases` makes the workloads, each with the phase to time.
+    """
 
     op: str
     shapes: dict[int, tuple[int, ...]]
@@ -56,8 +55,8 @@ class Sweep:
     max_tiles: tuple[int, ...] = (1,)
 
     def settings(self, default: Launch) -> list[Launch]:
-        """All but the default, those that change it least first."""
-        shapes = [(block, warps) for block, several in self.shapes.items() for warps in several]
+        """All settings but the default, the most similar to it first."""
+        shapes = [(block, warps) for block, counts in self.shapes.items() for warps in counts]
         every = [
             replace(default, block=block, num_warps=warps, max_tiles=tiles)
             for (block, warps), tiles in itertools.product(shapes, self.max_tiles)
@@ -159,39 +158,39 @@ SWEEPS = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a setting took, [workloads, rounds]."""
+    """The seconds of a setting, [workloads, rounds]."""
 
     launch: Launch
     times: np.ndarray
 
     def ratios(self, default: "Timing") -> np.ndarray:
-        """Of the time to that of the default in each round, all workloads alike: their geometric mean."""
+        """Time relative to the default in each round: the geometric mean over the workloads."""
         return np.exp(np.log(self.times / default.times).mean(axis=0))
 
     def slowest(self, default: "Timing") -> float:
-        """The same on the workload on which it is worst, in the median of the rounds."""
+        """Time relative to the default on the worst workload: the median of the rounds."""
         return float(np.median(self.times / default.times, axis=1).max())
 
 
 def choose(default: Timing, again: Timing, others: Sequence[Timing]) -> Launch | None:
-    """The fastest setting, if it is faster than the default beyond the noise, by what the default shows ``again``."""
+    """The fastest setting if it beats the default beyond the noise (``again``), else None."""
     noise = np.abs(np.quantile(again.ratios(default), (0.1, 0.9)) - 1).max()
     best: tuple[float, Launch | None] = (1 - max(MARGIN, noise), None)
     for timing in others:
         ratios = timing.ratios(default)
-        surely = np.quantile(ratios, 0.8) < 1 and timing.slowest(default) < 1 + MARGIN
-        if surely and np.median(ratios) < best[0]:
+        reliable = np.quantile(ratios, 0.8) < 1 and timing.slowest(default) < 1 + MARGIN
+        if reliable and np.median(ratios) < best[0]:
             best = float(np.median(ratios)), timing.launch
     return best[1]
 
 
 def row_in_use(op: str, launch: Launch) -> AbstractContextManager:
-    """Within it, every device has this row."""
+    """Use this row on every device."""
     return mock.patch.dict(TABLE, {op: {DEFAULT: launch}})
 
 
 class _Case:
-    """A workload with the results that every setting must give."""
+    """A workload, with the results that every setting must give."""
 
     def __init__(self, comparison: Comparison, phase: str):
         self.comparison, self.phase = comparison, phase
@@ -203,7 +202,7 @@ class _Case:
         return run, [*results, *(run.forward_backward()[2] if run.backward else [])]
 
     def check(self) -> None:
-        """Compile for the row in use; raise where results differ from the default's."""
+        """Compile for the row in use. Raise if the results differ from those of the default."""
         for result, expected in zip(self.results_of_a_fresh_run()[1], self.results, strict=True):
             assert_close(result, expected)
 
@@ -211,9 +210,10 @@ class _Case:
 def measure(
     sweep: Sweep, first: Sequence[Launch], limit: float
 ) -> tuple[list[Timing], dict[Launch, str]]:
-    """The timings of ``first`` and of all settings that compile and agree with it, and why others have none.
+    """Time ``first`` and all settings that compile and agree with it. Also says why others failed.
 
-    Compiling and checking takes half of ``limit`` seconds at most; settings that were not reached have no timing.
+    Compiling and checking takes at most half of ``limit`` seconds. Settings that were not reached
+    by then have no timing.
     """
     start = time.perf_counter()
     with row_in_use(sweep.op, first[0]):
@@ -221,7 +221,7 @@ def measure(
     launches, problems = [], {}
     for launch in dict.fromkeys((*first, *sweep.settings(first[0]))):
         if launch not in first and time.perf_counter() - start > limit / 2:
-            problems[launch] = "no time was left"
+            problems[launch] = "out of time"
             continue
         try:
             with row_in_use(sweep.op, launch):
@@ -234,7 +234,7 @@ def measure(
     if first[0] not in launches:
         raise RuntimeError(f"{sweep.op}: the default row fails: {problems[first[0]]}")
     order = [*launches, first[0]]
-    times = [[[] for _ in cases] for _ in order]
+    times: list[list[list[float]]] = [[[] for _ in cases] for _ in order]
     for _ in range(ROUNDS):
         spans = []
         for launch in order:
@@ -250,55 +250,27 @@ def measure(
     ], problems
 
 
-def with_row(table: Table, op: str, architecture: str, launch: Launch | None) -> Table:
-    """The table with another row for an architecture, or with none; default rows first, the others by name."""
-    rows = {name: row for name, row in table[op].items() if name != architecture}
-    if launch is not None:
-        rows[architecture] = launch
-    return {**table, op: dict(sorted(rows.items(), key=lambda item: (item[0] != DEFAULT, item[0])))}
-
-
-def render(table: Table) -> str:
-    """The table as it stands in tuning.py."""
-    lines = ["TABLE: dict[str, dict[str, Launch]] = {"]
-    for op, rows in table.items():
-        lines.append(f'    "{op}": {{')
-        for name, launch in rows.items():
-            key = "DEFAULT" if name == DEFAULT else f'"{name}"'
-            lines.append(f"        {key}: Launch({_arguments(launch)}),")
-        lines.append("    },")
-    return "\n".join([*lines, "}"])
-
-
 def _arguments(launch: Launch) -> str:
-    """Those that differ from what Launch has by itself."""
+    """The arguments that differ from the defaults of Launch."""
     named = [(f.name, getattr(launch, f.name)) for f in fields(Launch)]
-    own = {f.name: f.default for f in fields(Launch)}
+    default = {f.name: f.default for f in fields(Launch)}
     return ", ".join(
-        f"{name}={value}" for name, value in named if own[name] is MISSING or own[name] != value
+        f"{name}={value}"
+        for name, value in named
+        if default[name] is MISSING or default[name] != value
     )
-
-
-def rewritten(source: str, table: Table) -> str:
-    """The text of tuning.py with another table."""
-    nodes = [
-        n
-        for n in ast.parse(source).body
-        if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "TABLE"
-    ]
-    lines = source.split("\n")
-    lines[nodes[0].lineno - 1 : nodes[0].end_lineno] = render(table).split("\n")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     ops = [sweep.op for sweep in SWEEPS]
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("op", nargs="*", help=f"rows to choose, of {', '.join(ops)} (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
-    parser.add_argument("--json", type=Path, help="write what was measured")
+    parser.add_argument("op", nargs="*", help=f"rows to tune: {', '.join(ops)} (default: all)")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
     parser.add_argument(
-        "--limit", type=float, default=600, help="seconds for all ops, about (default: %(default)s)"
+        "--limit",
+        type=float,
+        default=600,
+        help="approximate seconds in total (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.op) - set(ops):
@@ -307,33 +279,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.tune: no GPU that PyTorch can use was found", file=sys.stderr)
         return 2
     sweeps = [sweep for sweep in SWEEPS if not options.op or sweep.op in options.op]
-    table, record = tune(sweeps, TABLE, tuning.architecture(DEVICE), options.limit)
+    architecture = tuning.architecture(DEVICE)
+    chosen, record = tune(sweeps, architecture, options.limit)
     if options.json:
         options.json.write_text(
             json.dumps({"gpu": torch.cuda.get_device_name(), **record}, indent=1) + "\n"
         )
-    if options.dry_run:
-        print(render(table))
-    else:
-        path = Path(tuning.__file__)
-        path.write_text(rewritten(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+    print(f"rows for TABLE in {tuning.__file__}:")
+    for op, launch in chosen.items():
+        print(row(op, architecture, launch))
     return 0
 
 
+def row(op: str, architecture: str, launch: Launch | None) -> str:
+    """A row as it stands in the table; a comment if the default row is used."""
+    if launch is None:
+        return f"# {op}: no row for {architecture}, the default is as fast"
+    return f'"{op}": {{"{architecture}": Launch({_arguments(launch)})}},'
+
+
 def tune(
-    sweeps: Sequence[Sweep], table: Table, architecture: str, limit: float
-) -> tuple[Table, dict]:
-    """The table with this architecture's rows chosen anew, and what was measured."""
+    sweeps: Sequence[Sweep], architecture: str, limit: float
+) -> tuple[dict[str, Launch | None], dict]:
+    """The row of each op for this architecture (None: the default), and all measurements."""
+    rows: dict[str, Launch | None] = {}
     record = {"architecture": architecture, "ops": {}}
     end = time.perf_counter() + limit
-    for place, sweep in enumerate(sweeps):
-        default = table[sweep.op][DEFAULT]
-        first = list(dict.fromkeys((default, table[sweep.op].get(architecture, default))))
-        share = (end - time.perf_counter()) / (len(sweeps) - place)
-        timings, problems = measure(sweep, first, share)
+    for number, sweep in enumerate(sweeps):
+        default = TABLE[sweep.op][DEFAULT]
+        first = list(dict.fromkeys((default, TABLE[sweep.op].get(architecture, default))))
+        seconds_left = (end - time.perf_counter()) / (len(sweeps) - number)
+        timings, problems = measure(sweep, first, seconds_left)
         reference, *others, again = timings
-        chosen = choose(reference, again, others)
-        table = with_row(table, sweep.op, architecture, chosen)
+        chosen = rows[sweep.op] = choose(reference, again, others)
         record["ops"][sweep.op] = {
             "workloads": [f"{comparison}, {phase}" for comparison, phase in sweep.cases()],
             "chosen": None if chosen is None else asdict(chosen),
@@ -344,12 +322,12 @@ def tune(
         }
         best = min(others or [reference], key=lambda timing: np.median(timing.ratios(reference)))
         print(
-            f"{sweep.op}: {len(others)} settings beside the default, {len(problems)} left out; the fastest, "
-            f"{_arguments(best.launch)}, takes {np.median(best.ratios(reference)):.3f} of its time, "
-            f"the default itself {np.median(again.ratios(reference)):.3f}; "
-            f"{'the default serves' if chosen is None else 'chosen: ' + _arguments(chosen)}"
+            f"{sweep.op}: timed {len(others)} settings besides the default, left out "
+            f"{len(problems)}; the fastest, {_arguments(best.launch)}, takes "
+            f"{np.median(best.ratios(reference)):.3f} of the default's time "
+            f"(the default, repeated: {np.median(again.ratios(reference)):.3f})"
         )
-    return table, record
+    return rows, record
 
 
 def _measured(timing: Timing, default: Timing) -> dict:

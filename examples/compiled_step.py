@@ -1,4 +1,4 @@
-"""torch.compile of a training step: augmentation, model and loss are one graph without a break, the update another."""
+"""torch.compile of a training step: a graph of augmentation, model and loss, and the update."""
 
 import torch
 from torch import nn
@@ -8,11 +8,11 @@ from fmkernels import mixup3d, sample_mixup, soft_target_focal_loss
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 1, 1)).to(device)
-rate = torch.tensor(0.5, device=device)  # a tensor: no new graph for a new rate
+rate = torch.tensor(0.5, device=device)  # as a tensor, a new rate needs no new graph
 optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 
 
-@torch.compile(fullgraph=True)  # raises at whatever would break the graph
+@torch.compile(fullgraph=True)  # raises if anything breaks the graph
 def loss_of(scans, targets):
     lam, index = sample_mixup(scans.shape[0], device=scans.device)
     mixed = mixup3d(scans, lam, index, window=(-1200, 600))

@@ -1,4 +1,4 @@
-"""Capture a training step in a CUDA graph: no operation waits for the device, so all of them can be captured."""
+"""Capture a training step in a CUDA graph. No op synchronizes, so all of it can be captured."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from fmkernels import mixup3d, sample_mixup, soft_target_focal_loss
 if not torch.cuda.is_available():
     raise SystemExit(print("a CUDA graph needs a GPU, found none"))
 
-# The graph reads and writes these tensors: fill them anew before each replay.
+# The graph reads and writes these tensors: refill them before each replay.
 scans = torch.randint(-1000, 400, (4, 1, 32, 32, 32), dtype=torch.int16, device="cuda")
 targets = (torch.rand(4, 1, 32, 32, 32, device="cuda") < 0.01).float()
 lam, index = sample_mixup(4, device="cuda")
@@ -27,9 +27,8 @@ def step():
     return loss
 
 
-side = (
-    torch.cuda.Stream()
-)  # compile the kernels and allocate what the optimizer keeps, before the capture
+# Warm up before the capture: compile the kernels and allocate the optimizer's state.
+side = torch.cuda.Stream()
 side.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(side):
     for _ in range(3):

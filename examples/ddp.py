@@ -1,4 +1,4 @@
-"""Several processes: torchrun --nproc-per-node 2 examples/ddp.py. Their loss is that of one with the joint batch."""
+"""DDP with the loss of the joint batch. Run: torchrun --nproc-per-node 2 examples/ddp.py"""
 
 import os
 
@@ -9,14 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmkernels import soft_target_focal_loss
 
-cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(
-    os.environ["LOCAL_WORLD_SIZE"]
-)
+processes = int(os.environ["LOCAL_WORLD_SIZE"])
+cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 dist.init_process_group("nccl" if cuda else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 
-torch.manual_seed(0)  # the same data everywhere; each process takes its share
+torch.manual_seed(0)  # the same data in every process; each takes a part of it
 scans = torch.rand(4, 1, 8, 8, 8, device=device)
 targets = (scans > 0.9).float()
 own, own_targets = scans[rank::world], targets[rank::world]
@@ -24,9 +23,8 @@ model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 
 ddp = DistributedDataParallel(model, device_ids=[device] if cuda else None)
 
 positives = (own_targets > 0.5).sum()
-dist.all_reduce(
-    positives
-)  # of all processes; DDP takes the mean of gradients, hence the division by world
+dist.all_reduce(positives)
+# DDP averages gradients over processes: divide the number of positives by their number.
 loss = soft_target_focal_loss(ddp(own), own_targets, normalizer=positives / world)
 loss.backward()
 mine = [p.grad.clone() for p in model.parameters()]

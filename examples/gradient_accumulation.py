@@ -1,4 +1,4 @@
-"""Gradient accumulation with a GradScaler: the step of one large batch whatever its parts, divided by its positives."""
+"""Gradient accumulation with a GradScaler: the same step as with the whole batch at once."""
 
 import torch
 from torch import nn
@@ -17,18 +17,17 @@ PARTS = 4
 
 losses = []
 for _ in range(10):
-    positives = (
-        targets > 0.5
-    ).sum()  # of the whole batch, on the device: the mean of the parts' means is another loss
+    # Count the positives of the whole batch: the mean of the parts' means is another loss.
+    positives = (targets > 0.5).sum()
     total = torch.zeros((), device=device)
     for part, part_targets in zip(scans.chunk(PARTS), targets.chunk(PARTS), strict=True):
         with torch.autocast(device, dtype=precision):
             logits = model(part)
-            # In 16 bits as the logits are, computed in float32: no upcast is needed before the loss.
+            # The loss takes 16-bit logits and computes in float32: no upcast is needed.
             loss = soft_target_focal_loss(
                 logits, part_targets, alpha0=0.25, alpha1=0.75, normalizer=positives
             )
-        scaler.scale(loss).backward()  # any factor: small gradients do not vanish in float16
+        scaler.scale(loss).backward()  # small gradients do not vanish in float16
         total += loss.detach()
     scaler.step(optimizer)
     scaler.update()

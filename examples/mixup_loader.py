@@ -1,4 +1,4 @@
-"""Mixup in the loop over a DataLoader: scans stay int16 until one launch windows and mixes the batch on the device."""
+"""MixUp in a DataLoader loop: scans stay int16 until one launch windows and mixes the batch."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 labels = torch.arange(16) % 2
 scans = torch.randint(-900, -700, (16, 1, 16, 16, 16), dtype=torch.int16)  # HU: lung
-scans[labels == 1, :, 4:8, 4:8, 4:8] = 40  # in every second scan, a nodule
+scans[labels == 1, :, 4:8, 4:8, 4:8] = 40  # a nodule in every second scan
 loader = DataLoader(
     TensorDataset(scans, labels), batch_size=4, shuffle=True, pin_memory=device == "cuda"
 )
@@ -20,15 +20,11 @@ optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
 losses = []
 for _ in range(16):
     for batch, classes in loader:
-        batch, targets = (
-            batch.to(device, non_blocking=True),
-            classes.float()[:, None].to(device, non_blocking=True),
-        )
-        lam, index = sample_mixup(
-            len(batch), eta=0.2, device=device
-        )  # stays on the device, no waiting
+        batch = batch.to(device, non_blocking=True)
+        targets = classes.float()[:, None].to(device, non_blocking=True)
+        lam, index = sample_mixup(len(batch), eta=0.2, device=device)  # no synchronization
         mixed = mixup3d(batch, lam, index, window=(-1200, 600))  # int16 HU -> float32 in [0, 1]
-        # The targets are mixed by the loss, with the same lam and index.
+        # The loss mixes the targets with the same lam and index.
         loss = soft_target_focal_loss(
             model(mixed), targets, alpha0=1, alpha1=1, gamma=0, mix=(lam, index)
         )
@@ -36,5 +32,5 @@ for _ in range(16):
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-losses = torch.stack(losses).tolist()  # one wait at the end
+losses = torch.stack(losses).tolist()  # synchronizes once, at the end
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

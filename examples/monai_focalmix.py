@@ -1,4 +1,4 @@
-"""Turn MONAI's detection training into FocalMix: the lines marked + are new, or in place of others."""
+"""Turn MONAI's detection training into FocalMix. Lines marked + are new or replace others."""
 
 import torch
 from monai.apps.detection.networks.retinanet_network import RetinaNet
@@ -12,23 +12,15 @@ from monai.transforms import Compose, EnsureTyped, RandSpatialCropd, ScaleIntens
 from monai.utils import set_determinism
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fmkernels.integrations.monai import (
-    MixUpBoxd,
-    ObjectMixUpBoxd,
-    SoftTargetRetinaNetDetector,
-)  # +
+from fmkernels.integrations import monai as fm  # +
 
-epochs, burn_in, ramp, decay = (
-    16,
-    6,
-    6,
-    0.9,
-)  # of a demonstration: hundreds of epochs and 0.999 are usual
+# A demonstration: hundreds of epochs and a decay of 0.999 are usual.
+epochs, burn_in, ramp, decay = 16, 6, 6, 0.9
 set_determinism(0)
 
 
 def scan(size=24, side=5):
-    """A cube in noise, HU: stands for what LoadImaged reads."""
+    """A cube in noise, in HU, instead of a scan read by LoadImaged."""
     image, corner = -850 + 50 * torch.randn(1, size, size, size), torch.randint(size - side, (3,))
     x, y, z = (slice(start, start + side) for start in corner.tolist())
     image[:, x, y, z] += 850
@@ -37,9 +29,7 @@ def scan(size=24, side=5):
 
 
 def loader_of(scans, *augmentation):
-    window = ScaleIntensityRanged(
-        keys=["image"], a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True
-    )
+    window = ScaleIntensityRanged("image", a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True)
     transforms = Compose([EnsureTyped(keys=list(scans[0])), window, *augmentation])
     return DataLoader(
         Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation
@@ -62,27 +52,23 @@ anchors = AnchorGeneratorWithAnchorShape([1, 2], [[4, 4, 4], [6, 6, 6]])
 network = RetinaNet(
     spatial_dims=3, num_classes=1, num_anchors=2, feature_extractor=features, size_divisible=8
 )
-detector = SoftTargetRetinaNetDetector(network, anchors)  # + was RetinaNetDetector
+detector = fm.SoftTargetRetinaNetDetector(network, anchors)  # + was RetinaNetDetector
 detector.set_atss_matcher(num_candidates=4)  # and no detector.set_hard_negative_sampler(...)
 detector.set_target_keys(box_key="box", label_key="label")
 optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 teacher = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # +
-mix_images, mix_objects = MixUpBoxd(), ObjectMixUpBoxd()  # +
+mix_images, mix_objects = fm.MixUpBoxd(), fm.ObjectMixUpBoxd()  # +
 
 losses = []
 for epoch in range(epochs):
-    weight = min(max(epoch - burn_in, 0) / ramp, 1.0)  # + of an unlabelled image
-    for crops, unlabeled in zip(
-        loader, unlabeled_loader, strict=False
-    ):  # + was: for crops in loader
+    weight = min(max(epoch - burn_in, 0) / ramp, 1.0)  # + of an unlabeled image
+    for crops, unlabeled in zip(loader, unlabeled_loader, strict=False):  # + was: in loader
         batch = [item for items in crops for item in items]
         if weight > 0:  # +
             images = [item["image"] for item in unlabeled]  # +
             found = detector.predict_targets(images, network=teacher, confidence=0.8)  # +
-            batch += [
-                {**item, **own, "image_weight": weight}
-                for item, own in zip(unlabeled, found, strict=True)
-            ]  # +
+            for item, pseudo in zip(unlabeled, found, strict=True):  # +
+                batch.append({**item, **pseudo, "image_weight": weight})  # +
             batch = mix_objects(mix_images(batch), objects=batch)  # +
         outputs = detector([item["image"] for item in batch], batch)
         loss = outputs[detector.cls_key] + outputs[detector.box_reg_key]

@@ -1,11 +1,12 @@
-"""Modules that hold hyper-parameters and call fmkernels.functional."""
+"""Modules that hold hyperparameters and call fmkernels.functional."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmkernels import functional
+from fmkernels.ops.soft_target_focal_loss import check_hyperparameters
 
 __all__ = ["SoftTargetFocalLoss"]
 
@@ -34,7 +35,10 @@ class SoftTargetFocalLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self.alpha0, self.alpha1, self.gamma, self.reduction = alpha0, alpha1, gamma, reduction
+        self.alpha0, self.alpha1, self.gamma = check_hyperparameters(
+            "SoftTargetFocalLoss", alpha0, alpha1, gamma, reduction
+        )
+        self.reduction = reduction
 
     def forward(
         self,
@@ -44,8 +48,9 @@ class SoftTargetFocalLoss(nn.Module):
         weight: Tensor | Sequence[Tensor] | None = None,
         normalizer: float | Tensor | None = None,
         mix: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | Any:
-        return functional.soft_target_focal_loss(
+    ) -> Tensor | Sequence[Tensor]:
+        loss: Callable[..., Any] = functional.soft_target_focal_loss  # overloads take no unions
+        return loss(
             logits,
             targets,
             alpha0=self.alpha0,
@@ -58,4 +63,7 @@ class SoftTargetFocalLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"alpha0={self.alpha0}, alpha1={self.alpha1}, gamma={self.gamma}, reduction={self.reduction!r}"
+        return (
+            f"alpha0={self.alpha0}, alpha1={self.alpha1}, gamma={self.gamma}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -16,7 +16,10 @@ def soft_target_focal_loss(
     mix=None,
     reduction="mean",
 ) -> Tensor:
-    """[alpha0 + y (alpha1 - alpha0)] |y - p|^gamma (-y log p - (1 - y) log(1 - p)), p = sigmoid(x), in float64."""
+    """[alpha0 + y (alpha1 - alpha0)] |y - p|^gamma CE(y, p) with p = sigmoid(x), in float64.
+
+    CE(y, p) is -y log p - (1 - y) log(1 - p).
+    """
     if not isinstance(logits, Tensor):
         return _over_levels(
             logits, targets, alpha0, alpha1, gamma, weight, normalizer, mix, reduction
@@ -25,9 +28,9 @@ def soft_target_focal_loss(
     ignored = y < 0
     if mix is not None:
         lam, index = mix
-        share = lam.double().reshape(-1, *[1] * (y.dim() - 1))
+        lam = lam.double().reshape(-1, *[1] * (y.dim() - 1))
         ignored = ignored | ignored[index]
-        y = share * y + (1 - share) * y[index]
+        y = lam * y + (1 - lam) * y[index]
     y = y.masked_fill(ignored, 0)
     p = torch.sigmoid(x)
     log_p, log_q = torch.nn.functional.logsigmoid(x), torch.nn.functional.logsigmoid(-x)

@@ -47,10 +47,10 @@ def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
 
 
 def _interpreted(launch):
-    from tests.support.interpreter import checked
+    from tests.triton_checked.interpreter import checked
 
     def call(*args, **kwargs):
-        with checked():
+        with checked(shuffle=0):
             return launch(*args, **kwargs)
 
     return call

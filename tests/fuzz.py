@@ -1,11 +1,11 @@
-"""Random cases for as long as one likes: ``python -m tests.fuzz --minutes 5``.
+"""Test random cases for a given time: ``python -m tests.fuzz --minutes 5``.
 
-Operations run on the CPU path, in one thread and in several, against the float64 reference within the table of
-tolerances: shapes, types, orders of memory, parameters, ``out=`` and mixes as the property tests draw them, but anew
-with every seed. Files (.mhd, tables, configurations, checkpoints, caches, metrics) are damaged and must be read as they
-are or refused with an InputError: no other exception, no hang, no gigabytes.
+Operations run on the CPU path, in one or more threads, and must agree with the float64 reference.
+The property tests define the cases, which differ with every seed. Files (.mhd, tables, configs,
+checkpoints, caches, metrics) are damaged. Reading them must succeed or raise InputError: no other
+exception, no hang, no gigabytes of memory.
 
-Hypothesis draws the cases and makes the failing ones small; each is printed as a few lines of Python.
+Hypothesis draws the cases, shrinks failing ones and prints a script that reproduces each.
 """
 
 import argparse
@@ -31,9 +31,11 @@ from hypothesis import strategies as st
 
 import fmkernels.cpu
 from fmkernels.focalmix.config import Config, load_config
-from fmkernels.focalmix.data.luna16 import LUNA16, load_volume
+from fmkernels.focalmix.data.formats import load_volume
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.tables import read_candidates, write_candidates
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import read_candidates, write_candidates
+from fmkernels.focalmix.evaluation.froc import evaluate
 from fmkernels.focalmix.training.checkpoint import State, build_model, load_run
 from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
@@ -47,21 +49,21 @@ CHECKS = {
     "object_mixup3d": ("check_case",),
     "predict_targets": ("check_case",),
 }
-"""Operations, and what their property tests check of a case."""
+"""Operations, and the functions of their property tests that check a case."""
 
 PER_ROUND = 40
 SECONDS, BYTES = 20, 4 << 30
-"""What reading a damaged file may take at most: of time, and of memory beyond what there was before."""
+"""Limits for reading a damaged file: time, and memory on top of what is already in use."""
 
 TOKENS = (
-    b"", b"0", b"-1", b"1e999", b"nan", b"inf", b"9" * 5000, b"99999999999", b"1e-320", b"\0", b"\xff", b"\xed\xa0\x80",
-    b"\n", b"\r", b'"', b",", b"=", b":", b"{", b"[" * 5000, b"../", b"/etc/passwd", b"LOCAL", b" " * 70_000,
-    b"x" * 140_000,
+    b"", b"0", b"-1", b"1e999", b"nan", b"inf", b"9" * 5000, b"99999999999", b"1e-320", b"\0",
+    b"\xff", b"\xed\xa0\x80", b"\n", b"\r", b'"', b",", b"=", b":", b"{", b"[" * 5000, b"../",
+    b"/etc/passwd", b"LOCAL", b" " * 70_000, b"x" * 140_000,
 )  # fmt: skip
 
 
 def check(target: str, case: Mapping[str, Any]) -> None:
-    """Run one case; an exception says what is wrong with it."""
+    """Run one case. Raises if it fails."""
     if target in CHECKS:
         check_operation(target, **case)
     else:
@@ -69,7 +71,7 @@ def check(target: str, case: Mapping[str, Any]) -> None:
 
 
 def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
-    """Against the reference, with the loops cut into as many parts as there are threads, wherever that may be."""
+    """Compare with the reference. With several threads, even the smallest loop is split."""
     module = importlib.import_module(f"tests.test_{name}")
     with contextlib.ExitStack() as stack:
         if threads > 1:
@@ -96,7 +98,7 @@ def operation_cases(name: str) -> st.SearchStrategy:
 
 
 def write_originals(folder: Path) -> dict[str, Path]:
-    """A data set, a run and its results, all whole; the file of each kind that is damaged."""
+    """A data set, a run and its results. Returns the file to damage for each target."""
     data = write_luna(folder / "luna", SCANS[:1])
     (data / "cache").mkdir()
     LUNA16(data, cache=data / "cache").prepare(workers=1, progress=False)
@@ -127,20 +129,21 @@ def write_originals(folder: Path) -> dict[str, Path]:
 
 
 def read(target: str, path: Path) -> None:
-    """What reads the file, and uses what it says as far as that takes little time."""
+    """Read the file and use its content, as far as that is quick."""
     luna, run = path.parents[1], path.parent
     if target == "header":
         load_volume(path, (1.0, 1.0, 1.0))
     elif target in ("annotations", "excluded", "series"):
         data = LUNA16(run, cache=run / "cache")
-        data.evaluate({}, data.series, bootstraps=10)
-        data.volume(data.series[0])
+        evaluate({}, *data.findings(data.series), data.series, bootstraps=10)
+        data.boxes(data.series[0])
     elif target == "cache":
         volume = LUNA16(luna.parent, cache=luna).volume(SCANS[0].uid)
         volume.boxes(volume.to_world([[0, 0, 0]]).repeat(2, 0)[:, [0, 1, 2, 2]])
     elif target == "candidates":
         candidates = read_candidates(path)
-        LUNA16(luna / "luna").evaluate(candidates, [SCANS[0].uid], bootstraps=10)
+        series = [SCANS[0].uid]
+        evaluate(candidates, *LUNA16(luna / "luna").findings(series), series, bootstraps=10)
     elif target == "metrics":
         Metrics(run, 8).close()
     else:
@@ -159,7 +162,7 @@ def originals() -> tuple[tempfile.TemporaryDirectory, dict[str, Path], dict[str,
 
 
 def check_file(target: str, damage: list[tuple], values: Mapping[str, Any] | None = None) -> None:
-    """Damage one of the files, and read it: as it is, or an InputError."""
+    """Damage one of the files and read it. Only InputError is allowed."""
     _, paths, contents = originals()
     path, content = paths[target], contents[target]
     try:
@@ -179,9 +182,9 @@ def check_file(target: str, damage: list[tuple], values: Mapping[str, Any] | Non
         path.write_bytes(contents[target])
 
 
-def damaged(content: bytes, kind: str, place: int, token: int) -> bytes:
-    """A bit turned, a part lost or doubled, something put in, a number replaced."""
-    at, length = place % (len(content) + 1), 1 + token % 64
+def damaged(content: bytes, kind: str, position: int, token: int) -> bytes:
+    """Flip a bit, cut, lose or double a part, insert a token, or replace a number."""
+    at, length = position % (len(content) + 1), 1 + token % 64
     if kind == "flip" and at < len(content):
         return content[:at] + bytes([content[at] ^ (1 << token % 8)]) + content[at + 1 :]
     if kind == "cut":
@@ -193,14 +196,14 @@ def damaged(content: bytes, kind: str, place: int, token: int) -> bytes:
     if kind == "insert":
         return content[:at] + TOKENS[token % len(TOKENS)] + content[at:]
     if kind == "number" and (numbers := list(re.finditer(rb"-?\d[\d.e+-]*", content[:10_000]))):
-        number = numbers[place % len(numbers)]
+        number = numbers[position % len(numbers)]
         return content[: number.start()] + TOKENS[token % len(TOKENS)] + content[number.end() :]
     return content
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Raise TimeoutError or MemoryError in a block that takes too much, where the system can."""
+    """Raise TimeoutError or MemoryError if the block takes too much, where the system can."""
     with contextlib.ExitStack() as stack:
         if hasattr(signal, "setitimer"):
             stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, too_long))
@@ -219,7 +222,7 @@ def guarded() -> Iterator[None]:
 
 
 def too_long(number: int, frame: object) -> None:
-    raise TimeoutError(f"it takes more than {SECONDS} s")
+    raise TimeoutError(f"reading takes more than {SECONDS} s")
 
 
 DAMAGE = st.tuples(
@@ -252,9 +255,10 @@ def file_cases(target: str) -> st.SearchStrategy:
 
 
 def run(target: str, number: int, end: float) -> tuple[int, str]:
-    """A round of cases of one target: how many ran, and how the smallest that failed is run again.
+    """Run a round of cases of one target.
 
-    After the end, but for the first case, those that Hypothesis still draws pass; what has failed is made small first.
+    Returns the number of cases, and a script for the smallest failure, if any. After `end`, cases
+    that Hypothesis still draws are skipped, except the first one; a failure is shrunk first.
     """
     count, failing = 0, None
 
@@ -283,15 +287,17 @@ def run(target: str, number: int, end: float) -> tuple[int, str]:
     try:
         each()
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        needed = "import torch\nfrom math import inf, nan\nfrom tests.fuzz import check"
-        return count, f"# {what[:200]}\n{needed}\ncheck({target!r}, {failing})"
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        imports = "import torch\nfrom math import inf, nan\nfrom tests.fuzz import check"
+        return count, f"# {message[:200]}\n{imports}\ncheck({target!r}, {failing})"
     return count, ""
 
 
 def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int, str]]:
-    """Round after round, at least one case of each target, until the time is over: of each target the number of cases,
-    and its first failure."""
+    """Run rounds until the time is over, but at least one case of each target.
+
+    Returns the number of cases and the first failure of each target.
+    """
     found = dict.fromkeys(targets, (0, ""))
     end, number = time.monotonic() + seconds, first
     while number == first or (
@@ -307,14 +313,18 @@ def fuzz(seconds: float, first: int, targets: list[str]) -> dict[str, tuple[int,
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where all went well, else 1."""
+    """Returns 1 if a case failed, else 0."""
     targets = [*CHECKS, *originals()[1]]
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, help="of the first round (default: the time)")
-    parser.add_argument("--only", nargs="+", choices=targets, default=targets)
+    parser.add_argument("--minutes", type=float, default=1.0, help="duration (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the first round (default: the current time)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=targets, default=targets, help="targets (default: all)"
+    )
     arguments = parser.parse_args(argv)
     first = int(time.time()) if arguments.seed is None else arguments.seed
     print(f"seed {first}", flush=True)

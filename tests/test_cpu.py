@@ -38,7 +38,7 @@ WINDOW = (-1000.0, 400.0)
 def loss(reduction):
     logits = (VOLUMES / 500).requires_grad_()
     losses = soft_target_focal_loss(
-        logits, VOLUMES.abs() / 2000, mix=(LAM, INDEX), reduction=reduction
+        logits, VOLUMES.abs() / 4000, mix=(LAM, INDEX), reduction=reduction
     )
     return losses.detach(), *torch.autograd.grad(losses.sum(), logits)
 
@@ -115,7 +115,7 @@ def test_an_error_in_any_thread_reaches_the_caller(row, threads):
     index = INDEX.clone()
     index[row] = 4
     with pytest.raises(ValueError, match="mix index must lie in"):
-        soft_target_focal_loss(VOLUMES.float(), VOLUMES.abs() / 2000, mix=(LAM, index))
+        soft_target_focal_loss(VOLUMES.float(), VOLUMES.abs() / 4000, mix=(LAM, index))
 
 
 def test_concurrent_callers_do_not_disturb_each_other(threads):

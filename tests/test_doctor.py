@@ -69,7 +69,7 @@ def off_by_a_little(launch):
 @pytest.mark.parametrize(
     ("module", "name", "op", "wrong"),
     [
-        (loss, "launch_sum", "soft_target_focal_loss", "forward"),
+        (loss, "soft_target_focal_loss", "soft_target_focal_loss", "gradient"),
         (targets, "predict_targets", "predict_targets", "forward"),
         (mixup, "mixup3d", "mixup3d", "forward"),
         (mixup, "mixup3d_backward", "mixup3d", "gradient"),
@@ -90,8 +90,20 @@ def test_a_wrong_operation_is_caught(monkeypatch, capsys, module, name, op, wron
     assert "1 of 6 self-tests failed" in said
 
 
+def test_a_wrong_loss_is_caught(monkeypatch):
+    launch = loss.soft_target_focal_loss
+
+    def wrong(*args):
+        launch(*args)
+        args[-3].mul_(1.001)  # the loss; the last argument holds the gradients
+
+    monkeypatch.setattr(loss, "soft_target_focal_loss", wrong)
+    (result,) = (r for r in doctor.examine() if r.problem)
+    assert result.op == "soft_target_focal_loss" and result.problem.startswith("forward is wrong")
+
+
 def test_a_gradient_that_forgets_its_factor_is_caught(monkeypatch):
-    monkeypatch.setattr(loss, "launch_scale", lambda gradients, factor, divisor: None)
+    monkeypatch.setattr(loss, "soft_target_focal_loss_scale", lambda *args: None)
     (result,) = (r for r in doctor.examine() if r.problem)
     assert result.op == "soft_target_focal_loss" and result.problem.startswith("gradient is wrong")
 

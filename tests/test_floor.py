@@ -1,4 +1,4 @@
-"""Every kernel that production launches compiles without spills, and no figure of docs/floor.md gets worse."""
+"""No kernel of any plan spills, moves more than the minimum, or costs more than is committed."""
 
 import json
 from dataclasses import asdict, replace
@@ -7,25 +7,37 @@ import pytest
 import triton
 
 from tests.support import floor, on_gpu
-from tests.support.plan import run_plan
+from tests.triton_checked.plan import run_plan
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compilers report"
 )
 
 COMMITTED = json.loads((floor.DOCS / "floor.json").read_text(encoding="utf-8"))
-AGAIN = "If this is meant, write the table anew with `make floor` and commit it."
+AGAIN = "If this is meant, write the table again with `make floor` and commit it."
+SLACK = 1.005  # boxes, lam, flips and partial sums
+EXTRA_PASSES = {
+    # the number of anchors is known only after the forward, so the backward scales the gradient
+    ("soft_target_focal_loss", "mean of those not ignored"): 8,
+    # donors are copied before they are overwritten
+    ("object_mixup3d", "in place float32"): 4,
+}
+"""Bytes per element above the minimum, where that cannot be reached."""
 
 
 @pytest.mark.parametrize("op", floor.plans())
-def test_no_figure_gets_worse(op):
+def test_costs(op):
     for variant in run_plan(f"tests.plans.{op}").variants:
         for target, code in variant.on.items():
             assert code.spill_bytes == code.stack_bytes == 0, (
                 f"{variant.kernel} ({variant.case}) on {target}"
             )
-    committed = {row["case"]: row for row in COMMITTED["rows"] if row["op"] == op}
     rows = floor.rows(op)
+    for row in rows:
+        if row.distinct is not None:
+            least = row.minimum + EXTRA_PASSES.get((op, row.case), 0)
+            assert row.distinct <= SLACK * least, f"{row.case} moves {row.distinct} bytes"
+    committed = {row["case"]: row for row in COMMITTED["rows"] if row["op"] == op}
     assert [row.case for row in rows] == list(committed), AGAIN
     same = triton.__version__ == COMMITTED["triton"]
     complaints = {row.case: floor.worse(row, committed[row.case], same) for row in rows}
@@ -39,7 +51,7 @@ def test_a_worse_figure_is_noticed(name):
     row = floor.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in old.items()})
     value = getattr(row, name)
     figure = value[-1] if isinstance(value, tuple) else value
-    step = 0.051 * figure if name in ("instructions", "steady") else 0.001
+    step = 0.051 * figure if name in floor.NOISE else 0.001
     higher = (*value[:-1], value[-1] + step) if isinstance(value, tuple) else value + step
     lower = (*value[:-1], value[-1] - step) if isinstance(value, tuple) else value - step
     bad, good = (lower, higher) if name == "width" else (higher, lower)
@@ -62,12 +74,12 @@ FLAWS = {
 
 @pytest.fixture(scope="module")
 def planted():
-    return {row.case: row for row in floor.rows("planted", "tests.support")}
+    return {row.case: row for row in floor.rows("planted", "tests.triton_checked")}
 
 
 @pytest.mark.parametrize("case", FLAWS)
 def test_planted_flaws_are_found(case, planted):
-    """Against a healthy kernel of the same kind the flaw, and not only it, is reported."""
+    """Compared with a healthy kernel of the same kind, the flaw is reported."""
     healthy = planted["8 steps"]
     assert floor.worse(healthy, asdict(healthy)) == []
     assert any(line.startswith(FLAWS[case]) for line in floor.worse(planted[case], asdict(healthy)))

@@ -1,4 +1,4 @@
-"""The fuzzer itself: a short run finds nothing, and what it would find it makes small and prints as a program."""
+"""A short run of the fuzzer finds nothing. It shrinks planted failures and prints scripts."""
 
 from types import SimpleNamespace
 
@@ -29,8 +29,8 @@ def test_every_target_is_tried_before_the_time_counts():
     )
 
 
-def test_what_fails_is_made_small_after_the_end(monkeypatch):
-    """And what passes meanwhile is not printed in its place."""
+def test_a_failure_is_shrunk_after_the_end(monkeypatch):
+    """The script is about the smallest failure, not about a later case that passes."""
     now = [0.0]
 
     def planted(target, case):
@@ -46,7 +46,7 @@ def test_what_fails_is_made_small_after_the_end(monkeypatch):
 
 
 def again(report: str) -> None:
-    """Run what was printed."""
+    """Run the printed script."""
     exec(report[report.index("import torch") :], {})
 
 
@@ -61,7 +61,7 @@ def test_a_wrong_operation_is_found(monkeypatch, capsys):
     assert fuzz.main(["--minutes", "1", "--seed", "1", "--only", "predict_targets"]) == 1
     report = capsys.readouterr().out
     assert "predict_targets" in report and "FAILED" in report and "'temperature': 0.05" in report
-    assert "'shape': (1, 2, " in report  # as small as can be
+    assert "'shape': (1, 2, " in report  # the smallest possible
     with pytest.raises(AssertionError):
         again(report)
 
@@ -86,7 +86,7 @@ def test_an_unexpected_exception_is_found(monkeypatch, capsys, error):
         again(report)
 
 
-def test_what_hangs_or_takes_memory_is_stopped(monkeypatch):
+def test_hangs_and_memory_hogs_are_stopped(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
 
     def hang(run):
@@ -103,10 +103,12 @@ def test_what_hangs_or_takes_memory_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["number", "flip", "cut", "lose", "double", "insert"])
-def test_damage_is_done_anywhere_and_the_file_is_whole_again_afterwards(kind):
+def test_damage_reaches_everything_and_the_file_is_restored(kind):
     content = b"a 12 b 3.5e2 c"
     results = {
-        fuzz.damaged(content, kind, place, token) for place in range(40) for token in range(40)
+        fuzz.damaged(content, kind, position, token)
+        for position in range(40)
+        for token in range(40)
     }
     assert len(results - {content}) > 2
     _, paths, contents = fuzz.originals()

@@ -1,4 +1,4 @@
-"""benchmarks.gpu with stages that need no GPU: time, outcomes, record; and what its stages are."""
+"""benchmarks.gpu with stages that need no GPU: time limits, outcomes and the record."""
 
 import json
 import sys
@@ -15,13 +15,13 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_a_stage_that_fails_or_is_cut_is_named_and_stops_no_other(tmp_path, monkeypatch, capfd):
+def test_a_stage_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gpu, "SHORTEST", 0.2)
     done = run(
         [
             Stage("good", python("print('well'); print()"), 20),
             Stage("bad", python("print('what went wrong'); raise SystemExit(3)"), 20),
-            Stage("absent", [], 20, missing="there is no tool"),
+            Stage("absent", [], 20, missing="the tool was not found"),
             Stage("last", python("import os; print(os.environ['FMKERNELS_TEST_DEVICE'])"), 20),
         ],
         tmp_path / "run.json",
@@ -30,7 +30,7 @@ def test_a_stage_that_fails_or_is_cut_is_named_and_stops_no_other(tmp_path, monk
     assert {name: (stage["outcome"], stage["last_line"]) for name, stage in done.items()} == {
         "good": ("passed", "well"),
         "bad": ("failed", "what went wrong"),
-        "absent": ("skipped", "there is no tool"),
+        "absent": ("skipped", "the tool was not found"),
         "last": ("passed", "cuda"),
     }
     assert json.loads((tmp_path / "run.json").read_text()) == {"gpu": "none", "stages": done}
@@ -39,14 +39,15 @@ def test_a_stage_that_fails_or_is_cut_is_named_and_stops_no_other(tmp_path, monk
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_a_stage_is_cut_and_the_next_has_its_own_time(stubborn, tmp_path, monkeypatch):
+def test_a_stage_times_out_and_the_next_has_its_own_time(stubborn, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SHORTEST", 0.2)
     monkeypatch.setattr(gpu, "GRACE", 0.3)
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if stubborn else "pass"
-    # a worker that outlives the stage and keeps its output open does not hold the run up
+    # a worker that outlives the stage keeps its output open and must not block the run
     worker = "subprocess.Popen(['sleep', '8'], start_new_session=True)" if stubborn else "pass"
     slow = python(
-        f"import signal, subprocess, time; {ignore}; {worker}; print('begun', flush=True); time.sleep(20)"
+        f"import signal, subprocess, time; {ignore}; {worker}; "
+        "print('begun', flush=True); time.sleep(20)"
     )
     began = time.monotonic()
     done = run(
@@ -57,7 +58,7 @@ def test_a_stage_is_cut_and_the_next_has_its_own_time(stubborn, tmp_path, monkey
     assert done["slow"]["last_line"] in ("begun", "KeyboardInterrupt")
 
 
-def test_time_left_over_goes_to_the_next_and_none_is_borrowed(tmp_path, monkeypatch):
+def test_time_left_goes_to_the_next_stage_and_none_is_borrowed(tmp_path, monkeypatch):
     given = []
 
     def fake(stage, seconds):
@@ -78,7 +79,7 @@ def test_time_left_over_goes_to_the_next_and_none_is_borrowed(tmp_path, monkeypa
     assert gpu._run(Stage("late", python("print(1)"), 4), -2)["outcome"] == "left out"
 
 
-def test_the_stages_are_what_is_asked_for_and_take_less_than_9_minutes(tmp_path, monkeypatch):
+def test_the_stages_take_less_than_9_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
     every = stages(tmp_path)
     assert sum(stage.seconds for stage in every) + gpu.GRACE < 9 * 60
@@ -99,7 +100,7 @@ def test_the_stages_are_what_is_asked_for_and_take_less_than_9_minutes(tmp_path,
 @pytest.mark.parametrize(
     ("outcome", "code"), [("passed", 0), ("skipped", 0), ("failed", 1), ("timed out", 1)]
 )
-def test_the_exit_code_says_how_it_went(outcome, code, tmp_path, monkeypatch, capsys):
+def test_the_exit_code_tells_the_outcome(outcome, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test (9)")
     done = {"tests": {"outcome": outcome, "seconds": 1.0, "last_line": "the last line"}}

@@ -11,7 +11,7 @@ import fmkernels
 from fmkernels import functional
 from tests.conftest import launches
 from tests.support import on_gpu
-from tests.support.driver import HostSyncError, no_host_sync
+from tests.triton_checked.host_sync import HostSyncError, no_host_sync
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="the kernels of a GPU are not to run")
 
@@ -115,7 +115,7 @@ def test_an_operation_that_waits_is_caught(line, direction, kernels_at_rest, mon
     """A wait planted in the launch code of the loss, or in that of its backward."""
     from fmkernels.cpu import soft_target_focal_loss as cpu
 
-    name = {"forward": "launch_sum", "backward": "launch_scale"}[direction]
+    name = "soft_target_focal_loss" + {"forward": "", "backward": "_scale"}[direction]
     launch = getattr(cpu, name)
 
     def waiting(first, *rest):

@@ -24,7 +24,7 @@ ALLOWED = {
     "kernels": {"kernels", "dtypes"},
     "ops": {"ops", "dtypes"},
     "functional": {"ops", "checks", "dtypes", "layout"},
-    "nn": {"functional"},
+    "nn": {"functional", "ops"},
     "doctor": {"functional", "kernels"},
     "focalmix": {
         "cpu",

@@ -1,4 +1,4 @@
-"""What the kernel of object_mixup3d costs, held without a GPU: bytes, races, launches, registers, instructions."""
+"""object_mixup3d touches the voxels of its boxes only, in any number of programs, beyond 2^31."""
 
 import math
 
@@ -6,46 +6,46 @@ import pytest
 import torch
 import triton
 
+import reference
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
 from tests.support import on_gpu
-from tests.support.driver import no_host_sync
-from tests.support.interpreter import KernelFault, checked
-from tests.support.plan import TARGETS, run_plan
-from tests.test_object_mixup3d import assert_right, draw, make, rows
+from tests.support.cases import kernel_only
+from tests.support.tolerance import assert_close
+from tests.triton_checked.interpreter import KernelFault, checked
 
-pytestmark = pytest.mark.skipif(
-    on_gpu(), reason="without a GPU: the interpreter counts, the compiler reports"
-)
+pytestmark = pytest.mark.skipif(on_gpu(), reason="needs the interpreter")
 
 WINDOW = (-1200.0, 600.0)
-TARGET, SOURCE = (0, 1, 2, 3, 5, 6, 9), (1, 0, 1, 2, 4, 5, 8)  # 96 voxels each, not resampled
+# boxes of equal size, so that nothing is resampled
+TARGET, SOURCE = (0, 1, 2, 3, 5, 6, 9), (1, 0, 1, 2, 4, 5, 8)
 VOXELS_IN_BOX = 96
 HALF = torch.full((1,), 0.5)
+SMALL = (2, 1, 7, 8, 11)
 
 
+def boxes(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+@kernel_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.float64])
-def test_in_place_only_the_voxels_in_boxes_are_read_and_written(dtype):
-    volumes, donors = make((2, 1, 7, 8, 11), dtype), make((2, 1, 7, 8, 11), dtype, seed=1)
+def test_in_place_only_the_voxels_in_boxes_are_read_and_written(path, dtype):
+    volumes, donors = torch.ones(SMALL, dtype=dtype), torch.ones(SMALL, dtype=dtype)
     with checked(volumes=volumes, donors=donors) as report:
-        kernels.launch_object_mixup_into(
-            volumes, donors, rows(TARGET), rows(SOURCE), HALF, None, None, volumes
-        )
+        object_mixup3d(volumes, boxes(TARGET), boxes(SOURCE), HALF, donors=donors, out=volumes)
     once = VOXELS_IN_BOX * dtype.itemsize
     assert report["volumes"].read == report["volumes"].written == report["donors"].read_once == once
     assert len(report.launches) == 1
-    ours = make((2, 1, 7, 8, 11), dtype)
-    with checked(volumes=ours) as report:
-        kernels.launch_object_mixup_into(
-            ours, None, rows(TARGET), rows(SOURCE), HALF, None, None, ours
-        )
+    with checked(volumes=volumes) as report:
+        object_mixup3d(volumes, boxes(TARGET), boxes(SOURCE), HALF, out=volumes)
     assert report["volumes"].read_once == 2 * once and report["volumes"].written == once
-    scratch = sum(
-        (t.read + t.written for n, t in report.traffic.items() if n in ("out", "donors")), 0
-    )
-    assert scratch == 2 * once and len(report.launches) == 2
+    scratch = [t for name, t in report.traffic.items() if name in ("out", "donors")]
+    assert sum(t.read + t.written for t in scratch) == 2 * once and len(report.launches) == 2
 
 
+@kernel_only
+@pytest.mark.parametrize("donated", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "result", "window"),
     [
@@ -54,72 +54,72 @@ def test_in_place_only_the_voxels_in_boxes_are_read_and_written(dtype):
         (torch.int16, torch.float32, WINDOW),
     ],
 )
-def test_out_of_place_every_voxel_is_read_and_written_once(dtype, result, window):
-    volumes, donors = make((2, 1, 9, 21, 35), dtype), make((2, 1, 7, 8, 11), dtype)
-    with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(
-            volumes, donors, rows(TARGET), rows(SOURCE), HALF, window, window, result
+def test_out_of_place_every_voxel_is_read_and_written_once(path, dtype, result, window, donated):
+    volumes, donors = torch.ones((2, 1, 9, 21, 35), dtype=dtype), torch.ones(SMALL, dtype=dtype)
+    options = {"window": window, "dtype": result}
+    with checked(volumes=volumes, donors=donors) as report:
+        out = object_mixup3d(
+            volumes,
+            boxes(TARGET),
+            boxes(SOURCE),
+            HALF,
+            donors=donors if donated else None,
+            **options,
         )
-    assert report["volumes"].read == report["volumes"].read_once == volumes.nbytes
-    assert report["out"].written == report["out"].written_once == out.nbytes
-    assert report["donors"].read_once == VOXELS_IN_BOX * dtype.itemsize
-    assert report.never_written("out") == 0 and len(report.launches) == 1
+    assert report["volumes"].read_once == volumes.nbytes
+    assert report[out].written == report[out].written_once == out.nbytes
+    assert report.never_written(out) == 0 and len(report.launches) == 1
+    if donated:
+        assert report["volumes"].read == volumes.nbytes
+        assert report["donors"].read_once == VOXELS_IN_BOX * dtype.itemsize
 
 
-def test_one_tensor_for_all_is_read_once_more_for_the_donors():
-    volumes = make((2, 1, 7, 8, 11))
+@kernel_only
+def test_in_place_with_a_window_every_voxel_is_written(path):
+    volumes = torch.ones(SMALL)
     with checked(volumes=volumes) as report:
-        out = kernels.launch_object_mixup(
-            volumes, None, rows(TARGET), rows(SOURCE), HALF, None, None, torch.float32
-        )
-    assert report["volumes"].read_once == volumes.nbytes and report.never_written("out") == 0
-    assert report["out"].written == out.nbytes and len(report.launches) == 1
-    with checked(volumes=volumes) as report:
-        kernels.launch_object_mixup_into(
-            volumes, None, rows(TARGET), rows(SOURCE), HALF, (-1.0, 1.0), (-1.0, 1.0), volumes
-        )
+        object_mixup3d(volumes, boxes(TARGET), boxes(SOURCE), HALF, window=(-1.0, 1.0), out=volumes)
     assert report["volumes"].written == volumes.nbytes and len(report.launches) == 2
 
 
-def test_unusable_pairs_read_and_write_no_voxel():
-    volumes = make((2, 1, 7, 8, 11))
-    bad = rows((2, *TARGET[1:]), (0, math.nan, *TARGET[2:]), (0, 3, 3, 3, 3, 6, 6))
+@kernel_only
+def test_unusable_pairs_read_and_write_no_voxel(path):
+    volumes = torch.ones(SMALL)
+    bad = boxes((2, *TARGET[1:]), (0, math.nan, *TARGET[2:]), (0, 3, 3, 3, 3, 6, 6))
+    good = boxes(*[SOURCE] * 3)
     with checked(volumes=volumes) as report:
-        kernels.launch_object_mixup_into(
-            volumes, None, bad, rows(*[SOURCE] * 3), HALF.repeat(3), None, None, volumes
-        )
-        kernels.launch_object_mixup_into(
-            volumes, None, rows(*[SOURCE] * 3), bad, HALF.repeat(3), None, None, volumes
-        )
+        object_mixup3d(volumes, bad, good, HALF.repeat(3), out=volumes)
+        object_mixup3d(volumes, good, bad, HALF.repeat(3), out=volumes)
+    assert "volumes" in report.traffic
     assert report["volumes"].read == report["volumes"].written == 0
 
 
+@kernel_only
 @pytest.mark.parametrize(("programs", "shuffle"), [(3, 0), (2048, 1)])
-def test_no_race_and_nothing_left_unwritten(programs, shuffle, monkeypatch):
+def test_few_and_many_programs_share_the_boxes(path, programs, shuffle, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    for shape, inner in (((2, 1, 10, 7, 12), False), ((1, 2, 3, 12, 13), True)):
-        volumes = make(shape)
-        if inner:
+    generator = torch.Generator().manual_seed(shuffle)
+    for shape, channels_last in (((2, 1, 10, 7, 12), False), ((1, 2, 3, 12, 13), True)):
+        volumes = torch.randn(shape, generator=generator)
+        if channels_last:
             volumes = volumes.to(memory_format=torch.channels_last_3d)
-        donors, boxes = make((3, shape[1], 4, 5, 6)), draw(5, shape, seed=shuffle)
-        for pool, window in (
-            (None, None),
-            (donors, None),
-            (None, (-1.0, 1.0)),
-            (donors, (-1.0, 1.0)),
+        donors = torch.randn((3, shape[1], 4, 5, 6), generator=generator)
+        size = torch.tensor(shape[2:])
+        start = torch.rand(2, 5, 3, generator=generator) * (size + 2) - 2
+        end = start + torch.rand(2, 5, 3, generator=generator) * (size / 2 + 2)
+        batch = torch.randint(shape[0], (2, 5, 1), generator=generator)
+        mix = (*torch.cat([batch, start, end], -1), torch.rand(5, generator=generator))
+        for options in (
+            {"donors": donors_given, "window": window}
+            for donors_given in (None, donors)
+            for window in (None, (-1.0, 1.0))
         ):
-            arguments = {"donors": pool, "window": window}
-            with checked(shuffle=shuffle) as report:
-                out = kernels.launch_object_mixup(
-                    volumes, pool, *boxes, window, window, torch.float32
-                )
-            assert report.never_written("out") == 0 and len(report.launches) == 1
-            ours = volumes.clone(memory_format=torch.preserve_format)
-            with checked(shuffle=shuffle) as report:
-                kernels.launch_object_mixup_into(ours, pool, *boxes, window, window, ours)
-            assert len(report.launches) == (2 if pool is None else 1)
-            assert_right(out, volumes, *boxes, **arguments)
-            assert torch.equal(ours, out)
+            own = volumes.clone(memory_format=torch.preserve_format)
+            with checked(shuffle=shuffle):
+                out = object_mixup3d(volumes, *mix, **options)
+                object_mixup3d(own, *mix, **options, out=own)
+            assert_close(out, reference.object_mixup3d(volumes, *mix, **options))
+            assert torch.equal(own, out)
 
 
 @triton.jit
@@ -127,142 +127,29 @@ def _none_near(boxes, after, K, k, BOXES):
     return K if after >= k else k
 
 
-def test_the_checker_sees_what_would_be_wrong(monkeypatch):
-    """Overlaps overlooked, donors overwritten while they are read, a tile too few."""
-    volumes = make((1, 1, 6, 7, 8))
-    boxes = rows((0, 0, 0, 0, 4, 5, 6), (0, 2, 1, 1, 6, 7, 8))
-
-    def launch():
-        ours = volumes.clone()
-        with checked(volumes=ours):
-            kernels.launch_object_mixup_into(
-                ours, None, boxes, boxes.flip(0), HALF.repeat(2), None, None, ours
-            )
-        assert_right(ours, volumes, boxes, boxes.flip(0), HALF.repeat(2))
-
-    launch()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_next_neighbour", _none_near)
-        with pytest.raises(KernelFault, match="race"):
-            launch()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_share_memory", lambda a, b: False)
-        with pytest.raises(KernelFault, match=r"race|no barrier in between"):
-            launch()
-    with monkeypatch.context() as patch:
-        patch.setattr(triton.language, "cdiv", lambda a, b: a // b)
-        with pytest.raises(AssertionError, match="not close"):
-            launch()
+@kernel_only
+def test_a_planted_oversight_of_overlaps_is_a_race(path, monkeypatch):
+    volumes = torch.arange(6 * 7 * 8.0).reshape(1, 1, 6, 7, 8)
+    mix = boxes((0, 0, 0, 0, 4, 5, 6), (0, 2, 1, 1, 6, 7, 8))
+    object_mixup3d(volumes, mix, mix.flip(0), HALF.repeat(2), out=volumes)
+    monkeypatch.setattr(kernels, "_next_neighbour", _none_near)
+    with pytest.raises(KernelFault, match="race"):
+        object_mixup3d(volumes, mix, mix.flip(0), HALF.repeat(2), out=volumes)
 
 
-def test_offsets_beyond_two_to_the_31():
+@kernel_only
+def test_offsets_beyond_two_to_the_31(path):
     volumes = torch.empty((3, 1, 1100, 1000, 1000), dtype=torch.uint8)
     volumes[0, 0, 0, 0, :3] = torch.tensor([10, 20, 30], dtype=torch.uint8)
     volumes[2, 0, -1, -1, -3:] = torch.tensor([20, 40, 60], dtype=torch.uint8)
-    last, first = rows((2, 1099, 999, 997, 1100, 1000, 1000)), rows((0, 0, 0, 0, 1, 1, 3))
+    last, first = boxes((2, 1099, 999, 997, 1100, 1000, 1000)), boxes((0, 0, 0, 0, 1, 1, 3))
     donors = torch.tensor([10, 20, 30], dtype=torch.uint8).reshape(1, 1, 1, 1, 3)
     with checked(races=False, programs=[0]):
-        kernels.launch_object_mixup_into(volumes, donors, last, first, HALF, None, None, volumes)
+        object_mixup3d(volumes, last, first, HALF, donors=donors, out=volumes)
     assert volumes[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
     with checked(races=False, programs=[0]):
-        kernels.launch_object_mixup_into(
-            volumes, volumes, first, last, HALF, None, None, torch.empty_like(volumes)
-        )
-        kernels.launch_object_mixup_into(volumes, None, first, last, HALF * 0, None, None, volumes)
+        object_mixup3d(volumes, first, last, HALF * 0, out=volumes)
     assert volumes[0, 0, 0, 0, :3].tolist() == [15, 30, 45]
     with checked(races=False, programs=[-1]):
-        out = kernels.launch_object_mixup(
-            volumes, donors, first, first, HALF, None, None, torch.uint8
-        )
+        out = object_mixup3d(volumes, first, first, HALF, donors=donors)
     assert out[2, 0, -1, -1, -3:].tolist() == [15, 30, 45]
-
-
-class Unlaunched:
-    """A kernel that is never run."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def test_no_op_synchronises_with_the_host(monkeypatch):
-    """Everything above the launches, run as on a GPU: nothing there may read a value of a tensor."""
-    from fmkernels.cpu import object_mixup3d as cpu
-
-    for name in ("launch_object_mixup", "launch_object_mixup_into"):
-        monkeypatch.setattr(cpu, name, getattr(kernels, name))
-    monkeypatch.setattr(kernels, "object_mixup_kernel", Unlaunched())
-    volumes, donors, boxes = make((2, 1, 4, 6, 7)), make((3, 1, 4, 4, 4)), draw(3, (2, 1, 4, 6, 7))
-    with no_host_sync():
-        for pool in (None, donors, volumes[:1]):
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), dtype=torch.int16)
-            object_mixup3d(volumes, *boxes, donors=pool, out=volumes)
-            object_mixup3d(volumes, *boxes, donors=pool, window=(-1.0, 2.0), out=volumes)
-        strided = volumes.transpose(2, 4)
-        object_mixup3d(
-            strided, *(x.repeat_interleave(1, 0) for x in boxes), window=(-1.0, 2.0), out=strided
-        )
-
-
-# --- compiled code ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plan():
-    return run_plan("tests.plans.object_mixup3d")
-
-
-def test_one_launch_or_two_however_many_boxes(plan):
-    for name, case in plan.cases.items():
-        donors_elsewhere = "donors" in name or "new" in name or "past" in name
-        assert len(case.launches) == (1 if donors_elsewhere else 2), name
-    (one, two) = plan.cases["3000 boxes float32"].launches
-    assert one[1] == two[1] == (3000, 1, 1)
-
-
-def test_a_sweep_of_sizes_compiles_few_variants():
-    sweep = run_plan("tests.plans.object_mixup3d_sizes", targets=("sm_90",), compiled=False)
-    assert len(sweep.cases) == 72
-    assert len(sweep.variants) == 3  # into the scratch, from the scratch, out of place
-
-
-def test_nothing_spills(plan):
-    for variant in plan.variants:
-        for target in TARGETS:
-            code, name = variant.on[target], f"{variant.case} on {target}"
-            assert code.spill_bytes == 0 and code.stack_bytes == 0, name
-            assert code.registers <= 160, name
-            if "in place" in variant.case and "window" not in variant.case:
-                assert code.conversions == 0, name
-
-
-def test_voxels_in_no_box_stream(plan):
-    """128 bits a thread, loads and stores, even where the size is odd: tiles ignore rows."""
-    for variant in plan.variants:
-        if variant.case.startswith("new"):
-            for target in ("sm_80", "sm_90", "sm_100"):
-                main = variant.on[target].main
-                assert main.loads[128] >= 4 and set(main.stores) == {128}, (
-                    f"{variant.case} on {target}"
-                )
-    assert "new, odd size float32" not in {
-        variant.case for variant in plan.variants
-    }  # it runs the same variant
-
-
-# instructions per voxel on sm_90, all that a program does included
-INSTRUCTIONS = {
-    "in place, donors float32": 207,
-    "in place, donors bfloat16": 220,
-    "in place, donors int16": 222,
-    "in place, donors float64": 231,
-    "in place float32": 121,  # the second launch: from the scratch into place
-    "new, no box float32": 11,
-    "new, no box, window int16 bfloat16": 15,
-    "new, no box, window int16 float32": 15,
-}
-
-
-@pytest.mark.parametrize("case", INSTRUCTIONS)
-def test_instructions_per_voxel(plan, case):
-    (variant,) = [v for v in plan.variants if v.case == case]
-    assert variant.per_element("sm_90") <= INSTRUCTIONS[case]

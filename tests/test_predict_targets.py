@@ -208,8 +208,8 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
 @pytest.mark.parametrize("anchors_last", [False, True])
 @pytest.mark.parametrize("size", [7, 8])
 def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
-    from tests.support.interpreter import checked
     from tests.support.launch import launch
+    from tests.triton_checked.interpreter import checked
 
     views = torch.zeros(
         (4, 3, 1, 5, size, size, 8) if anchors_last else (4, 3, 8, 5, size, size, 1), dtype=dtype
@@ -229,8 +229,8 @@ def test_every_byte_is_moved_once(dtype, floor, anchors_last, size):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1100, 1400, 1401, 1), (2, 3, 2, 512, 512, 1024, 1)])
 def test_more_than_2_to_the_31_elements(shape):
     """The last program alone: memory that is never touched is never there."""
-    from tests.support.interpreter import checked
     from tests.support.launch import launch
+    from tests.triton_checked.interpreter import checked
 
     views, flips = (
         torch.empty(shape, dtype=torch.bfloat16),

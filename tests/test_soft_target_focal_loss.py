@@ -1,4 +1,4 @@
-"""soft_target_focal_loss on the CPU path and through its kernels, against the float64 reference and against peers."""
+"""soft_target_focal_loss, CPU path and kernels, against the float64 reference and peers."""
 
 import math
 import shutil
@@ -14,48 +14,50 @@ import reference
 from fmkernels import nn, soft_target_focal_loss
 from fmkernels.kernels import soft_target_focal_loss as kernels
 from fmkernels.kernels.tuning import Launch, launch_parameters
-from tests.support.cases import cases, kernel_cases
+from tests.support.cases import cases, kernel_cases, kernel_only
 from tests.support.tolerance import assert_close
+from tests.triton_checked.builder import CheckedBuilder
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TARGETS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.3]
+FORMULA = 3, 0.05, 0.95, 2.0  # rows, alpha0, alpha1, gamma
 BLOCK = launch_parameters("soft_target_focal_loss", torch.device("cpu")).block
 
 
 def make(shape, dtype=torch.float32, target_dtype=torch.float32, device="cpu", seed=0, spread=4.0):
-    """Logits, and targets of which some are 0, some 1, some ignored."""
+    """Logits, and targets: some 0, some 1, some ignored, others in between."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
     targets = torch.rand(shape, generator=generator)
-    kind = torch.rand(shape, generator=generator)
-    targets[kind < 0.3] = 0
-    targets[kind > 0.8] = 1
+    draw = torch.rand(shape, generator=generator)
+    targets[draw < 0.3] = 0
+    targets[draw > 0.8] = 1
     if target_dtype.is_floating_point:
-        targets[(kind > 0.5) & (kind < 0.6)] = -1
+        targets[(draw > 0.5) & (draw < 0.6)] = -1
         targets = targets.to(target_dtype)
     else:
         targets = (targets > 0.5).to(target_dtype)
     return logits.to(device), targets.to(device)
 
 
-def run(function, logits, targets, upstream=None, **arguments):
-    """Loss, and gradients under a given or random upstream gradient."""
+def run(function, logits, targets, grad_outputs=None, **arguments):
+    """Loss, gradients, and the given or random gradients of the result."""
     single = isinstance(logits, torch.Tensor)
     leaves = [x.detach().requires_grad_() for x in ([logits] if single else logits)]
     loss = function(leaves[0] if single else leaves, targets, **arguments)
     losses = [loss] if isinstance(loss, torch.Tensor) else loss
-    if upstream is None:
+    if grad_outputs is None:
         generator = torch.Generator().manual_seed(5)
-        upstream = [torch.rand(v.shape, generator=generator).to(v.device) + 0.5 for v in losses]
-    torch.autograd.backward(losses, [u.to(v) for u, v in zip(upstream, losses, strict=True)])
-    return loss, [x.grad for x in leaves], upstream
+        grad_outputs = [torch.rand(v.shape, generator=generator).to(v.device) + 0.5 for v in losses]
+    torch.autograd.backward(losses, [g.to(v) for g, v in zip(grad_outputs, losses, strict=True)])
+    return loss, [x.grad for x in leaves], grad_outputs
 
 
 def compare(logits, targets, dtype, **arguments):
-    loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, **arguments)
+    loss, gradients, grad_outputs = run(soft_target_focal_loss, logits, targets, **arguments)
     expected, expected_gradients, _ = run(
-        reference.soft_target_focal_loss, logits, targets, upstream, **arguments
+        reference.soft_target_focal_loss, logits, targets, grad_outputs, **arguments
     )
     if isinstance(loss, torch.Tensor):
         loss, expected = [loss], [expected]
@@ -95,12 +97,12 @@ def weights_for(shape, device):
     return [torch.rand(s, generator=generator).to(device) for s in shapes]
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("shape_of_weight", range(6))
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 4, 4), (5, 7), (3, 160)])
-def test_weight_and_mix(path, kind, mixed, shape):
+def test_weight_and_mix(path, shape_of_weight, mixed, shape):
     logits, targets = make(shape, device=path.device)
-    weight = weights_for(shape, path.device)[kind]
+    weight = weights_for(shape, path.device)[shape_of_weight]
     mix = None
     if mixed:
         lam = torch.linspace(0.5, 1, shape[0], device=path.device)
@@ -117,9 +119,11 @@ def test_weight_and_mix(path, kind, mixed, shape):
 def test_normalizer(path, normalizer, as_tensor):
     logits, targets = make((2, 77), device=path.device)
     given_value = torch.tensor(normalizer, device=path.device) if as_tensor else normalizer
-    loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, normalizer=given_value)
+    loss, gradients, grad_outputs = run(
+        soft_target_focal_loss, logits, targets, normalizer=given_value
+    )
     total, total_gradients, _ = run(
-        reference.soft_target_focal_loss, logits, targets, upstream, reduction="sum"
+        reference.soft_target_focal_loss, logits, targets, grad_outputs, reduction="sum"
     )
     assert_close(loss, total / max(normalizer, 1))
     assert_close(gradients[0], total_gradients[0] / max(normalizer, 1))
@@ -211,8 +215,8 @@ def test_ignored_elements_get_no_gradient_whatever_arrives(path):
         torch.zeros(4, device=path.device),
         torch.tensor([-1.0, 0.3, -1.0, 0.2], device=path.device),
     )
-    upstream = [torch.tensor([math.inf, 1.0, math.nan, 1.0])]
-    _, (gradient,), _ = run(soft_target_focal_loss, logits, targets, upstream, reduction="none")
+    grad_outputs = [torch.tensor([math.inf, 1.0, math.nan, 1.0])]
+    _, (gradient,), _ = run(soft_target_focal_loss, logits, targets, grad_outputs, reduction="none")
     assert (gradient[::2] == 0).all() and gradient.isfinite().all()
 
 
@@ -318,10 +322,14 @@ def test_float16_gradients_survive_a_grad_scaler(path, scale, reduction):
     )
     targets = torch.zeros(60_000, dtype=torch.uint8, device=path.device)
     factor = scale if reduction == "mean" else scale / 60_000
-    upstream = [torch.tensor(factor, device=path.device)]
-    _, (ours,), _ = run(soft_target_focal_loss, logits, targets, upstream, reduction=reduction)
+    grad_outputs = [torch.tensor(factor, device=path.device)]
+    _, (ours,), _ = run(soft_target_focal_loss, logits, targets, grad_outputs, reduction=reduction)
     _, (exact,), _ = run(
-        reference.soft_target_focal_loss, logits.double(), targets, upstream, reduction=reduction
+        reference.soft_target_focal_loss,
+        logits.double(),
+        targets,
+        grad_outputs,
+        reduction=reduction,
     )
     if scale > 1:
         assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
@@ -330,7 +338,7 @@ def test_float16_gradients_survive_a_grad_scaler(path, scale, reduction):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_repeated_backward_and_any_upstream(path, dtype):
+def test_repeated_backward_and_any_grad_output(path, dtype):
     logits, targets = make((3, 40), dtype, device=path.device)
     logits.requires_grad_()
     loss = soft_target_focal_loss(logits, targets)
@@ -340,7 +348,7 @@ def test_repeated_backward_and_any_upstream(path, dtype):
     again = torch.autograd.grad(loss, logits)[0]
     assert_close(again, once)
     assert_close(three, once.double() * 3, dtype)
-    assert torch.equal(once, kept), "a later backward changed a gradient already given away"
+    assert torch.equal(once, kept), "a later backward changed a gradient that was already returned"
 
 
 def test_inputs_are_left_alone(path):
@@ -358,15 +366,101 @@ def test_is_deterministic(path):
         assert torch.equal(first, again) and torch.equal(gradient, gradient_again)
 
 
-def test_second_derivative_raises(path):
-    logits, targets = make((3, 4), device=path.device)
-    logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        soft_target_focal_loss(logits, targets), logits, create_graph=True
-    )
-    penalized = soft_target_focal_loss(logits, targets) + gradient.pow(2).sum()
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_second_derivative_raises(path, dtype, reduction):
+    logits, targets = make((3, 4), dtype, device=path.device)
+
+    def loss(x):
+        return soft_target_focal_loss(x, targets, reduction=reduction).float().sum()
+
+    def penalty(x):
+        return torch.func.grad(loss)(x).float().pow(2).sum()
+
+    x = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    assert_close(gradient, torch.autograd.grad(loss(x), x)[0])
     with pytest.raises(RuntimeError, match="no second derivative is offered"):
-        penalized.backward()
+        (loss(x) + gradient.float().pow(2).sum()).backward()
+    with pytest.raises(RuntimeError, match="no second derivative is offered"):
+        torch.func.grad(penalty)(logits)
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.hessian(loss)(logits)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_function_transforms(path, dtype, reduction):
+    logits, targets = make((3, 4, 5), dtype, device=path.device)
+    lam = torch.linspace(0.5, 1, 4, device=path.device)
+    index = torch.tensor([3, 2, 1, 0], device=path.device)
+
+    def loss(x, y):
+        losses = soft_target_focal_loss([x, x], [y, y], mix=(lam, index), reduction=reduction)
+        return sum(v.float().sum() for v in losses) if reduction == "none" else losses
+
+    gradients = []
+    for x, y in zip(logits, targets, strict=True):
+        x = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(loss(x, y), x)[0])
+        assert_close(torch.func.grad(loss)(x.detach(), y), gradients[-1])
+    gradients = torch.stack(gradients)
+    assert_close(torch.vmap(torch.func.grad(loss))(logits, targets), gradients)
+    of_columns = torch.vmap(torch.func.grad(loss), in_dims=2)
+    assert_close(of_columns(logits.movedim(0, 2), targets.movedim(0, 2)), gradients)
+    of_sum = torch.func.grad(lambda x: torch.vmap(loss)(x, targets).sum())
+    assert_close(of_sum(logits), gradients)
+    rows = torch.func.jacrev(loss)(logits[0], targets[0])
+    assert_close(rows, gradients[0])
+
+
+def test_batched_incoming_gradients(path):
+    logits, targets = make((3, 4), device=path.device)
+    loss = soft_target_focal_loss(logits.requires_grad_(), targets)
+    factors = torch.tensor([1.0, 3.0], device=path.device)
+    once, three = torch.autograd.grad(
+        loss, logits, factors, is_grads_batched=True, retain_graph=True
+    )[0]
+    (expected,) = torch.autograd.grad(loss, logits)
+    assert_close(once, expected)
+    assert_close(three, expected * 3)
+
+
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.7))
+        self.loss = nn.SoftTargetFocalLoss()
+
+    def forward(self, x, y):
+        return self.loss(x * self.scale, y)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_gradients(strict):
+    head, inputs = Head(), make((3, 40))
+    head(*inputs).backward()
+    exported = torch.export.export(head, inputs, strict=strict).module()
+    for _ in range(2):
+        exported.zero_grad()
+        exported(*inputs).backward()
+        assert_close(exported.scale.grad, head.scale.grad)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled_autograd(dtype, reduction):
+    logits, targets = make((3, 40), dtype)
+    x = logits.requires_grad_()
+    loss = soft_target_focal_loss(x, targets, reduction=reduction).float().sum() * 3
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(
+        torch.compile(backend="aot_eager", fullgraph=True)
+    ):
+        first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    (expected,) = torch.autograd.grad(loss, x)
+    assert_close(first, expected)
+    assert_close(second, expected)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 2.7])
@@ -409,14 +503,14 @@ def test_strided_input(path, layout, mixed):
         else None
     )
     for reduction in ("none", "mean"):
-        loss, (gradient,), upstream = run(
+        loss, (gradient,), grad_outputs = run(
             soft_target_focal_loss, logits, targets, mix=mix, reduction=reduction
         )
         expected, (exact,), _ = run(
             reference.soft_target_focal_loss,
             logits,
             targets,
-            upstream,
+            grad_outputs,
             mix=mix,
             reduction=reduction,
         )
@@ -491,35 +585,23 @@ def test_the_tolerance_rejects_zeros_and_a_shift_by_one_block(dtype):
 
 
 def test_opcheck(path):
-    ops = torch.ops.fmkernels
+    def check(name, *arguments, **options):
+        torch.library.opcheck(getattr(torch.ops.fmkernels, name).default, arguments, options)
+
     logits, targets = make((3, 40), device=path.device)
     weight = torch.rand(3, device=path.device)
-    lam, index = torch.rand(3, device=path.device), torch.tensor([2, 2, 0], device=path.device)
-    formula = (3, 0.05, 0.95, 2.0)
-    normalizer = torch.tensor(4.0, device=path.device)
-    inputs = ([logits, logits], [targets, targets], [weight, weight])
-    one = torch.ones((), device=path.device)
-    tests = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    )
-    for arguments in (
-        (*inputs, normalizer, lam, index, *formula, True, True),
-        (*inputs, None, None, None, *formula, False, False),
-    ):
-        torch.library.opcheck(ops.soft_target_focal_loss_sum.default, arguments, test_utils=tests)
-    for arguments in (
-        (*inputs, [], None, lam, index, *formula),
-        (*inputs, [one, one], normalizer, None, None, *formula),
-    ):
-        torch.library.opcheck(
-            ops.soft_target_focal_loss_elementwise.default, arguments, test_utils=tests
-        )
-    torch.library.opcheck(
-        ops.soft_target_focal_loss_scale.default, ([logits.clone()], one * 2, one), test_utils=tests
-    )
+    mix = torch.rand(3, device=path.device), torch.tensor([2, 2, 0], device=path.device)
+    normalizer, one = torch.tensor(4.0, device=path.device), torch.ones((), device=path.device)
+    constant = [logits, logits.flip(0)], [targets, targets], [weight, weight]
+    leaves = [x.clone().requires_grad_() for x in constant[0]], *constant[1:]
+    for tensors in (leaves, constant):
+        mixed, plain = (*tensors, *mix, *FORMULA), (*tensors, None, None, *FORMULA)
+        check("soft_target_focal_loss", *mixed, normalizer, True, with_gradients=True)
+        check("soft_target_focal_loss", *plain, None, True, with_gradients=False)
+        check("soft_target_focal_loss_elementwise", *mixed)
+    check("soft_target_focal_loss_backward", [one, one], *plain, normalizer)
+    check("soft_target_focal_loss_backward", [targets, targets], *mixed, None)
+    check("soft_target_focal_loss_scale", [logits.clone()], one * 2, one)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -556,7 +638,7 @@ def test_compiles_without_graph_breaks(path, dynamic, reduction, dtype):
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
 )
 def test_compiles_to_machine_code():
-    """Inductor, which writes C++ on the CPU: forward, and a backward that is pure and so can be repeated."""
+    """Inductor, which generates C++ on the CPU: forward, and a backward without side effects."""
 
     def step(x, y):
         return soft_target_focal_loss(torch.tanh(x), y, normalizer=(y > 0.5).sum())
@@ -578,6 +660,20 @@ def test_module_is_the_function(path):
     )
     assert torch.equal(module(logits, targets), expected)
     assert repr(module) == "SoftTargetFocalLoss(alpha0=0.3, alpha1=0.6, gamma=1.5, reduction='sum')"
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "alpha0 must be a number, got str", {"alpha0": "0.1"}),
+        (ValueError, "alpha1 must be finite", {"alpha1": math.nan}),
+        (ValueError, "gamma must be >= 0, got -1", {"gamma": -1}),
+        (ValueError, "reduction must be .* got 'avg'", {"reduction": "avg"}),
+    ],
+)
+def test_module_checks_its_arguments(error, words, arguments):
+    with pytest.raises(error, match=f"SoftTargetFocalLoss: {words}"):
+        nn.SoftTargetFocalLoss(**arguments)
 
 
 X, Y = torch.zeros(2, 3), torch.full((2, 3), 0.5)
@@ -641,7 +737,9 @@ LEAF = torch.full((2, 3), 0.5, requires_grad=True)
         (ValueError, "no gradient to normalizer", {"normalizer": LEAF.sum()}),
         (ValueError, "normalizer must be on cpu", {"normalizer": torch.ones((), device="meta")}),
         (TypeError, "mix must be a pair", {"mix": LAM}),
-        (TypeError, "mix must be a pair", {"mix": (0.5, INDEX)}),
+        (TypeError, r"mix must be a pair .* got \(float, a tensor\)", {"mix": (0.5, INDEX)}),
+        (TypeError, "mix must be a pair .* got dict", {"mix": {"lam": LAM, "index": INDEX}}),
+        (TypeError, "targets must be a tensor or a list .* got dict", {"targets": {"y": Y}}),
         (ValueError, "mix needs logits", {"mix": (LAM[:1], INDEX)}),
         (ValueError, "mix needs logits", {"mix": (LAM, INDEX[:1])}),
         (
@@ -660,22 +758,86 @@ def test_bad_arguments(error, words, arguments):
         soft_target_focal_loss(**{"logits": X, "targets": Y, **arguments})
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_takes_numbers_of_numpy(kind):
+@pytest.mark.parametrize("scalar", [np.float32, np.float64, np.int64])
+def test_takes_numpy_scalars(scalar):
     x, y = torch.linspace(-2, 2, 5), torch.linspace(0, 1, 5)
     numbers = {"alpha0": 0, "alpha1": 1, "gamma": 2, "normalizer": 3}
-    ours = soft_target_focal_loss(x, y, **{name: kind(value) for name, value in numbers.items()})
+    ours = soft_target_focal_loss(x, y, **{name: scalar(value) for name, value in numbers.items()})
     assert torch.equal(ours, soft_target_focal_loss(x, y, **numbers))
+    hyperparameters = [scalar(numbers[name]) for name in ("alpha0", "alpha1", "gamma")]
+    assert torch.equal(nn.SoftTargetFocalLoss(*hyperparameters)(x, y, normalizer=scalar(3)), ours)
 
 
-@pytest.mark.parametrize("bad", [-1, 2])
-def test_mix_index_out_of_range_is_an_error(path, bad):
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("index must", {"mix": (LAM, INDEX - 1)}),
+        ("index must", {"mix": (LAM, INDEX + 2)}),
+        ("lam must be in", {"mix": (LAM * 1.25, INDEX)}),
+        ("lam must be in", {"mix": (LAM * -0.5, INDEX)}),
+        ("targets must be in", {"targets": Y + 0.75}),
+        ("targets must be in", {"targets": Y + 0.75, "mix": (LAM, INDEX)}),
+        ("targets must be in", {"targets": (Y * 510).to(torch.uint8)}),
+        ("targets must be in", {"targets": (Y * 510).bfloat16()}),
+        ("targets must be in", {"targets": (Y * 510).half()}),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_values_out_of_range_are_an_error(path, reduction, words, arguments):
     if path.device.type == "cuda":
-        pytest.skip(
-            "a device assertion, compiled in under TRITON_DEBUG=1 only, would end the process"
-        )
-    with pytest.raises((AssertionError, ValueError)):
-        soft_target_focal_loss(X, Y, mix=(LAM, INDEX + bad))
+        pytest.skip("a device assertion, compiled in by FMKERNELS_DEBUG=1, would end the process")
+    with pytest.raises((AssertionError, ValueError), match=words):
+        soft_target_focal_loss(**{"logits": X, "targets": Y, "reduction": reduction, **arguments})
+
+
+@kernel_only
+def test_negative_mixed_targets_are_not_ignored(path, monkeypatch):
+    """Without device assertions lam may be above 1: wrong, but ignored only where a target is."""
+    monkeypatch.setattr(CheckedBuilder, "create_assert", lambda *args: None)
+    logits = torch.linspace(-1, 1, 6, device=path.device).reshape(2, 3)
+    targets = torch.tensor([[0.0, 0.2, -1.0], [1.0, 0.9, 0.3]], device=path.device)
+    mix = torch.full((2,), 1.25, device=path.device), torch.tensor([1, 0], device=path.device)
+    expected = reference.soft_target_focal_loss(logits, targets, mix=mix, reduction="none")
+    assert (expected == 0).tolist() == [[False, False, True], [False, False, True]]
+    compare(logits, targets, torch.float32, mix=mix, reduction="none")
+    compare(logits, targets, torch.float32, mix=mix)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_weights_and_normalizers_that_are_not_finite(path, value):
+    """As IEEE arithmetic and the reference have it."""
+    logits = torch.tensor([0.5, -1.0, 0.0, 2.0], device=path.device)
+    targets = torch.tensor([0.2, 0.9, 0.5, -1.0], device=path.device)  # loss 0 at the third
+    weight = torch.tensor([value, 1.0, value, value], device=path.device)
+    arguments = {"weight": weight, "reduction": "none"}
+    loss = soft_target_focal_loss(logits, targets, **arguments)
+    assert_close(loss, reference.soft_target_focal_loss(logits, targets, **arguments))
+    assert loss.isnan().tolist() == [math.isnan(value), False, True, False]
+    normalizer = torch.tensor(value, device=path.device)
+    compare(logits[:3], targets[:3], torch.float32, normalizer=normalizer)
+
+
+def test_process_wide_defaults_change_nothing(path):
+    logits, targets = make((3, 200), device=path.device)
+    mix = torch.full((3,), 0.75, device=path.device), torch.tensor([1, 2, 0], device=path.device)
+    weight, ones = targets[:, :1].abs(), torch.ones(3, 200, device=path.device)
+
+    def results():
+        x = logits.clone().requires_grad_()
+        losses = soft_target_focal_loss(x, targets, mix=mix, weight=weight, reduction="none")
+        loss = soft_target_focal_loss(x, targets, mix=mix, weight=weight, normalizer=3)
+        return loss, losses, *torch.autograd.grad([loss, losses], x, [ones[0, 0], ones])
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 CASE = st.fixed_dictionaries(
@@ -731,9 +893,9 @@ def check_case(case, device="cpu"):
         [*case["shape"][:1], *[n + i for n in case["shape"][1:]]]
         for i in range(case["levels"] or 1)
     ]
-    kinds = case["dtype"], case["target_dtype"], device
+    options = case["dtype"], case["target_dtype"], device
     pairs = [
-        make_strided(shape, case["layout"], *kinds, case["seed"] + i, case["spread"])
+        make_strided(shape, case["layout"], *options, case["seed"] + i, case["spread"])
         for i, shape in enumerate(shapes)
     ]
     logits, targets = map(list, zip(*pairs, strict=True))
@@ -762,9 +924,9 @@ def check_case(case, device="cpu"):
             (arguments["weight"],) = arguments["weight"]
     clear = away_from_the_cusp(case["gamma"], logits, targets, arguments)
     arguments["gamma"] = case["gamma"]
-    loss, gradients, upstream = run(soft_target_focal_loss, logits, targets, **arguments)
+    loss, gradients, grad_outputs = run(soft_target_focal_loss, logits, targets, **arguments)
     expected, exact, _ = run(
-        reference.soft_target_focal_loss, logits, targets, upstream, **arguments
+        reference.soft_target_focal_loss, logits, targets, grad_outputs, **arguments
     )
     if case["reduction"] == "none":
         for ours, theirs, chosen in zip(*map(_as_list, (loss, expected)), clear, strict=True):
@@ -781,7 +943,7 @@ def _as_list(x):
 
 
 def away_from_the_cusp(gamma, logits, targets, arguments):
-    """Where |y - p| is above 1 % if gamma < 2: near 0 a rounding of p changes |y - p|^gamma or its slope at will."""
+    """Where |y - p| is above 1%, if gamma < 2: near 0, |y - p|^gamma depends on rounding."""
     without, linear = (
         reference.soft_target_focal_loss(
             logits, targets, **{**arguments, "gamma": g, "reduction": "none", "normalizer": None}

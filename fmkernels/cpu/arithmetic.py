@@ -1,9 +1,9 @@
-"""How the loops of the CPU path read and write tensors of any element type, and the functions they compute with.
+"""Element access and math functions for the loops of the CPU path.
 
-Numba knows neither bfloat16 nor float16. A bfloat16 tensor goes to a loop as uint16, decoded and rounded by `load` and
-`store` as it is read and written; float16, rare on a CPU, is converted before and after by torch::
+Numba has neither bfloat16 nor float16. Loops get a bfloat16 tensor as uint16; `load` decodes and
+`store` rounds its elements. float16 is rare on a CPU: torch converts it before and after the loop.
 
-    source, target = stored(x), stored(out)  # on the host: flat arrays that share the memory of dense tensors
+    source, target = stored(x), stored(out)  # on the host: flat arrays that share the memory
 
     store(target, i, factor * load(source, i))  # in a compiled loop
 """
@@ -17,28 +17,27 @@ from numba.extending import overload, register_jitable
 from torch import Tensor
 
 INLINE = {"forceinline": True}
-"""Options of functions without which a loop around them would not fill vectors."""
+"""Options of functions that must be inlined for the loop around them to be vectorized."""
 STRICT = {"forceinline": True, "fastmath": {"contract", "nsz"}}
-"""The same, of functions whose sums and products must be taken in the order written."""
+"""The same, for functions that must evaluate sums and products in the order written."""
 
 _LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = (
-    np.float32(0.693145751953125),
-    np.float32(1.4286068203094172e-06),
-)  # high times 2^8 is exact
-_ROUNDER = np.float32(1.5 * 2**23)  # added, it leaves the nearest integer in the last bits
+_LN2_HIGH = np.float32(0.693145751953125)  # its product with an integer below 2^8 is exact
+_LN2_LOW = np.float32(1.4286068203094172e-06)
+_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
 # e^r = 1 + r + r^2 P(r) for |r| <= log(2) / 2, relative error 3e-9 (minimax fit, degree 4)
 _P0, _P1, _P2, _P3, _P4 = map(
     np.float32, (0.49999994, 0.16666521, 0.04166839, 0.0083687454, 0.0013814539)
 )
-# log(1 + f) = f - s (f - s^2 R(s^2)), s = f / (2 + f), for f in [-0.3, 1], relative error 5e-9 (degree 3)
+# log(1 + f) = f - s (f - s^2 R(s^2)), s = f / (2 + f), for f in [-0.3, 1], relative error 5e-9
+# (minimax fit, degree 3)
 _R0, _R1, _R2, _R3 = map(np.float32, (0.6666642, 0.40021533, 0.28001678, 0.28012666))
 
 
 def stored(x: Tensor) -> np.ndarray:
-    """The memory of a dense tensor as a flat array for compiled loops: bfloat16 as uint16, bool as uint8.
+    """A dense tensor as a flat array that shares its memory: bfloat16 as uint16, bool as uint8.
 
-    Not for float16, which no loop takes.
+    Not for float16, which loops do not take.
     """
     if x.requires_grad:
         x = x.detach()
@@ -51,12 +50,15 @@ def stored(x: Tensor) -> np.ndarray:
 
 
 def load(array, i):
-    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, other types as they are."""
+    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, others unchanged."""
     raise NotImplementedError("only for compiled loops")
 
 
 def store(array, i, value):
-    """Element i = value, in a compiled loop: to nearest, ties to even; integers saturate, and hold 0 for NaN."""
+    """Element i = value, in a compiled loop.
+
+    Rounds to nearest, ties to even. Integers saturate, and NaN becomes 0.
+    """
     raise NotImplementedError("only for compiled loops")
 
 
@@ -68,7 +70,7 @@ def float_of(bits):
 
 @register_jitable
 def bits_of(value):
-    """Those of a float32, as uint32."""
+    """The bits of a float32, as uint32."""
     return np.float32(value).view(np.uint32)
 
 
@@ -108,17 +110,17 @@ def _store(array, i, value):
 
 
 def exp(x):
-    """e^x, in a compiled loop: float32 within 1.1 units in the last place, in full vectors."""
+    """e^x, in a compiled loop: float32 within 1.1 ulp, vectorized."""
     raise NotImplementedError("only for compiled loops")
 
 
 def log(x):
-    """The natural logarithm, in a compiled loop: float32 within 1 unit in the last place, in full vectors."""
+    """The natural logarithm, in a compiled loop: float32 within 1 ulp, vectorized."""
     raise NotImplementedError("only for compiled loops")
 
 
 def log1p(x):
-    """log(1 + x) for x in [0, 1], in a compiled loop: float32 within 1 unit in the last place, in full vectors."""
+    """log(1 + x) for x in [0, 1], in a compiled loop: float32 within 1 ulp, vectorized."""
     raise NotImplementedError("only for compiled loops")
 
 
@@ -166,9 +168,8 @@ def _log(x):
     def log_float32(x):
         tiny = x < np.float32(2.0**-126)
         bits = bits_of(x * np.float32(2.0**23) if tiny else x)
-        power = np.int32(
-            np.int32(bits - 0x3F3504F3) >> 23
-        )  # the fraction lies in [sqrt(1/2), sqrt(2))
+        # the fraction lies in [sqrt(1/2), sqrt(2))
+        power = np.int32(np.int32(bits - 0x3F3504F3) >> 23)
         f = float_of(bits - (power << 23)) - np.float32(1)
         n = np.float32(power) - np.float32(23 if tiny else 0)
         result = n * _LN2_HIGH + _log_series(f, n * _LN2_LOW)

@@ -281,9 +281,9 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 def _detect(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from fmkernels.focalmix.data.luna16 import check_header, load_volume
+    from fmkernels.focalmix.data.formats import check_header, load_volume
+    from fmkernels.focalmix.data.tables import write_candidates
     from fmkernels.focalmix.distributed import choose_device
-    from fmkernels.focalmix.evaluation.froc import write_candidates
     from fmkernels.focalmix.model.inference import search
     from fmkernels.focalmix.training.checkpoint import load_run
 
@@ -339,7 +339,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.data.luna16 import LUNA16
-    from fmkernels.focalmix.evaluation.froc import read_candidates
+    from fmkernels.focalmix.data.tables import read_candidates
+    from fmkernels.focalmix.evaluation.froc import evaluate
 
     data = LUNA16(arguments.data)
     chosen = [
@@ -357,8 +358,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, got {unknown[0]}"
         )
-    result = data.evaluate(
-        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere}, chosen
+    result = evaluate(
+        {uid: rows for uid, rows in candidates.items() if uid not in elsewhere},
+        *data.findings(chosen),
+        chosen,
     )
     print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
     if arguments.plot:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write
@@ -156,7 +157,8 @@ def _share_burn_in(baseline: Path, run: Path) -> None:
 
 def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
     data = LUNA16(root, subsets=config.test_subsets)
-    return data.evaluate(froc.read_candidates(run / CANDIDATES), data.series, bootstraps=bootstraps)
+    candidates, findings = read_candidates(run / CANDIDATES), data.findings(data.series)
+    return froc.evaluate(candidates, *findings, data.series, bootstraps=bootstraps)
 
 
 def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:

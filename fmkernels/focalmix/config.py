@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fmkernels.focalmix.data.luna16 import SPACINGS
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.model.anchors import Anchors
 
 CONFIG = "config.json"
+
+SPACINGS = (1e-3, 1e3)
+"""Minimum and maximum of ``spacing`` in mm."""
 
 MAX_FILE_BYTES = 1 << 20
 """A larger ``config.json`` is refused."""

@@ -1,6 +1,7 @@
-"""Write files so that a reader sees the old one or the new one whole, and folders that belong to one process at a time.
+"""Atomic writing of files, and folders that one process at a time may use.
 
-A process that is killed leaves at most hidden files behind, which the next one to write there removes.
+A killed process leaves at most hidden files, which the next process that writes to the folder
+removes.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ else:
     import fcntl
 
 
-_OWN = f".fmkernels-{re.sub('[^0-9A-Za-z]', '', platform.node())[:40]}-"
+_PREFIX = f".fmkernels-{re.sub('[^0-9A-Za-z]', '', platform.node())[:40]}-"
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well it replaces ``path``, else it is removed.
+    """Yield a temporary path beside ``path``, and replace ``path`` with it after the block.
+
+    If the block raises, the temporary file is removed and ``path`` stays as it is. A reader never
+    sees a part of a file.
 
     Example:
         >>> import tempfile
@@ -45,16 +49,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
-    except OSError as error:  # of the file that was asked for, not of the temporary one
+    except OSError as error:  # name the file of the caller, not the temporary one
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new hidden file beside ``path``, gone afterwards; its name tells whose it is."""
+    """A new hidden file beside ``path``, removed after the block; its name has the process id."""
     _remove_orphans(path.parent)
     handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f"{_OWN}{os.getpid()}-", suffix=f"-{path.name}"
+        dir=path.parent, prefix=f"{_PREFIX}{os.getpid()}-", suffix=f"-{path.name}"
     )
     os.close(handle)
     try:
@@ -64,11 +68,11 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """The temporary files that killed processes of this machine have left in a folder."""
-    if os.name == "nt":  # where asking for a process by its number ends it
+    """Remove the temporary files that killed processes of this machine left in a folder."""
+    if os.name == "nt":  # os.kill(process, 0) would end the process
         return
-    for orphan in folder.glob(f"{_OWN}*"):
-        number = orphan.name.removeprefix(_OWN).partition("-")[0]
+    for orphan in folder.glob(f"{_PREFIX}*"):
+        number = orphan.name.removeprefix(_PREFIX).partition("-")[0]
         if number.isdecimal() and not _runs(int(number)):
             orphan.unlink(missing_ok=True)
 
@@ -84,11 +88,11 @@ def _runs(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Make a folder where there is none and keep other processes out of it, until the block or this process ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Create a folder if it is missing, and lock out other processes until the block ends.
 
     Raises:
-        InputError: another process is in it.
+        InputError: another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
@@ -96,13 +100,12 @@ def own_folder(folder: Path) -> Iterator[None]:
             if sys.platform == "win32":
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
             else:
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # not flock: forked workers would hold it too
+                # not flock: forked workers would keep the lock
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(
-                f"{folder}: expected a folder of its own, another process is at work in it"
+                f"{folder}: expected an unused folder, another process is at work in it"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         yield

@@ -1,4 +1,4 @@
-"""Logarithm and division in the few instructions that the accuracy of the operations calls for; float64 in full."""
+"""Fast float32 logarithm and division, as accurate as the ops need; float64 in full accuracy."""
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ P8 = tl.constexpr(0.005232654511928558)
 
 @triton.jit
 def _log1p_by(e, UNIT: tl.constexpr):
-    """log1p(e) / e for e in [0, 1], in float32, times UNIT."""
+    """log1p(e) / e * UNIT for e in [0, 1], in float32."""
     s = e * (P8 * UNIT) + P7 * UNIT
     s = s * e + P6 * UNIT
     s = s * e + P5 * UNIT
@@ -42,15 +42,14 @@ def log1p(e):
 
 @triton.jit
 def log2(a):
-    """log2 of a normal a > 0: exponent and log1p of the mantissa, half the instructions of tl.log2."""
+    """log2 of a normal a > 0: exponent plus log1p of the mantissa; half as long as tl.log2."""
     if a.dtype == tl.float64:
         result = tl.log2(a)
     else:
         bits = a.to(tl.int32, bitcast=True)
         fraction = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-        exponent = ((bits >> 23) | 0x4B000000).to(
-            tl.float32, bitcast=True
-        ) - 8388735.0  # 2^23 + 127
+        biased = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True)
+        exponent = biased - 8388735.0  # 2^23 + 127
         result = _log1p_by(fraction, LOG2E) * fraction + exponent
     return result
 

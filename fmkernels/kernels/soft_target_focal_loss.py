@@ -1,8 +1,9 @@
-"""Soft-target focal loss on the GPU: loss and gradient of an element come from one device function.
+"""Soft-target focal loss on the GPU: one device function computes loss and gradient of an element.
 
-Levels of a feature pyramid are handled by one launch. A level is ``rows`` rows of ``inner`` elements (one row unless
-the targets are mixed or the weight differs by sample); a program owns one tile of ``BLOCK`` elements of one row.
-Sums are deterministic: every program writes one partial, a second launch of one program adds them in order.
+One launch handles all levels of a feature pyramid. A level is ``rows`` rows of ``inner`` elements:
+one row, unless targets are mixed or weights differ by sample. A program computes one or several
+tiles of ``BLOCK`` elements of one row. Sums are deterministic: each program writes one partial sum,
+and a second launch of one program adds them in order.
 """
 
 import itertools
@@ -14,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.dtypes import compute_dtype
 from fmkernels.kernels.arithmetic import LOG2E, divide, log1p, log2
-from fmkernels.kernels.tuning import launch_parameters
+from fmkernels.kernels.tuning import debug, launch_parameters
 
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
 SMALLEST_DOUBLE = tl.constexpr(1e-290)
@@ -26,10 +26,11 @@ FINISH_BLOCK = tl.constexpr(4096)
 
 @triton.jit
 def soft_target_focal(x, y, factor, gamma, GAMMA_IS_2: tl.constexpr):
-    """Loss and d loss / d x of each element, both times ``factor``; all in the compute type.
+    """Loss and d loss / d x of each element, both times ``factor``, all in the compute dtype.
 
-    With e = exp(-|x|) and u = 1 - y, v = y for x > 0 (u = y, v = 1 - y else), t = u - v e, both signs of x share
-    |p - y| = |t| / (1 + e) and cross entropy = u |x| + log1p(e): nothing cancels but what must.
+    Let e = exp(-|x|); u = 1 - y, v = y for x > 0, else u = y, v = 1 - y; and t = u - v e. Then both
+    signs of x share |p - y| = |t| / (1 + e) and cross entropy = u |x| + log1p(e), without avoidable
+    cancellation.
     """
     e = tl.exp(-tl.abs(x)) if x.dtype == tl.float64 else tl.exp2(tl.abs(x) * -LOG2E)
     positive = x > 0
@@ -37,7 +38,7 @@ def soft_target_focal(x, y, factor, gamma, GAMMA_IS_2: tl.constexpr):
     v = tl.where(positive, y, 1.0 - y)
     t = u - v * e
     ce = u * tl.minimum(tl.abs(x), LARGEST) + log1p(e)
-    if GAMMA_IS_2:  # d^2 CE, and d (2 p (1 - p) CE + d^2), each power of 1 / (1 + e) taken once
+    if GAMMA_IS_2:  # d^2 CE and d (2 p (1 - p) CE + d^2); powers of 1 / (1 + e) are shared
         square = t * t
         scale = divide(divide(factor, 1.0 + e), 1.0 + e)
         loss = scale * (square * ce)
@@ -45,9 +46,8 @@ def soft_target_focal(x, y, factor, gamma, GAMMA_IS_2: tl.constexpr):
     else:
         d = divide(t, 1.0 + e)
         zero = tl.abs(d) < (SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST)
-        power = factor * tl.exp2(
-            gamma * tl.where(zero, -1e30, log2(tl.abs(d)))
-        )  # 0^gamma is 0, and 1 for gamma = 0
+        # 0^gamma is 0, and 1 for gamma = 0
+        power = factor * tl.exp2(gamma * tl.where(zero, -1e30, log2(tl.abs(d))))
         slope = tl.where(zero, 0.0, divide(divide(e, 1.0 + e), t))  # p (1 - p) / d
         loss = power * ce
         grad = power * (gamma * (slope * ce) + d)
@@ -56,7 +56,7 @@ def soft_target_focal(x, y, factor, gamma, GAMMA_IS_2: tl.constexpr):
 
 @triton.jit
 def _pick(level, values):
-    """values[level] of a tuple, for a level known only at run time."""
+    """values[level] of a tuple, for a level that is only known at run time."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         value = tl.where(level == i, values[i], value)
@@ -64,23 +64,23 @@ def _pick(level, values):
 
 
 @triton.jit
-def _place(first, shares, inner, EXTENT, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """What this program owns: level, row, elements of the row, and its first element in the row (int64)."""
+def _locate(first, programs_per_row, inner, EXTENT, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Level, row, row length and first element in the row (int64) of this program."""
     program = tl.program_id(0)
     level = 0
     for i in tl.static_range(1, len(first)):
         level += (program >= _unpack(first[i])).to(tl.int32)
-    share = (program - _unpack(_pick(level, first))).to(tl.int64)
+    tile = (program - _unpack(_pick(level, first))).to(tl.int64)
     length = _unpack(_pick(level, inner)).to(tl.int64)
     if ROWS:
-        per_row = _unpack(_pick(level, shares)).to(tl.int64)
-        row = share // per_row
-        share = share - row * per_row
+        per_row = _unpack(_pick(level, programs_per_row)).to(tl.int64)
+        row = tile // per_row
+        tile = tile - row * per_row
         if ALIGNED:
             length = tl.multiple_of(length, 16)
     else:
-        row = share * 0
-    return level, row, length, share * EXTENT
+        row = tile * 0
+    return level, row, length, tile * EXTENT
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _unpack(size):
 
 
 def _pack(size: int) -> int:
-    """An odd number above 1, which the JIT never specialises on (1 and multiples of 16 would each be a variant)."""
+    """An odd number above 1: the JIT would compile variants for 1 and for multiples of 16."""
     return 2 * size + 3
 
 
@@ -98,23 +98,27 @@ def _load_tile(
     x, y, weight, lam, index, row, length, rows, column, mask, alpha0, alpha1,
     ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, logits, targets and factors of one tile, in the type of alpha0, and where it is ignored.
+    """Offsets, logits, targets, factors and ignore mask of one tile, in the dtype of alpha0.
 
-    ``mask`` is None for a tile that lies whole in its row.
+    ``mask`` is None for a tile that lies entirely in its row.
     """
     T: tl.constexpr = alpha0.dtype
     OTHER: tl.constexpr = None if mask is None else 0
     offset = row * length + column if ROWS else column
     logit = tl.load(x + offset, mask, other=OTHER).to(T)
     target = tl.load(y + offset, mask, other=OTHER).to(T)
+    tl.device_assert((target <= 1) | (target != target), "targets must be in [0, 1] or negative")
     ignored = target < 0
     if lam is not None:
-        share = tl.load(lam + row).to(T)
+        lam_row = tl.load(lam + row).to(T)
+        tl.device_assert(
+            ((lam_row >= 0) & (lam_row <= 1)) | (lam_row != lam_row), "mix: lam must be in [0, 1]"
+        )
         partner = tl.load(index + row).to(tl.int64)
-        tl.device_assert((partner >= 0) & (partner < rows), "mix: index out of range")
+        tl.device_assert((partner >= 0) & (partner < rows), "mix: index must be in [0, B)")
         second = tl.load(y + partner * length + column, mask, other=OTHER).to(T)
         ignored = ignored | (second < 0)
-        target = share * target + (1.0 - share) * second
+        target = lam_row * target + (1.0 - lam_row) * second
     factor = alpha0 + target * (alpha1 - alpha0)
     if weight is not None:
         if WEIGHT_PER_ROW:
@@ -128,38 +132,24 @@ def _load_tile(
 
 @triton.jit
 def _sum_tile(
-    x, y, weight, grad_out, lam, index, scale, row, length, rows, column, mask, formula,
+    x, y, weight, grad, lam, index, scale, row, length, rows, column, mask, formula,
     ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile's gradients where wanted; return sums of 4 losses each, and how many of the 4 count."""
+    """Store the gradients of a tile, if asked for; return sums and counts over 4 elements each."""
     offset, logit, target, factor, ignored = _load_tile(
-        x,
-        y,
-        weight,
-        lam,
-        index,
-        row,
-        length,
-        rows,
-        column,
-        mask,
-        formula[0],
-        formula[1],
-        ROWS,
-        WEIGHT_PER_ROW,
-    )
-    logit = tl.where(
-        ignored, 0.0, logit
-    )  # cleared here and not in the results: a quarter fewer registers
+        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1],
+        ROWS, WEIGHT_PER_ROW,
+    )  # fmt: skip
+    # cleared before the arithmetic, not after it: a quarter fewer registers
+    logit = tl.where(ignored, 0.0, logit)
     target = tl.where(ignored, 0.0, target)
     factor = tl.where(ignored, 0.0, factor)
-    loss, grad = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
-    if grad_out is not None:
-        tl.store(grad_out + offset, grad * scale, mask)
-    FOURS: tl.constexpr = loss.shape[0] // 4  # which one thread holds
-    return tl.sum(loss.reshape(FOURS, 4), axis=1), tl.sum(
-        (1 - ignored.to(tl.int32)).reshape(FOURS, 4), axis=1
-    )
+    loss, slope = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
+    if grad is not None:
+        tl.store(grad + offset, slope * scale, mask)
+    FOURS: tl.constexpr = loss.shape[0] // 4  # groups of 4 that one thread holds
+    counted = 1 - ignored.to(tl.int32)
+    return tl.sum(loss.reshape(FOURS, 4), axis=1), tl.sum(counted.reshape(FOURS, 4), axis=1)
 
 
 @triton.jit
@@ -171,21 +161,22 @@ def _denominator(normalizer, T: tl.constexpr):
 @triton.jit
 def sum_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
-    y,  # the same: targets [rows, inner]
-    weight,  # the same: [rows] or [rows, inner]; or None
-    grad,  # the same: gradients [rows, inner], written; or None
+    y,  # likewise: targets [rows, inner]
+    weight,  # likewise: [rows] or [rows, inner]; or None
+    grad,  # likewise: gradients [rows, inner], written; or None
     lam,  # [rows], or None
     index,  # [rows] int64, or None
-    normalizer,  # scalar by which gradients are divided, or None
+    normalizer,  # scalar that gradients are divided by (at least 1), or None
     losses,  # [programs], written
     counts,  # [programs] int32, written; or None
-    first, shares, inner,  # tuples: first program, programs per row, elements per row of each level (packed)
+    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
     rows, tiles,  # tiles per program
     alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
     GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
-    level, row, length, start = _place(first, shares, inner, tiles * BLOCK, ROWS, ALIGNED)
+    extent = tiles * BLOCK
+    level, row, length, start = _locate(first, programs_per_row, inner, extent, ROWS, ALIGNED)
     x_l, y_l = _pick(level, x), _pick(level, y)
     w_l = _pick(level, weight) if weight is not None else None
     g_l = _pick(level, grad) if grad is not None else None
@@ -195,7 +186,7 @@ def sum_kernel(
     loss = tl.zeros((BLOCK // 4,), T)
     count = tl.zeros((BLOCK // 4,), tl.int32)
     column = start + tl.arange(0, BLOCK)
-    if start + tiles * BLOCK <= length:
+    if start + extent <= length:
         for _ in range(tiles):
             tile_loss, tile_count = _sum_tile(
                 x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, None, formula,
@@ -207,8 +198,8 @@ def sum_kernel(
     else:
         for _ in range(tiles):
             tile_loss, tile_count = _sum_tile(
-                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, column < length, formula,
-                ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
+                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, column < length,
+                formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
             )  # fmt: skip
             loss += tile_loss
             count += tile_count
@@ -236,98 +227,91 @@ def finish_kernel(
         if counts is not None:
             count += tl.load(counts + i, i < programs, other=0).to(tl.int64)
     result = tl.sum(loss, axis=0)
-    left = tl.full((), 1.0, tl.float64)
+    total_count = tl.full((), 1.0, tl.float64)
     if normalizer is not None:
         result = result / _denominator(normalizer, tl.float64)
     if counts is not None:
-        left = tl.maximum(tl.sum(count, axis=0), 1).to(tl.float64)
-        result = result / left
+        total_count = tl.maximum(tl.sum(count, axis=0), 1).to(tl.float64)
+        result = result / total_count
     tl.store(total, result.to(T))
-    tl.store(divisor, left.to(T))
+    tl.store(divisor, total_count.to(T))
 
 
 @triton.jit
 def _elementwise_tile(
-    x, y, weight, upstream, out, lam, index, scale, row, length, rows, column, mask, formula,
-    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, UPSTREAM_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+    x, y, weight, grad_output, out, lam, index, scale, row, length, rows, column, mask, formula,
+    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GRAD_OUTPUT_IS_SCALAR: tl.constexpr,
+    GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile's losses; or, where there is an upstream gradient, its gradients times that and ``scale``."""
+    """Store the losses of a tile, or its gradients times ``grad_output`` and ``scale``."""
     offset, logit, target, factor, ignored = _load_tile(
-        x,
-        y,
-        weight,
-        lam,
-        index,
-        row,
-        length,
-        rows,
-        column,
-        mask,
-        formula[0],
-        formula[1],
-        ROWS,
-        WEIGHT_PER_ROW,
-    )
+        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1],
+        ROWS, WEIGHT_PER_ROW,
+    )  # fmt: skip
     loss, grad = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
-    if upstream is None:
+    if grad_output is None:
         result = loss
-    elif UPSTREAM_IS_SCALAR:
+    elif GRAD_OUTPUT_IS_SCALAR:
         result = grad * scale
     else:
-        result = grad * (
-            tl.load(upstream + offset, mask, other=None if mask is None else 0).to(grad.dtype)
-            * scale
-        )
+        OTHER: tl.constexpr = None if mask is None else 0
+        result = grad * (tl.load(grad_output + offset, mask, other=OTHER).to(grad.dtype) * scale)
     tl.store(out + offset, tl.where(ignored, 0.0, result), mask)
 
 
 @triton.jit
 def elementwise_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
-    y,  # the same: targets [rows, inner]
-    weight,  # the same: [rows] or [rows, inner]; or None
-    upstream,  # the same: gradient of the result [rows, inner] or a scalar; None writes losses, not gradients
-    out,  # the same: losses or gradients [rows, inner], written
+    y,  # likewise: targets [rows, inner]
+    weight,  # likewise: [rows] or [rows, inner]; or None
+    grad_output,  # likewise: [rows, inner] or a scalar; None for losses
+    out,  # likewise: gradients, or losses without grad_output, [rows, inner], written
     lam,  # [rows], or None
     index,  # [rows] int64, or None
-    divisor,  # scalar by which gradients are divided (at least 1), or None
-    first, shares, inner,  # tuples: first program, programs per row, elements per row of each level (packed)
+    divisor,  # scalar that gradients are divided by (at least 1), or None
+    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
     rows,
     alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
-    UPSTREAM_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+    GRAD_OUTPUT_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
-    level, row, length, start = _place(first, shares, inner, BLOCK, ROWS, ALIGNED)
+    level, row, length, start = _locate(first, programs_per_row, inner, BLOCK, ROWS, ALIGNED)
     x_l, y_l, out_l = _pick(level, x), _pick(level, y), _pick(level, out)
     w_l = _pick(level, weight) if weight is not None else None
-    u_l = _pick(level, upstream) if upstream is not None else None
+    d_l = _pick(level, grad_output) if grad_output is not None else None
     T: tl.constexpr = tl.float64 if x_l.dtype.element_ty == tl.float64 else tl.float32
     formula = (alpha0.to(T), alpha1.to(T), gamma.to(T))
     scale = 1.0
-    if upstream is not None and UPSTREAM_IS_SCALAR:
-        scale = tl.load(u_l).to(T)
+    if grad_output is not None and GRAD_OUTPUT_IS_SCALAR:
+        scale = tl.load(d_l).to(T)
     if divisor is not None:
         scale = scale / _denominator(divisor, T)
     column = start + tl.arange(0, BLOCK)
     if start + BLOCK <= length:
         _elementwise_tile(
-            x_l, y_l, w_l, u_l, out_l, lam, index, scale, row, length, rows, column, None, formula,
-            ROWS, WEIGHT_PER_ROW, UPSTREAM_IS_SCALAR, GAMMA_IS_2,
+            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, column, None,
+            formula, ROWS, WEIGHT_PER_ROW, GRAD_OUTPUT_IS_SCALAR, GAMMA_IS_2,
         )  # fmt: skip
     else:
         _elementwise_tile(
-            x_l, y_l, w_l, u_l, out_l, lam, index, scale, row, length, rows, column, column < length, formula,
-            ROWS, WEIGHT_PER_ROW, UPSTREAM_IS_SCALAR, GAMMA_IS_2,
+            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, column,
+            column < length, formula, ROWS, WEIGHT_PER_ROW, GRAD_OUTPUT_IS_SCALAR, GAMMA_IS_2,
         )  # fmt: skip
 
 
 @triton.jit
-def scale_kernel(grad, factor, divisor, first, shares, inner, BLOCK: tl.constexpr):
-    """grad *= factor / divisor in place; where that is 1 every program returns without touching grad."""
-    level, _, length, start = _place(first, shares, inner, BLOCK, False, False)
+def scale_kernel(
+    grad,  # tuple of pointers, one per level: gradients [inner], multiplied in place
+    grad_output,  # scalar
+    divisor,  # scalar
+    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad *= grad_output / divisor; where that is 1, no program reads or writes grad."""
+    level, _, length, start = _locate(first, programs_per_row, inner, BLOCK, False, False)
     g_l = _pick(level, grad)
     T: tl.constexpr = tl.float64 if g_l.dtype.element_ty == tl.float64 else tl.float32
-    scale = tl.load(factor).to(T) / tl.load(divisor).to(T)
+    scale = tl.load(grad_output).to(T) / tl.load(divisor).to(T)
     if scale != 1.0:
         offset = start + tl.arange(0, BLOCK)
         if start + BLOCK <= length:
@@ -339,110 +323,135 @@ def scale_kernel(grad, factor, divisor, first, shares, inner, BLOCK: tl.constexp
 
 @dataclass(frozen=True)
 class _Grid:
-    """How the levels share one grid: program numbers and sizes as the kernels take them."""
+    """One grid for all levels: program numbers and sizes as the kernels take them."""
 
     programs: int
-    first: tuple[int, ...]
-    shares: tuple[int, ...]
-    inner: tuple[int, ...]
-    aligned: bool
+    sizes: tuple[tuple[int, ...], ...]  # first, programs_per_row and inner of each level, packed
+    aligned: bool  # rows start at multiples of 16 elements
 
     @staticmethod
     def of(tensors: Sequence[Tensor], rows: int, extent: int) -> "_Grid":
-        """A program owns ``extent`` elements of a row."""
+        """A program computes ``extent`` elements of a row."""
         inner = [t.numel() // rows for t in tensors]
-        shares = [triton.cdiv(n, extent) for n in inner]
-        first = [0, *itertools.accumulate(rows * n for n in shares)]
+        programs_per_row = [triton.cdiv(n, extent) for n in inner]
+        first = [0, *itertools.accumulate(rows * n for n in programs_per_row)]
         return _Grid(
             first[-1],
-            tuple(map(_pack, first[:-1])),
-            tuple(map(_pack, shares)),
-            tuple(map(_pack, inner)),
+            tuple(tuple(map(_pack, sizes)) for sizes in (first[:-1], programs_per_row, inner)),
             all(n % 16 == 0 for n in inner),
         )
 
 
-def launch_sum(
+def soft_target_focal_loss(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
-    normalizer: Tensor | None,
     lam: Tensor | None,
     index: Tensor | None,
     rows: int,
     alpha0: float,
     alpha1: float,
     gamma: float,
+    normalizer: Tensor | None,
     mean: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Reduced loss, what its gradients must still be divided by, and those gradients (none where not wanted).
+    loss: Tensor,
+    divisor: Tensor,
+    gradients: Sequence[Tensor],
+) -> None:
+    """Write the reduced loss; its gradients, unless there are none; and what to divide those by.
 
-    Every tensor is dense, in the order of ``logits``; ``weights`` is empty or one tensor of ``rows`` or all elements
-    per level. Gradients are already divided by ``normalizer`` where one is given.
+    All tensors are dense, in the memory order of ``logits``. ``weights`` is empty, or holds one
+    tensor of ``rows`` or of all elements per level. Gradients are already divided by a
+    ``normalizer``, but not by the number of elements that count: that is the ``divisor``.
     """
-    launch = launch_parameters("soft_target_focal_loss", logits[0].device)
+    launch = launch_parameters("soft_target_focal_loss", loss.device)
     tiles = launch.tiles(sum(x.numel() for x in logits))
     grid = _Grid.of(logits, rows, tiles * launch.block)
-    dtype = compute_dtype(logits[0].dtype)
-    losses = logits[0].new_empty(grid.programs, dtype=dtype)
-    count = mean and normalizer is None
-    counts = logits[0].new_empty(grid.programs, dtype=torch.int32) if count else None
-    total, divisor = logits[0].new_empty((), dtype=dtype), logits[0].new_empty((), dtype=dtype)
-    gradients = [torch.empty_like(x) for x in logits] if with_gradient else []
-    with torch.cuda.device_of(logits[0]):
+    losses = loss.new_empty(grid.programs)
+    counts = None
+    if mean and normalizer is None:
+        counts = loss.new_empty(grid.programs, dtype=torch.int32)
+    with torch.cuda.device_of(loss):
         if grid.programs:
             sum_kernel[(grid.programs,)](
-                tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None, lam, index,
-                normalizer, losses, counts, grid.first, grid.shares, grid.inner, rows, tiles, alpha0, alpha1, gamma,
+                tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None,
+                lam, index, normalizer, losses, counts, *grid.sizes, rows, tiles,
+                alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
-                num_warps=launch.num_warps,
+                num_warps=launch.num_warps, debug=debug(),
             )  # fmt: skip
-        finish_kernel[(1,)](losses, counts, normalizer, total, divisor, grid.programs, num_warps=8)
-    return total, divisor, gradients
+        finish_kernel[(1,)](losses, counts, normalizer, loss, divisor, grid.programs, num_warps=8)
 
 
-def launch_elementwise(
+def soft_target_focal_loss_elementwise(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    divisor: Tensor | None,
     lam: Tensor | None,
     index: Tensor | None,
     rows: int,
     alpha0: float,
     alpha1: float,
     gamma: float,
-) -> list[Tensor]:
-    """Losses of every element; or, where ``upstream`` is given, gradients: d loss / d x * upstream / max(divisor, 1).
+    losses: Sequence[Tensor],
+) -> None:
+    """Write the loss of every element."""
+    _launch_elementwise(
+        (), logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, None, losses
+    )
 
-    ``upstream`` is empty, or per level a tensor like the logits or one scalar.
+
+def soft_target_focal_loss_backward(
+    grad_outputs: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lam: Tensor | None,
+    index: Tensor | None,
+    rows: int,
+    alpha0: float,
+    alpha1: float,
+    gamma: float,
+    divisor: Tensor | None,
+    gradients: Sequence[Tensor],
+) -> None:
+    """Write d loss / d logits * grad_output / max(divisor, 1).
+
+    ``grad_outputs`` holds, per level, a tensor like the logits or one scalar.
     """
+    _launch_elementwise(
+        grad_outputs, logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, divisor,
+        gradients,
+    )  # fmt: skip
+
+
+def _launch_elementwise(
+    grad_outputs, logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, divisor, out
+):
     launch = launch_parameters("soft_target_focal_loss", logits[0].device)
     grid = _Grid.of(logits, rows, launch.block)
-    out = [torch.empty_like(x) for x in logits]
     if grid.programs:
         with torch.cuda.device_of(logits[0]):
             elementwise_kernel[(grid.programs,)](
-                tuple(logits), tuple(targets), tuple(weights) or None, tuple(upstream) or None, tuple(out), lam, index,
-                divisor, grid.first, grid.shares, grid.inner, rows, alpha0, alpha1, gamma,
+                tuple(logits), tuple(targets), tuple(weights) or None, tuple(grad_outputs) or None,
+                tuple(out), lam, index, divisor, *grid.sizes, rows, alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights),
-                UPSTREAM_IS_SCALAR=all(u.dim() == 0 for u in upstream), GAMMA_IS_2=gamma == 2.0,
-                num_warps=launch.num_warps,
+                GRAD_OUTPUT_IS_SCALAR=all(grad.dim() == 0 for grad in grad_outputs),
+                GAMMA_IS_2=gamma == 2.0, num_warps=launch.num_warps, debug=debug(),
             )  # fmt: skip
-    return out
 
 
-def launch_scale(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor) -> None:
-    """gradients *= factor / divisor, in place; costs no traffic where factor equals divisor."""
+def soft_target_focal_loss_scale(
+    gradients: Sequence[Tensor], grad_output: Tensor, divisor: Tensor
+) -> None:
+    """gradients *= grad_output / divisor, in place; moves no byte where that factor is 1."""
     launch = launch_parameters("soft_target_focal_loss", gradients[0].device)
     grid = _Grid.of(gradients, 1, launch.block)
     if grid.programs:
         with torch.cuda.device_of(gradients[0]):
             scale_kernel[(grid.programs,)](
-                tuple(gradients), factor, divisor, grid.first, grid.shares, grid.inner,
+                tuple(gradients), grad_output, divisor, *grid.sizes,
                 BLOCK=launch.block, num_warps=launch.num_warps,
             )  # fmt: skip

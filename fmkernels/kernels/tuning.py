@@ -1,7 +1,7 @@
 """Launch parameters of every kernel, as data: one row per operation and architecture.
 
-The default rows were chosen from the compiled code: registers, instructions per element. `python -m benchmarks.tune`
-rewrites the table on a GPU: its architecture has a row of its own where that was measured to be faster.
+The default rows were chosen from the compiled code: registers, instructions per element. On a GPU,
+`python -m benchmarks.tune` prints a row for its architecture where that was measured to be faster.
 """
 
 import os

@@ -27,9 +27,15 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
+
+from fmkernels.ops.checks import check_no_tangent
 
 LIBRARY = torch.library.Library("fmkernels", "DEF")
-_BACKENDS = {"CPU": "fmkernels.cpu", "CUDA": "fmkernels.kernels"}
+_BACKENDS = {
+    _C.DispatchKey.CPU: "fmkernels.cpu",
+    _C.DispatchKey.CUDA: "fmkernels.kernels",
+}
 _IMPORT_LOCK = threading.Lock()
 ALLOCATORS: dict[str, Callable] = {}
 """Of each functional op, the function that allocates its results: what a launcher needs."""
@@ -65,9 +71,10 @@ def functional_op(
             return call
 
         ALLOCATORS[name] = allocate
-        op = _define(schema, allocate, calling, allocate.__module__, name)
+        op, backends = _define(schema, allocate, calling, allocate.__module__, name)
         torch.library.register_vmap(op, _one_sample_at_a_time(op), lib=LIBRARY)
-        LIBRARY.impl(name, _autograd_kernel(op, save, backward), "Autograd", with_keyset=True)
+        kernel = _autograd_kernel(op, backends, save, backward)
+        LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
         return op
 
     return define
@@ -85,21 +92,25 @@ def mutating_op(
         def calling(function: Callable) -> Callable:
             return lambda *args: launch(function, *args)
 
-        return _define(schema, lambda *args: None, calling, launch.__module__, launcher)
+        return _define(schema, lambda *args: None, calling, launch.__module__, launcher)[0]
 
     return define
 
 
 def _define(
     schema: str, fake: Callable, calling: Callable, module: str, launcher: str
-) -> torch._ops.OpOverload:
+) -> tuple[torch._ops.OpOverload, dict[_C.DispatchKey, Callable]]:
+    """The op, and what it calls for each device."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    for key, backend in _BACKENDS.items():
-        function = _late(f"{backend}.{module.rpartition('.')[2]}", launcher)
-        LIBRARY.impl(name, calling(function), key)
+    backends = {
+        key: calling(_late(f"{package}.{module.rpartition('.')[2]}", launcher))
+        for key, package in _BACKENDS.items()
+    }
+    for key, function in backends.items():
+        LIBRARY.impl(name, function, key.name)
     torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fmkernels, name).default
+    return getattr(torch.ops.fmkernels, name).default, backends
 
 
 def _late(module: str, name: str) -> Callable:
@@ -135,7 +146,10 @@ _apply = super(torch.autograd.Function, _Differentiable).apply
 
 
 def _autograd_kernel(
-    op: torch._ops.OpOverload, save: Callable | None, backward: Callable | None
+    op: torch._ops.OpOverload,
+    backends: dict[_C.DispatchKey, Callable],
+    save: Callable | None,
+    backward: Callable | None,
 ) -> Callable:
     """What the dispatcher calls before the backend.
 
@@ -144,20 +158,30 @@ def _autograd_kernel(
     """
 
     def call_backend(keyset, args, options):
+        keyset = keyset & _C._after_ADInplaceOrView_keyset
+        function = backends.get(keyset.highestPriorityTypeId())
         with _C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _C._after_autograd_keyset, *args, **options)
+            if function is not None:  # without conversion of arguments to C++ and back
+                return function(*args, **options)
+            return op.redispatch(keyset, *args, **options)
+
+    name, second = op._opname.removesuffix("_backward"), op._opname.endswith("_backward")
 
     def not_differentiable(ctx, *grad_outputs):
-        name, second = op._opname.removesuffix("_backward"), op._opname.endswith("_backward")
         raise RuntimeError(f"{name}: no {'second derivative' if second else 'gradient'} is offered")
 
     def kernel(keyset, *args, **options):
+        if forward_ad._current_level >= 0:  # public functions miss tangents of outer transforms
+            for value in _flat(args):
+                if isinstance(value, Tensor):
+                    check_no_tangent(name, "any argument", value)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return call_backend(keyset, args, options)
 
         def compute(ctx):
             nonlocal structure
-            structure = results = call_backend(keyset, args, options)
+            with _outer_gradients():
+                structure = results = call_backend(keyset, args, options)
             if save is not None:
                 save(ctx, args, results)
             return results if isinstance(results, Tensor) else tuple(_flat(results))
@@ -177,6 +201,11 @@ def _allowed_under_functorch() -> AbstractContextManager:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     return enable_single_level_autograd_function()
+
+
+def _outer_gradients() -> AbstractContextManager:
+    """The forward of an autograd function disables gradients, also those of outer transforms."""
+    return torch.enable_grad() if _C._are_functorch_transforms_active() else nullcontext()
 
 
 def _flat(values: Sequence) -> Iterator:

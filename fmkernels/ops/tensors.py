@@ -40,7 +40,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
         return True
     if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
         return False
-    return _has_memory(a) and _has_memory(b) and a.data_ptr() == b.data_ptr()
+    return has_memory(a) and has_memory(b) and a.data_ptr() == b.data_ptr()
 
 
 def may_overlap(a: Tensor, b: Tensor) -> bool:
@@ -50,13 +50,13 @@ def may_overlap(a: Tensor, b: Tensor) -> bool:
     """
     if a is b:
         return True
-    if not (_has_memory(a) and _has_memory(b) and a.numel() and b.numel()):
+    if not (has_memory(a) and has_memory(b) and a.numel() and b.numel()):
         return False
     (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
     return a_start < b_end and b_start < a_end
 
 
-def _has_memory(x: Tensor) -> bool:
+def has_memory(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
     try:

@@ -1,4 +1,4 @@
-"""A little data set in LUNA16's layout, written with SimpleITK and known to the last nodule."""
+"""A small data set in LUNA16's layout with known nodules, written with SimpleITK."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Scan:
-    """What `write_luna` writes of one scan; a finding is (z, y, x, diameter): an index of the scan, and mm."""
+    """A scan for `write_luna`; a finding is (z, y, x, diameter): a voxel index, and mm."""
 
     uid: str
     subset: int
@@ -54,16 +54,16 @@ SCANS = (
 
 
 def write_scan(path: Path, scan: Scan) -> sitk.Image:
-    """Write one scan: an ellipse of lung in a wall of tissue, padding beyond, a ball of 40 HU at each nodule."""
+    """Write an ellipse of lung in a wall of tissue, with padding around and balls of 40 HU."""
     z, y, x = np.ogrid[tuple(slice(0, length) for length in scan.shape)]
     middle = [(length - 1) / 2 for length in scan.shape]
     radius = np.hypot((y - middle[1]) / middle[1], (x - middle[2]) / middle[2]) + 0 * z
     voxels = np.select(
         [radius < 0.85, radius < 0.97, radius < 1.3], [-850, 20, -1000], -2000
     ).astype(np.int16)
-    for *centre, diameter in scan.nodules:
+    for *center, diameter in scan.nodules:
         offsets = [
-            (axis - c) * step for axis, c, step in zip((z, y, x), centre, scan.spacing, strict=True)
+            (axis - c) * step for axis, c, step in zip((z, y, x), center, scan.spacing, strict=True)
         ]
         voxels[sum(offset**2 for offset in offsets) < (diameter / 2) ** 2] = 40
     image = sitk.GetImageFromArray(voxels)
@@ -99,19 +99,19 @@ def write_luna(root: Path, scans: Sequence[Scan]) -> Path:
 
 @pytest.fixture
 def luna_folder(tmp_path: Path) -> Path:
-    """Five small anisotropic scans: two in subset 0, a flipped one in 1, one without nodules in 2, one in 9."""
+    """Five small anisotropic scans in the subsets 0, 0, 1 (flipped), 2 (no nodules) and 9."""
     return write_luna(tmp_path / "luna", SCANS)
 
 
 @pytest.fixture
 def luna_scans() -> Sequence[Scan]:
-    """What is in `luna_folder`."""
+    """The scans of `luna_folder`."""
     return SCANS
 
 
 @pytest.fixture
 def make_luna(tmp_path: Path) -> Callable[..., Path]:
-    """Write a folder of other scans, each given by those keywords of `Scan` that matter."""
+    """Write a folder of other scans, each given by some keywords of `Scan`."""
 
     def make(*scans: dict) -> Path:
         return write_luna(

@@ -187,7 +187,7 @@ def _child(
     os.dup2(2, 1)
     output.close()
     torch.set_num_threads(1)
-    for name in ("draw_training", "draw_froc", "draw_sheet", "draw_comparison"):
+    for name in ("draw_training", "draw_froc", "draw_examples", "draw_comparison"):
         setattr(figures, name, _draw)
     if fault.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest_file, fault.largest_file))

@@ -19,7 +19,7 @@ import torch
 from fmkernels.focalmix import cli
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import PRESETS
-from fmkernels.focalmix.evaluation.froc import read_candidates
+from fmkernels.focalmix.data.tables import read_candidates
 from tests.focalmix.conftest import SCANS, write_luna
 
 ROOT = Path(__file__).parents[2]

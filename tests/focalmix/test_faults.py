@@ -25,8 +25,8 @@ fcntl = pytest.importorskip("fcntl", reason="no fork, no SIGKILL, no limits of f
 import torch  # noqa: E402
 
 from fmkernels.focalmix.data.luna16 import LUNA16  # noqa: E402
-from fmkernels.focalmix.evaluation.froc import read_candidates  # noqa: E402
-from fmkernels.focalmix.files import atomic_write, own_folder  # noqa: E402
+from fmkernels.focalmix.data.tables import read_candidates  # noqa: E402
+from fmkernels.focalmix.files import atomic_write, lock_folder  # noqa: E402
 from tests.focalmix import faults  # noqa: E402
 from tests.focalmix.conftest import SCANS, write_luna  # noqa: E402
 from tests.focalmix.faults import Fault, run  # noqa: E402
@@ -243,7 +243,7 @@ def test_a_full_disk_and_a_read_only_one(name, fault, word, data, finished, tmp_
 
 @pytest.mark.parametrize(("name", "folder"), [("supervised", "run"), ("phantom", "set")])
 def test_a_folder_in_use_is_refused(name, folder, data, tmp_path):
-    with own_folder(tmp_path / folder):
+    with lock_folder(tmp_path / folder):
         assert_says_so(run(*JOBS[name](data, tmp_path), tmp_path), folder, "another process")
     assert not written(tmp_path)
 
@@ -357,7 +357,10 @@ def free_port() -> int:
 
 def test_orphans_are_removed_and_files_in_use_are_not(tmp_path):
     """And nothing else, hidden though it may be."""
-    name = "import os; from fmkernels.focalmix.files import _OWN; print(f'{_OWN}{os.getpid()}-12345678-b.txt')"
+    name = (
+        "import os; from fmkernels.focalmix.files import _PREFIX; "
+        "print(f'{_PREFIX}{os.getpid()}-12345678-b.txt')"
+    )
     left = subprocess.run(
         [sys.executable, "-c", name], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -1,14 +1,14 @@
-"""What production launches of crop_and_resize3d: types, both clamps, window, sizes of crops, the gradient.
+"""Launches of crop_and_resize3d: types, both clamps, window, sizes of crops, backward.
 
-The box is the volume and has as many samples as voxels: every one of them must be moved once.
+The box is the volume and has as many samples as voxels, so that each must be moved once.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from tests.support.driver import Case
 from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 I16 = torch.int16
@@ -42,8 +42,8 @@ def crop(
         return launch_crop(volumes, boxes, size, clamp_box, window, result)
 
     samples = torch.Size(shape[1:2] + size).numel()
-    floor = dtype.itemsize + result.itemsize if size == shape[2:] else None
-    return Case(name, call, samples, floor)
+    min_bytes = dtype.itemsize + result.itemsize if size == shape[2:] else None
+    return Case(name, call, samples, min_bytes)
 
 
 def gradient(
@@ -55,8 +55,8 @@ def gradient(
     def call():
         return crop_backward(upstream, boxes, windowed, shape, clamp_box, window, dtype)
 
-    floor = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
-    return Case(name, call, torch.Size(shape).numel(), floor)
+    min_bytes = (3 if window else 2) * dtype.itemsize if size == shape[2:] else None
+    return Case(name, call, torch.Size(shape).numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:

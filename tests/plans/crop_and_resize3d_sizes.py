@@ -1,11 +1,11 @@
-"""The same calls over a sweep of sizes: how many variants do they compile?"""
+"""The same over a sweep of sizes, to count the variants that it compiles."""
 
 from collections.abc import Iterator
 
 import torch
 
 from tests.plans.crop_and_resize3d import crop, gradient
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 SIZES = [
     (1, 1, 1),

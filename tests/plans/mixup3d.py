@@ -1,12 +1,12 @@
-"""Production launches of mixup3d: in and out of place, flips, window, dtypes, both gradients."""
+"""Launches of mixup3d: in and out of place, flips, window, every type, both gradients."""
 
 from collections.abc import Iterator
 
 import torch
 
 from fmkernels.kernels import mixup3d as kernels
-from tests.support.driver import Case
 from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
@@ -16,7 +16,7 @@ SHAPE = (8, 1, 32, 32, 64)
 
 
 class Mixup:
-    """Arguments of the launchers for one batch of zeros."""
+    """Arguments of the launch functions for one batch of zeros."""
 
     def __init__(
         self, dtype, *, shape=SHAPE, flips=False, axes=CHANNELS_FIRST, window=None, donors=0
@@ -48,32 +48,33 @@ class Mixup:
         return lambda: launch("mixup3d_backward", *common, as_volumes, as_donors, **options)
 
 
-def case(name: str, call, shape=SHAPE, floor: float | None = None) -> Case:
-    return Case(name, call, torch.Size(shape).numel(), floor)
+def case(name: str, call, shape=SHAPE, min_bytes: float | None = None) -> Case:
+    return Case(name, call, torch.Size(shape).numel(), min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, U8):
         name = str(dtype).removeprefix("torch.")
-        floor = 2 * dtype.itemsize
-        yield case(f"in place {name}", Mixup(dtype).in_place(), floor=floor)
-    yield case("in place float64", Mixup(F64).in_place())
-    yield case("out of place, flips float64", Mixup(F64, flips=True).out_of_place(F64))
-    yield case("out of place float32", Mixup(F32).out_of_place(F32), floor=8)
-    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), floor=8)
-    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), floor=4)
+        min_bytes = 2 * dtype.itemsize
+        yield case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
+    yield case("in place float64", Mixup(F64).in_place(), min_bytes=16)
+    flipped = Mixup(F64, flips=True)
+    yield case("out of place, flips float64", flipped.out_of_place(F64), min_bytes=16)
+    yield case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8)
+    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), min_bytes=8)
+    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), min_bytes=4)
     yield case(
         "window, flips int16 bfloat16",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16),
-        floor=4,
+        min_bytes=4,
     )
     yield case(
         "window, flips int16 float32",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(F32),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), floor=12)
-    yield case("into the donors float32", Mixup(F32, donors=8).into_donors())
+    yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=12)
+    yield case("into the donors float32", Mixup(F32, donors=8).into_donors(), min_bytes=12)
     last = (8, 64, 64, 64, 4)
     yield case(
         "channels last, flips float32",
@@ -90,10 +91,15 @@ def cases() -> Iterator[Case]:
     for batch in (1, 4096):
         shape = (batch, 1, 8, 16, 16)
         yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
-    yield case("backward float32", Mixup(F32).backward(True, True), floor=8)
+    yield case("backward float32", Mixup(F32).backward(True, True), min_bytes=8)
     yield case(
         "backward, window, flips bfloat16",
         Mixup(BF16, flips=True, window=WINDOW).backward(True, True),
-        floor=6,
+        min_bytes=6,
     )
-    yield case("backward to donors float32", Mixup(F32, donors=8).backward(False, True))
+    yield case(
+        "backward to volumes float32", Mixup(F32, donors=8).backward(True, False), min_bytes=8
+    )
+    yield case(
+        "backward to donors float32", Mixup(F32, donors=8).backward(False, True), min_bytes=8
+    )

@@ -1,6 +1,6 @@
-"""What production launches of object_mixup3d: in place and not, donors elsewhere or the volumes themselves, windows.
+"""Launches of object_mixup3d: in and out of place, donors given or the volumes, windows.
 
-In place, every volume is one box that fills its tiles; where voxels in no box are written too, there are no others.
+In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fmkernels.kernels import object_mixup3d as kernels
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 I16, U8 = torch.int16, torch.uint8
@@ -18,7 +18,7 @@ LARGE = (2, 1, 64, 64, 64)
 
 
 class Objects:
-    """Arguments of the launch functions; box k is volume k as a whole, and its donor the next one."""
+    """Arguments of the launch functions. Box k is all of volume k; its donor is the next one."""
 
     def __init__(self, dtype, *, shape=CUBES, pairs=4, window=None, donors=None, donor_dtype=None):
         self.volumes = torch.empty(shape, dtype=dtype)
@@ -35,21 +35,21 @@ class Objects:
         donor_boxes = self.boxes.roll(1, 0)
         return self.volumes, self.donors, self.boxes, donor_boxes, self.lam, *self.windows
 
-    def case(self, name: str, launch: Callable, last, floor: float | None) -> Case:
-        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), floor)
+    def case(self, name: str, launch: Callable, last, min_bytes: float | None) -> Case:
+        return Case(name, lambda: launch(*self.arguments(), last), self.volumes.numel(), min_bytes)
 
-    def new(self, name: str, dtype: torch.dtype, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup, dtype, floor)
+    def new(self, name: str, dtype: torch.dtype, min_bytes: float | None = None) -> Case:
+        return self.case(name, kernels.launch_object_mixup, dtype, min_bytes)
 
-    def in_place(self, name: str, floor: float | None = None) -> Case:
-        return self.case(name, kernels.launch_object_mixup_into, self.volumes, floor)
+    def in_place(self, name: str, min_bytes: float | None = None) -> Case:
+        return self.case(name, kernels.launch_object_mixup_into, self.volumes, min_bytes)
 
 
 def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
-        floor = None if dtype == F64 else 3 * dtype.itemsize
-        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", floor)
+        min_bytes = 3 * dtype.itemsize
+        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes)
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
     yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6)
     yield Objects(F32).in_place("in place float32", 12)

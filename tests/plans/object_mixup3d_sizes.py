@@ -1,11 +1,11 @@
-"""The same calls over a sweep of sizes and numbers of boxes: how many variants do they compile?"""
+"""The same over a sweep of sizes and numbers of boxes, to count the variants."""
 
 from collections.abc import Iterator
 
 import torch
 
 from tests.plans.object_mixup3d import Objects
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 SIZES = [(1, 1, 1), (3, 5, 7), (16, 16, 16), (17, 31, 33), (96, 96, 96), (160, 160, 160)]
 

@@ -1,11 +1,11 @@
-"""What production launches of predict_targets: every type, several levels, channels last, sizes that forbid vectors."""
+"""Launches of predict_targets: types, levels, channels last, sizes that forbid vectors."""
 
 from collections.abc import Iterator
 
 import torch
 
-from tests.support.driver import Case
 from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 
 def call(dtype, *sizes, views=4, anchors_last=False):
@@ -18,11 +18,13 @@ def call(dtype, *sizes, views=4, anchors_last=False):
 
 
 def cases() -> Iterator[Case]:
-    for dtype, floor in ((torch.float32, 20), (torch.bfloat16, 12)):
+    for dtype, min_bytes in ((torch.float32, 20), (torch.bfloat16, 12)):
         name = str(dtype).removeprefix("torch.")
-        yield Case(f"vectors {name}", call(dtype, 16), 16 * 16**3, floor)
-        yield Case(f"channels last {name}", call(dtype, 16, anchors_last=True), 16 * 16**3, floor)
-        yield Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, floor)
+        yield Case(f"vectors {name}", call(dtype, 16), 16 * 16**3, min_bytes)
+        yield Case(
+            f"channels last {name}", call(dtype, 16, anchors_last=True), 16 * 16**3, min_bytes
+        )
+        yield Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, min_bytes)
     yield Case("vectors float64", call(torch.float64, 16), 16 * 16**3, 36)
     yield Case(
         "4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20

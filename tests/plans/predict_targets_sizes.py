@@ -1,11 +1,11 @@
-"""The same call over a sweep of sizes: how many variants does it compile?"""
+"""The same over a sweep of sizes, to count the variants that it compiles."""
 
 from collections.abc import Iterator
 
 import torch
 
 from tests.plans.predict_targets import call
-from tests.support.driver import Case
+from tests.triton_checked.plan import Case
 
 
 def cases() -> Iterator[Case]:

@@ -1,65 +1,66 @@
-"""What production launches of soft_target_focal_loss: types, levels, mix, weights, forward and backward."""
+"""Production launches of soft_target_focal_loss: dtypes, levels, mix, weights, both directions."""
 
 from collections.abc import Iterator
 
 import torch
 
-from fmkernels.kernels import soft_target_focal_loss as kernels
-from tests.support.driver import Case
+from fmkernels.kernels.soft_target_focal_loss import soft_target_focal_loss_scale
+from tests.support.launch import launch
+from tests.triton_checked.plan import Case
 
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
-N = 100_003  # of an odd size, so that main path and tail are both there
-LARGE = 1 << 26  # where a program takes several tiles
+N = 100_003  # odd: some programs take the main path, one the masked tail
+LARGE = 1 << 26  # large enough for several tiles per program
 ONE = torch.ones(())
 
 
-def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None):
+def inputs(dtype, target, rows=1, inner=N, levels=1, weight=None, gamma=2.0):
+    """All arguments that the ops have in common."""
     logits = [torch.zeros(rows * inner, dtype=dtype) for _ in range(levels)]
     targets = [torch.zeros(rows * inner, dtype=target) for _ in range(levels)]
-    weights = (
-        [torch.zeros(rows if weight == "row" else rows * inner) for _ in range(levels)]
-        if weight
-        else []
-    )
+    weights = []
+    if weight:
+        weights = [torch.zeros(rows if weight == "row" else rows * inner) for _ in range(levels)]
     mix = (torch.ones(rows), torch.zeros(rows, dtype=torch.int64)) if rows > 1 else (None, None)
-    return logits, targets, weights, mix, rows
+    return logits, targets, weights, *mix, rows, 0.05, 0.95, gamma
 
 
-def step(dtype, target, gamma=2.0, normalizer=None, mean=False, **shape):
-    """Forward and, under an upstream gradient of 1, backward."""
-    logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    common = *mix, rows, 0.05, 0.95, gamma
+def step(dtype, target, normalizer=None, mean=False, **shape):
+    """Forward and, under an incoming gradient of 1, backward."""
+    arguments = inputs(dtype, target, **shape)
 
     def call():
         saved = dtype != F16
-        _, divisor, gradients = kernels.launch_sum(
-            logits, targets, weights, normalizer, *common, mean, saved
+        _, divisor, gradients = launch(
+            "soft_target_focal_loss", *arguments, normalizer, mean, with_gradients=saved
         )
         if saved:
-            kernels.launch_scale(gradients, ONE, divisor)
+            soft_target_focal_loss_scale(gradients, ONE, divisor)
         else:
-            kernels.launch_elementwise(logits, targets, weights, [ONE], divisor, *common)
+            launch("soft_target_focal_loss_backward", [ONE], *arguments, divisor)
 
     return call
 
 
 def forward(dtype, target, **shape):
-    logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    return lambda: kernels.launch_sum(
-        logits, targets, weights, None, *mix, rows, 0.05, 0.95, 2.0, False, False
-    )
+    arguments = *inputs(dtype, target, **shape), None, False
+    return lambda: launch("soft_target_focal_loss", *arguments, with_gradients=False)
 
 
-def elementwise(dtype, target, upstream, **shape):
-    logits, targets, weights, mix, rows = inputs(dtype, target, **shape)
-    return lambda: kernels.launch_elementwise(
-        logits, targets, weights, upstream, None, *mix, rows, 0.05, 0.95, 2.0
-    )
+def elementwise(dtype, target, **shape):
+    arguments = inputs(dtype, target, **shape)
+    return lambda: launch("soft_target_focal_loss_elementwise", *arguments)
+
+
+def backward(dtype, target):
+    arguments = [torch.zeros(N)], *inputs(dtype, target), None
+    return lambda: launch("soft_target_focal_loss_backward", *arguments)
 
 
 def cases() -> Iterator[Case]:
     for dtype, target, both, one_way in [
-        (F32, F32, 12, 8), (BF16, BF16, 6, 4), (BF16, U8, 5, 3), (F16, F16, 10, 4), (F64, F64, 24, 16),
+        (F32, F32, 12, 8), (BF16, BF16, 6, 4), (BF16, U8, 5, 3), (F16, F16, 10, 4),
+        (F64, F64, 24, 16),
     ]:  # fmt: skip
         types = str(dtype if dtype == target else f"{dtype}, {target}").replace("torch.", "")
         yield Case(f"step {types}", step(dtype, target), N, both)
@@ -84,5 +85,5 @@ def cases() -> Iterator[Case]:
         8,
     )
     yield Case("weighted", step(F32, F32, weight="element"), N, 16)
-    yield Case("losses", elementwise(F32, F32, []), N, 12)
-    yield Case("gradient of losses", elementwise(F32, F32, [torch.zeros(N)]), N, 16)
+    yield Case("losses", elementwise(F32, F32), N, 12)
+    yield Case("gradient of losses", backward(F32, F32), N, 16)

@@ -1,4 +1,4 @@
-"""How many cases a property test tries: FMKERNELS_TEST_CASES=10 tries ten times as many."""
+"""The number of cases of property tests. FMKERNELS_TEST_CASES=10 tries ten times as many."""
 
 import os
 from collections.abc import Callable
@@ -16,10 +16,10 @@ def cases(n: int) -> settings:
 kernel_only = pytest.mark.parametrize(
     "path", [pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True
 )
-"""For a test that takes ``path`` and has nothing to say of the CPU's."""
+"""For a test that takes ``path`` and is about kernels only."""
 
 
 def kernel_cases(n: int) -> Callable[[Callable], Callable]:
-    """As ``cases``, for a test that takes ``path``: the kernel's only, and the same for all cases."""
+    """As ``cases``, for a test that takes ``path``: of kernels, with one path for all cases."""
     tries = settings(cases(n), suppress_health_check=[HealthCheck.function_scoped_fixture])
     return lambda test: kernel_only(tries(test))

@@ -1,8 +1,8 @@
-"""The floor table: what every kernel moves and executes for each element, beside the least that it must.
+"""The table of kernel costs: traffic and machine code of each kernel, next to the minimum traffic.
 
-`python -m tests.support.floor` writes it to docs/floor.md and docs/floor.json and prints it, with the host's share. The
-rows are the cases of tests/plans/ that state a floor: bytes come from the checked interpreter, all else from what the
-compilers and the recording driver report.
+`python -m tests.support.floor` writes docs/floor.md and docs/floor.json and prints the table with
+host times. Every case of tests/plans/ is a row. The checked interpreter counts the bytes of cases
+that state a minimum; the compilers and the recording driver report all else.
 """
 
 from __future__ import annotations
@@ -23,78 +23,65 @@ enable_interpreter()
 import triton  # noqa: E402
 
 import tests.plans  # noqa: E402
-
-from .interpreter import checked  # noqa: E402
-from .plan import CaseReport, PlanReport, run_plan  # noqa: E402
+from tests.triton_checked.interpreter import checked  # noqa: E402
+from tests.triton_checked.plan import Case, CaseReport, PlanReport, run_plan  # noqa: E402
 
 if TYPE_CHECKING:
-    from .aot import MainPath
+    from tests.triton_checked.aot import MainPath
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- table: make floor -->\n", "<!-- end of the table -->\n"
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-LARGE = 1 << 22  # elements; what larger cases move is known from their smaller siblings
-COMPILED = (
-    "instructions",
-    "steady",
-    "registers",
-    "spills",
-    "conversions",
-    "width",
-)  # what depends on the version of the compiler
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+TARGETS = (*NVIDIA, "gfx942")
+LARGE = 1 << 22  # elements; larger cases run kernels whose traffic a smaller case shows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case. Bytes and instructions are for each element, registers and instructions for each of the targets."""
+    """One case. Bytes and instructions are per element."""
 
     op: str
     case: str
-    kernel: str  # the first of those launched, of which what follows `distinct` tells
-    floor: float
-    moved: float | None  # bytes; None for a large case
-    distinct: (
-        float | None
-    )  # the same, each cell once per launch: a second read may come from a cache
-    instructions: tuple[float, ...]  # that a thread executes, all included
-    steady: float | None  # of the main loop alone, on sm_90; None without one
-    registers: tuple[int, ...]
+    kernel: str  # the first one launched; `instructions`, `loop` and `width` are about it
+    minimum: float | None  # bytes
+    moved: float | None  # bytes; None for large cases and those without a minimum
+    distinct: float | None  # the same, each cell once per launch: a cache may serve a second read
+    instructions: tuple[float, ...]  # executed by a thread, on NVIDIA
+    loop: float | None  # the part of the main loop on sm_90; None without one that streams
+    registers: tuple[int, ...]  # most of all kernels, on all targets
     spills: int  # bytes, over all kernels and targets
-    conversions: int  # of layout, through shared memory or between threads, on sm_90
-    width: int  # bits of the narrowest access that carries a sixth of the main path's traffic, on sm_90
+    conversions: int  # of layout, most of all kernels and targets
+    shared: int  # bytes of shared memory, most of all kernels and targets
+    width: int  # bits of the narrowest access with a sixth of the main path's traffic, on NVIDIA
     launches: int
-    variants: (
-        int | None
-    )  # of the kernel, compiled for a sweep of sizes; None where that does not launch it
+    variants: int | None  # of all its kernels over the sweep of sizes; None if that has none
 
 
 FIGURES = [field.name for field in fields(Row)][4:]
+# what depends on the version of the compiler
+COMPILED = ("instructions", "loop", "registers", "spills", "conversions", "shared", "width")
 
 
 def plans() -> list[str]:
-    """The operations that have a plan."""
+    """The ops that have a plan."""
     names = [module.name for module in pkgutil.iter_modules(tests.plans.__path__)]
     return [name for name in names if f"{name}_sizes" in names]
 
 
-def rows(op: str, package: str = "tests.plans") -> list[Row]:
-    """The rows of one operation."""
-    plan = run_plan(f"{package}.{op}")
+def rows(op: str, package: str = tests.plans.__name__, host_time: bool = False) -> list[Row]:
+    """The rows of one op."""
+    plan = run_plan(f"{package}.{op}", host_time=host_time)
     sweep = run_plan(f"{package}.{op}_sizes", targets=("sm_90",), compiled=False)
     cases = importlib.import_module(f"{package}.{op}").cases()
-    traffic = {case.name: _traffic(case) for case in cases if case.floor}
-    return [
-        _row(op, name, case, plan, sweep, traffic[name])
-        for name, case in plan.cases.items()
-        if case.floor
-    ]
+    traffic = {case.name: _traffic(case) for case in cases}
+    return [_row(op, name, case, plan, sweep, *traffic[name]) for name, case in plan.cases.items()]
 
 
-def _traffic(case) -> tuple[float | None, float | None]:
+def _traffic(case: Case) -> tuple[float | None, float | None]:
     """Bytes per element that a case moves: all, and each cell once per launch."""
-    if case.elements > LARGE:
+    if case.min_bytes is None or case.elements > LARGE:
         return None, None
-    with checked() as report:
+    with checked(shuffle=0) as report:
         case.call()
     tensors = report.traffic.values()
     moved = sum(t.read + t.written + t.atomic for t in tensors)
@@ -103,72 +90,89 @@ def _traffic(case) -> tuple[float | None, float | None]:
 
 
 def _row(
-    op: str, name: str, case: CaseReport, plan: PlanReport, sweep: PlanReport, traffic: tuple
+    op: str,
+    name: str,
+    case: CaseReport,
+    plan: PlanReport,
+    sweep: PlanReport,
+    moved: float | None,
+    distinct: float | None,
 ) -> Row:
     variants = [plan.variants[i] for i in case.variants]
-    kernel = case.launches[0][0]
-    per_program = case.elements / sum(
-        math.prod(grid) for launched, grid in case.launches if launched == kernel
-    )
-    moved, distinct = traffic
-    instructions, steady = [], None
-    for target in TARGETS[:-1]:
-        code = variants[0].on[target]
-        executed, in_loop = _executed(code.main, per_program / code.threads, moved or case.floor)
-        instructions.append(executed)
-        if target == "sm_90":
-            steady, width = in_loop, _width(code.main)
+    kernel = variants[0].kernel
+    first = [
+        (variant, math.prod(grid))
+        for variant, (_, grid) in zip(variants, case.launches, strict=True)
+        if variant.kernel == kernel
+    ]
+    programs = sum(count for _, count in first)
+    instructions, loop = [], None
+    for target in NVIDIA:
+        executed = 0.0
+        for variant, count in first:
+            code = variant.on[target]
+            elements = case.elements / programs / code.threads  # of a thread
+            total, in_loop = _executed(code.main, elements, moved or case.min_bytes)
+            executed += total * count / programs
+            loop = in_loop if target == "sm_90" else loop
+        instructions.append(round(executed, 1))
+    code = [code for variant in variants for code in variant.on.values()]
+    kernels = {variant.kernel for variant in variants}
     return Row(
         op=op,
         case=name,
         kernel=kernel,
-        floor=case.floor,
+        minimum=case.min_bytes,
         moved=moved,
         distinct=distinct,
         instructions=tuple(instructions),
-        steady=steady,
-        registers=tuple(variants[0].on[target].registers for target in TARGETS),
-        spills=sum(code.spill_bytes for variant in variants for code in variant.on.values()),
-        conversions=variants[0].on["sm_90"].conversions,
-        width=width,
+        loop=loop,
+        registers=tuple(max(v.on[target].registers for v in variants) for target in TARGETS),
+        spills=sum(c.spill_bytes for c in code),
+        conversions=max(c.conversions for c in code),
+        shared=max(c.shared_bytes for c in code),
+        width=min(_width(variant.on[target].main) for variant, _ in first for target in NVIDIA),
         launches=len(case.launches),
-        variants=sum(variant.kernel == kernel for variant in sweep.variants) or None,
+        variants=sum(variant.kernel in kernels for variant in sweep.variants) or None,
     )
 
 
-def _executed(path: MainPath, elements: float, moved: float) -> tuple[float, float | None]:
-    """Instructions for each of a thread's elements, and those of its loop, by what that moves of so many bytes.
+def _executed(path: MainPath, elements: float, moved: float | None) -> tuple[float, float | None]:
+    """Instructions of a thread per element: all, and those of its loop.
 
-    A loop that streams nothing, whose length depends on the data, counts once.
+    How often the loop runs follows from the bytes that an element moves. A loop that streams
+    nothing counts once, because its length depends on the data.
     """
-    inside = _streamed(path.loop) if path.loop else 0
+    inside = _streamed(path.loop) if path.loop and moved else 0
     if not inside:
-        return round(path.instructions / elements, 1), None
+        return path.instructions / elements, None
     in_loop = inside / (8 * moved)  # elements
     outside = (_streamed(path) - inside) / (8 * moved)
     executed = path.instructions + path.loop.instructions * ((elements - outside) / in_loop - 1)
-    return round(executed / elements, 1), round(path.loop.instructions / in_loop, 1)
+    return executed / elements, round(path.loop.instructions / in_loop, 1)
 
 
 def _streamed(path: MainPath) -> int:
-    """Bits that go through accesses as wide as only streams have."""
-    return sum(
-        bits * n for bits, n in (Counter(path.loads) + Counter(path.stores)).items() if bits >= 64
-    )
+    """Bits of accesses that are wide enough to be streams."""
+    return sum(bits * n for bits, n in _accesses(path).items() if bits >= 64)
 
 
 def _width(path: MainPath) -> int:
-    counts = Counter(path.loads) + Counter(path.stores)
+    counts = _accesses(path)
     total = sum(bits * n for bits, n in counts.items())
     return min(bits for bits, n in counts.items() if 6 * bits * n >= total)
 
 
-# now and then a compiler makes another code of one kernel: 147 instructions instead of 142, once in four runs
-NOISE = {"instructions": 1.05, "steady": 1.05}
+def _accesses(path: MainPath) -> Counter[int]:
+    return Counter(path.loads) + Counter(path.stores)
+
+
+# a compiler sometimes emits other code for the same kernel: 147 instead of 142 instructions
+NOISE = {"instructions": 1.05, "loop": 1.05}
 
 
 def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
-    """The figures of a row that are worse than the committed ones, beyond the compilers' own noise."""
+    """The figures of a row that are worse than the committed ones, beyond the compilers' noise."""
     found = []
     for name in FIGURES if same_compiler else [n for n in FIGURES if n not in COMPILED]:
         new, old = getattr(row, name), committed[name]
@@ -184,21 +188,13 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
 
 
 HEADER = [
-    "case",
-    "floor",
-    "bytes",
-    "distinct",
-    "instructions",
-    "in the loop",
-    "registers",
-    "spills",
-    "conversions",
-]
-HEADER += ["width", "launches", "variants"]
+    "case", "minimum", "bytes", "distinct", "instructions", "in the loop", "registers", "spills",
+    "conversions", "shared", "width", "launches", "variants",
+]  # fmt: skip
 
 
 def table(rows: list[Row], host: dict[str, float] | None = None) -> str:
-    """Markdown of one operation's rows."""
+    """The rows of one op in Markdown."""
 
     def text(value) -> str:
         if isinstance(value, tuple):
@@ -208,31 +204,26 @@ def table(rows: list[Row], host: dict[str, float] | None = None) -> str:
     header = HEADER + ["host µs"] * bool(host)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for row in rows:
-        figures = [row.floor, *(getattr(row, name) for name in FIGURES)]
-        line = [row.case, *map(text, figures)]
+        line = [row.case, *(text(getattr(row, name)) for name in ("minimum", *FIGURES))]
         lines.append([*line, f"{host[row.case]:.0f}"] if host else line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> None:
-    found = {op: rows(op) for op in plans()}
-    found = {op: of_op for op, of_op in found.items() if of_op}
+    found = {op: rows(op, host_time=True) for op in plans()}
     for op, of_op in found.items():
-        host = {
-            name: case.microseconds for name, case in run_plan(f"tests.plans.{op}").cases.items()
-        }
+        plan = run_plan(f"{tests.plans.__name__}.{op}", host_time=True)
+        host = {name: case.microseconds for name, case in plan.cases.items()}
         print(f"{op}\n\n{table(of_op, host)}")
     page = DOCS / "floor.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     tables = "\n".join(f"### {op}\n\n{table(of_op)}" for op, of_op in found.items())
     page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    record = {
-        "triton": triton.__version__,
-        "rows": [asdict(row) for of_op in found.values() for row in of_op],
-    }
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in record["rows"])
+    lines = ",\n".join(
+        json.dumps(asdict(row), ensure_ascii=False) for of_op in found.values() for row in of_op
+    )
     (DOCS / "floor.json").write_text(
-        f'{{"triton": "{record["triton"]}", "rows": [\n{lines}\n]}}\n', encoding="utf-8"
+        f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8"
     )
 
 

@@ -1,15 +1,16 @@
-"""Synthetic chest CT in LUNA16's layout, for work on a lung-nodule detector where the real scans are not at hand.
+"""Synthetic chest CT in LUNA16's layout, for work on nodule detectors without the real scans.
 
-A scan is made in two steps. ``Scene`` draws what is there from ``(seed, i)``, as a function of millimetres whatever the
-size: anatomy, vessels and airways, nodules and other findings. ``render`` puts it on the voxel grid with partial-volume
-edges, then adds quantum noise and applies the reconstruction kernel. The annotations need the first step only.
+A scan is made in two steps. ``Scene`` draws its contents from ``(seed, i)``: anatomy, vessels and
+airways, nodules and other findings, in mm and independent of the voxel grid. ``render`` samples the
+scene on the grid with partial-volume edges, adds quantum noise and applies the reconstruction
+kernel. The annotations need the first step only.
 
-Coordinates here are the patient's, in mm: x to the left, y to the back, z to the head, 0 at the lungs' lowest point;
-world coordinates add the scan's ``shift``. Voxel arrays are z, y, x. Radiodensities are Hounsfield units (HU).
+Coordinates are the patient's, in mm: x to the left, y to the back, z to the head, 0 at the lowest
+point of the lungs; world coordinates add the ``shift`` of the scan. Voxel arrays are z, y, x.
+Radiodensities are Hounsfield units (HU).
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -19,22 +20,34 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
+from fmkernels.focalmix.data.tables import (
+    FINDING_COLUMNS,
+    first_column,
+    write_findings,
+    write_series,
+)
 from fmkernels.focalmix.data.workers import process_pool
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.files import atomic_write, own_folder
+from fmkernels.focalmix.files import lock_folder
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 UID_ROOT = "1.3.6.1.4.1.14519.5.2.1.6279.6001"
-REVISION = 1  # part of every series uid: raise it with any change of the images, so that old and new scans never mix
-TABLES = ("annotations", "annotations_excluded", "seriesuids")
-FIELDS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+REVISION = 1
+"""A part of every series uid. Any change of the images raises it: old and new scans never mix."""
+ANNOTATIONS, EXCLUDED_TABLE, SERIES = (
+    "annotations.csv",
+    "annotations_excluded.csv",
+    "seriesuids.csv",
+)
 SUBSETS = 10
 
 HU_RANGE = (-2048, 3071)
@@ -54,10 +67,12 @@ TABLE, MARROW, CORTEX = -300.0, 190.0, 620.0
 
 @dataclass(frozen=True)
 class PhantomSize:
-    """Voxels per row and column, the slice spacings to draw from (mm), and how many scans a set has by default."""
+    """The geometry of a set's scans, and the default number of scans."""
 
     matrix: int
+    """Voxels per row and column."""
     slice_spacings: tuple[float, ...]
+    """Slice spacings to draw from, in mm."""
     scans: int
 
 
@@ -69,14 +84,14 @@ SIZES: dict[str, PhantomSize] = {
 
 
 class Look(NamedTuple):
-    """A kind of finding: its share, and ranges of density (HU), diameter, softness of the edge (mm) and dense core."""
+    """The appearance of a type of finding; pairs are ranges to draw from."""
 
-    share: float
+    frequency: float
     hu: tuple[float, float]
-    diameter: tuple[float, float] = (3.0, 30.0)
-    margin: tuple[float, float] = (0.0, 0.0)
+    diameter: tuple[float, float] = (3.0, 30.0)  # mm
+    margin: tuple[float, float] = (0.0, 0.0)  # width of the soft edge, mm
     opacity: float = 1.0
-    core: tuple[float, float] = (0.0, 0.0)  # as a share of the radius
+    core: tuple[float, float] = (0.0, 0.0)  # radius of the dense core / radius
     core_hu: tuple[float, float] = (0.0, 0.0)
 
 
@@ -109,7 +124,7 @@ def _smooth_max(a: NDArray, b: NDArray, width: float) -> NDArray:
 
 
 def _chain(points: Sequence | NDArray, radius: float) -> NDArray[np.float64]:
-    """Tubes of one radius along the points [n, 3]. Tubes are rows of both ends (mm) and both radii: [n - 1, 8]."""
+    """Tubes of one radius along the points [n, 3]: rows of both ends and both radii, [n - 1, 8]."""
     points = np.asarray(points, dtype=np.float64)
     return np.column_stack((points[:-1], points[1:], np.full((len(points) - 1, 2), radius)))
 
@@ -131,7 +146,7 @@ class Anatomy:
         self.height = rng.uniform(215, 275)
         self.half_width = rng.uniform(116, 143)
         self.half_depth = self.half_width * rng.uniform(0.62, 0.76)
-        self.power = rng.uniform(2.1, 2.7)  # of the superellipse that is the chest's cross-section
+        self.power = rng.uniform(2.1, 2.7)  # exponent of the superellipse of the cross-section
         self.apex_power = rng.uniform(2.8, 4.2)
         self.muscle = rng.uniform(9, 19)
         self.fat = float(np.clip(rng.lognormal(2.6, 0.5), 5, 34))
@@ -153,7 +168,7 @@ class Anatomy:
             self.domes[1] - rng.uniform(24, 34),
         )
         self.junction = rng.uniform(3, 9)
-        self.fissure = rng.uniform(0.5, 0.65), rng.uniform(0.7, 1.0)  # height as a share, slope
+        self.fissure = rng.uniform(0.5, 0.65), rng.uniform(0.7, 1.0)  # relative height, slope
         self.vertebra = rng.uniform(22, 27)
         self.ripple = (
             rng.uniform(1.5, 4.5),
@@ -169,32 +184,32 @@ class Anatomy:
         )
 
     def _section(self, z: float | NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """At height z: scale of the lungs' outline, scale of the chest wall, y of the middle."""
+        """At height z: scale of the lungs, scale of the chest wall, y of the center."""
         t = np.clip(z / self.height, 0, 1)
         lung = np.sqrt(np.maximum(1 - t**self.apex_power, 4e-3))
         return lung, 0.5 * (lung + 0.47 + np.sqrt((lung - 0.47) ** 2 + 0.02)), 12 * t**2
 
     def _reach(self, x: NDArray, y: NDArray) -> NDArray:
-        """Distance of the widest outline in the direction of the unit vector (x, y)."""
+        """Radius of the widest outline in the direction of the unit vector (x, y)."""
         sides = (
             np.abs(x / self.half_width) ** self.power + np.abs(y / self.half_depth) ** self.power
         )
         return sides ** (-1 / self.power)
 
     def spine_y(self, z: float | NDArray) -> NDArray:
-        """y of the middle of the vertebral bodies."""
+        """y of the centers of the vertebral bodies."""
         _, wall, middle = self._section(z)
         return middle + self.half_depth * (0.35 + 0.65 * wall) - 26
 
     def wall_points(self, angle: NDArray, z: NDArray, out: float | NDArray) -> NDArray:
-        """Points [n, 3] ``out`` mm outside the chest wall; angle 0 is the back, positive to the left."""
+        """Points [n, 3] ``out`` mm outside the chest wall; angle 0: back, positive: left."""
         _, wall, middle = self._section(z)
         x, y = np.sin(angle), np.cos(angle)
         radius = self._reach(x, y) * wall + out
         return np.stack(np.broadcast_arrays(x * radius, middle + y * radius, z), axis=-1)
 
     def surfaces(self, x: NDArray, y: NDArray, z: NDArray) -> Surfaces:
-        """Distances at points given by arrays that broadcast against each other."""
+        """Distances at points, given by arrays that can be broadcast against each other."""
         lung_scale, wall_scale, middle = self._section(z)
         amplitude, kx, ky, kz = self.ripple
         ripple = amplitude * np.sin(x / 31 + kx) * (np.sin(y / 27 + ky) * np.sin(z / 38 + kz))
@@ -250,7 +265,7 @@ class Anatomy:
         return Surfaces(body, wall, np.maximum(wall, -diaphragm), heart, lung)
 
     def great_vessels(self) -> NDArray[np.float64]:
-        """Tubes of the aorta and its branches, the great veins, the pulmonary trunk and the left atrium."""
+        """Tubes of aorta and branches, great veins, pulmonary trunk and left atrium."""
         h, arch = self.height, self.arch
         descent = np.linspace(arch - 6, -20, 12)
         paths = (
@@ -312,20 +327,23 @@ class Anatomy:
 def grow_tree(
     rng: np.random.Generator, root: NDArray, tips: NDArray, radius: float
 ) -> NDArray[np.float64]:
-    """Tubes of a tree from ``root`` to all tips [n, 3]: go towards the tips' centre, part them by a plane, repeat.
+    """Tubes of a tree from ``root`` to all tips [n, 3].
 
-    Radii follow Murray's law, r^3 = r1^3 + r2^3, with the number of tips served; every plane stands across the last.
+    A branch grows toward the center of its tips. A plane then splits the tips between two branches,
+    and so on; each plane is perpendicular to the last. Radii follow Murray's law,
+    r^3 = r1^3 + r2^3, with the number of tips.
     """
     tubes, branches = [], [(root, tips, np.array([0.0, 1.0, 0.2]), radius)]
     while branches:
         start, served, normal, start_radius = branches.pop()
-        way = served.mean(axis=0) - start
+        offset = served.mean(axis=0) - start
         if len(served) > 1:
-            way = way * rng.uniform(0.3, 0.5) + rng.normal(0, 0.05 * np.linalg.norm(way), 3)
-        end, end_radius = start + way, radius * (len(served) / len(tips)) ** (1 / 3)
+            spread = 0.05 * np.linalg.norm(offset)
+            offset = offset * rng.uniform(0.3, 0.5) + rng.normal(0, spread, 3)
+        end, end_radius = start + offset, radius * (len(served) / len(tips)) ** (1 / 3)
         tubes.append((*start, *end, start_radius, end_radius))
         if len(served) > 1:
-            plane = np.cross(way, normal)
+            plane = np.cross(offset, normal)
             side = ((served - end) * plane).sum(axis=1)
             far = side > (0 if side.min() <= 0 < side.max() else np.sort(side)[len(side) // 2 - 1])
             branches += [
@@ -341,20 +359,16 @@ _DIRECTIONS /= np.linalg.norm(_DIRECTIONS, axis=0)
 
 @dataclass(frozen=True)
 class Lesion:
-    """A star-shaped body, an ellipsoid with bumps, of the volume of a sphere of the given diameter (mm).
-
-    ``axes`` [3, 3]: rows along the ellipsoid's axes divided by their relative lengths; ``bumps`` [k, 4]: direction and
-    relative height; ``margin`` (mm) softens the edge; ``core`` is the share of the radius that has ``core_hu``.
-    """
+    """An ellipsoid with bumps, with the volume of a sphere of the given diameter."""
 
     center: NDArray
-    diameter: float
-    axes: NDArray
-    bumps: NDArray
+    diameter: float  # mm
+    axes: NDArray  # [3, 3]: rows along the axes of the ellipsoid / their relative lengths
+    bumps: NDArray  # [k, 4]: direction and relative height
     hu: float
-    margin: float
+    margin: float  # width of the soft edge, mm
     opacity: float
-    core: float
+    core: float  # fraction of the radius with core_hu
     core_hu: float
 
     def _shape(self, x: NDArray, y: NDArray, z: NDArray) -> NDArray:
@@ -371,9 +385,10 @@ class Lesion:
 
 
 class Scene:
-    """Scan ``index`` of a set: all of it but the noise.
+    """Scan ``index`` of a set without the noise.
 
-    ``nodules`` and ``excluded`` are rows of x, y, z and diameter; vessels, airways and strands are tubes.
+    ``nodules`` and ``excluded`` are rows of x, y, z and diameter; vessels, airways and strands are
+    tubes.
     """
 
     def __init__(self, size: str, seed: int, index: int) -> None:
@@ -456,8 +471,8 @@ class Scene:
         self.airway_walls = self.airways.copy()
         self.airway_walls[:, 6:] += 0.4 + 0.15 * self.airways[:, 6:]
 
-    def _place(self, rng: np.random.Generator, radius: float, where: str) -> NDArray | None:
-        """A free and visible place "inside" the lung, at the "pleura" or at a "vessel"; None if none was found."""
+    def _free_point(self, rng: np.random.Generator, radius: float, where: str) -> NDArray | None:
+        """A free and visible point "inside" the lung, at the "pleura" or at a "vessel", or None."""
         taken = np.concatenate((self.nodules, self.excluded))
         tubes = np.concatenate((self.vessels, self.airway_walls))
         large = tubes[tubes[:, 6] > 0.45 * radius]
@@ -485,10 +500,16 @@ class Scene:
         return None
 
     def _add(
-        self, rng: np.random.Generator, look: Look, center: NDArray, diameter: float, lengths: ArrayLike,
-        bumps: NDArray | None = None, first: NDArray | None = None,
-    ) -> None:  # fmt: skip
-        """Add a lesion with axes of these relative lengths, the first one along ``first`` or all at random."""
+        self,
+        rng: np.random.Generator,
+        look: Look,
+        center: NDArray,
+        diameter: float,
+        lengths: ArrayLike,
+        bumps: NDArray | None = None,
+        first: NDArray | None = None,
+    ) -> None:
+        """Add a lesion with random axes of these relative lengths, the first along ``first``."""
         rows = rng.normal(size=(3, 3))
         rows[0] = rows[0] if first is None else first
         axes = np.linalg.qr(rows.T)[0].T / np.asarray(lengths)[:, None]
@@ -502,12 +523,14 @@ class Scene:
 
     def _draw_nodules(self, rng: np.random.Generator) -> None:
         for _ in range(0 if rng.random() < 0.32 else min(int(rng.geometric(0.5)), 8)):
-            look = NODULES[rng.choice(list(NODULES), p=[look.share for look in NODULES.values()])]
+            look = NODULES[
+                rng.choice(list(NODULES), p=[look.frequency for look in NODULES.values()])
+            ]
             low, high = max(look.diameter[0], look.diameter[0] * 0.4 * self.pixel), look.diameter[1]
             diameter = 0.0
             while not low <= diameter <= high:
                 diameter = rng.lognormal(math.log(6.4), 0.52)
-            center = self._place(
+            center = self._free_point(
                 rng, diameter / 2, rng.choice(["inside", "vessel", "pleura"], p=[0.45, 0.27, 0.28])
             )
             if center is None:
@@ -530,15 +553,15 @@ class Scene:
 
     def _draw_excluded(self, rng: np.random.Generator) -> None:
         for _ in range(rng.poisson(5)):
-            kind = str(rng.choice(list(EXCLUDED), p=[look.share for look in EXCLUDED.values()]))
-            look, plaque = EXCLUDED[kind], kind == "plaque"
+            name = str(rng.choice(list(EXCLUDED), p=[look.frequency for look in EXCLUDED.values()]))
+            look, plaque = EXCLUDED[name], name == "plaque"
             diameter = rng.uniform(*look.diameter)
-            center = self._place(
+            center = self._free_point(
                 rng, 1.0 if plaque else diameter / 2, "pleura" if plaque else "inside"
             )
             if center is None:
                 continue
-            if kind == "scar":
+            if name == "scar":
                 path = np.cumsum(rng.normal(size=3) * 3 + rng.normal(0, 1.4, (5, 3)), axis=0)
                 self.strands = np.vstack(
                     (self.strands, _chain(center + path - path[2], rng.uniform(0.7, 1.4)))
@@ -555,27 +578,27 @@ class Scene:
                 )
             else:
                 self._add(rng, look, center, diameter, np.exp(rng.normal(0, 0.12, 3)))
-            known = diameter if kind in ("granuloma", "faint") else -1.0
+            known = diameter if name in ("granuloma", "faint") else -1.0
             self.excluded = np.vstack((self.excluded, (*center, known)))
 
-    def rows(self, findings: NDArray) -> list[tuple]:
-        """Rows of a table of findings, in world coordinates."""
-        return [(self.uid, *(row[:3] + self.shift).tolist(), float(row[3])) for row in findings]
+    def to_world(self, findings: NDArray) -> NDArray:
+        """Findings [n, 4] in world coordinates."""
+        return findings + np.append(self.shift, 0.0)
 
 
 def _cover(distance: NDArray, blur: float | NDArray) -> NDArray:
-    """Share of a voxel of extent ``blur`` that lies within the surface."""
+    """Fraction of a voxel of extent ``blur`` that lies within the surface."""
     return np.clip(0.5 - distance / blur, 0, 1)
 
 
 def _blend(view: NDArray, cover: NDArray, hu: float | NDArray, brighten: bool = False) -> None:
-    """Blend ``hu`` into the view; with ``brighten`` only where that raises it."""
+    """Blend ``hu`` into the view; with ``brighten`` only where this raises it."""
     change = hu - view
     view += cover * (np.maximum(change, 0, out=change) if brighten else change)
 
 
 def _texture(tile: NDArray, grain: float, *axes: NDArray) -> NDArray:
-    """A periodic random tile with a sample every ``grain`` mm, interpolated linearly at z, y, x."""
+    """A periodic tile with a sample every ``grain`` mm, interpolated linearly at z, y, x."""
     for axis, positions in enumerate(axes):
         at = positions.ravel() / np.float32(grain)
         index = np.floor(at).astype(np.intp)
@@ -591,7 +614,7 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Voxels to paint on, float32 HU [z, y, x], and the coordinates of their centres."""
+    """Voxels to paint on, float32 HU [z, y, x], and the coordinates of their centers."""
 
     hu: NDArray
     z: NDArray
@@ -617,7 +640,7 @@ class Canvas:
     def offsets(
         self, box: Box, point: Sequence[float] | NDArray
     ) -> tuple[NDArray, NDArray, NDArray]:
-        """Broadcastable x, y, z of a box's voxels as seen from a point."""
+        """Broadcastable x, y, z of the voxels of a box, relative to a point."""
         x, y, z = (np.float32(value) for value in point)
         return self.x[box[2]] - x, self.y[box[1]][:, None] - y, self.z[box[0]][:, None, None] - z
 
@@ -627,7 +650,7 @@ class Canvas:
         return np.sqrt(flat + (self.slice**2 - flat) * (z * z) / (squared + 1e-6))
 
     def tubes(self, tubes: NDArray, hu: float, brighten: bool = False) -> None:
-        """Paint tapered tubes [n, 8]; one thinner than a voxel gets its share of it."""
+        """Paint tapered tubes [n, 8]; a tube thinner than a voxel fills a part of it."""
         tubes = tubes[tubes[:, 6] > 0.12 * self.pixel]
         reach = tubes[:, 6:7] + 0.75 * max(self.pixel, self.slice)
         low = np.minimum(tubes[:, :3], tubes[:, 3:6]) - reach
@@ -651,7 +674,7 @@ class Canvas:
             _blend(view, cover, hu, brighten)
 
     def lesion(self, lesion: Lesion) -> None:
-        """Brighten to the lesion's densities."""
+        """Brighten the voxels of a lesion to its density."""
         reach = (
             lesion.radius(*_DIRECTIONS).max() + 0.75 * max(self.pixel, self.slice) + lesion.margin
         )
@@ -772,7 +795,7 @@ def render(scene: Scene) -> NDArray[np.int16]:
     ]
     tiles = [tile / tile.std() for tile in tiles]
     shape = (len(scene.z), len(scene.y), len(scene.x))
-    depth = max(1, 2**18 // (shape[1] * shape[2]))  # slices that fit a processor's cache
+    depth = max(1, 2**18 // (shape[1] * shape[2]))  # slices that fit into the CPU cache
     slabs = [slice(k, min(k + depth, shape[0])) for k in range(0, shape[0], depth)]
     canvas = Canvas(
         np.empty(shape, np.float32), scene.z, scene.y, scene.x, scene.pixel, scene.slice
@@ -796,7 +819,7 @@ def render(scene: Scene) -> NDArray[np.int16]:
 def _acquire(
     canvas: Canvas, scene: Scene, slabs: Iterable[slice], rng: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Mix neighbouring slices, add quantum noise, apply the reconstruction kernel to both, pad outside the circle."""
+    """Average neighboring slices, add noise, apply the reconstruction kernel, pad the corners."""
 
     def reconstruct(image: NDArray) -> NDArray:
         soft = ndimage.gaussian_filter(
@@ -826,8 +849,10 @@ def _acquire(
     return result
 
 
-def to_image(scene: Scene, voxels: NDArray[np.int16]) -> sitk.Image:
-    """The scan as an image in world coordinates; a flipped one counts x and y the other way round."""
+def to_image(scene: Scene, voxels: NDArray[np.int16]) -> "sitk.Image":
+    """The scan as an image in world coordinates; if flipped, x and y are stored in reverse."""
+    import SimpleITK as sitk
+
     step = -1 if scene.flipped else 1
     image = sitk.GetImageFromArray(voxels[:, ::step, ::step])
     corner = np.array([scene.x[::step][0], scene.y[::step][0], scene.z[0]], dtype=np.float64)
@@ -837,13 +862,15 @@ def to_image(scene: Scene, voxels: NDArray[np.int16]) -> sitk.Image:
     return image
 
 
-def _write_scan(out: Path, size: str, seed: int, index: int) -> tuple[list[tuple], list[tuple]]:
-    """Write a scan unless it is there whole (the header comes last) and return its rows of both tables."""
+def _write_scan(out: Path, size: str, seed: int, index: int) -> tuple[NDArray, NDArray]:
+    """Write a scan unless it is complete, the header last; return nodules and excluded findings."""
+    import SimpleITK as sitk
+
     scene = Scene(size, seed, index)
     folder = out / f"subset{index % SUBSETS}"
     header, raw = folder / f"{scene.uid}.mhd", folder / f"{scene.uid}.raw"
     partial = folder / f".{scene.uid}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     expected = np.dtype(np.int16).itemsize * len(scene.z) * len(scene.y) * len(scene.x)
     if not (header.is_file() and raw.is_file() and raw.stat().st_size == expected):
         partial.mkdir()
@@ -856,20 +883,20 @@ def _write_scan(out: Path, size: str, seed: int, index: int) -> tuple[list[tuple
             raise OSError(f"{raw}: could not be written ({str(error).splitlines()[-1]})") from error
         finally:
             shutil.rmtree(partial)
-    return scene.rows(scene.nodules), scene.rows(scene.excluded)
+    return scene.to_world(scene.nodules), scene.to_world(scene.excluded)
 
 
-def _check_folder(out: Path, known: set[str], what: str) -> None:
-    """Refuse a folder that holds scans or rows of another set."""
+def _check_folder(out: Path, known: set[str], name: str) -> None:
+    """Refuse a folder that contains scans or rows of another set than ``name``."""
     for path in sorted((*out.glob("subset*/*.mhd"), *out.glob("subset*/*.raw"))):
         if path.stem not in known:
-            raise InputError(f"{path}: is not one of {what}; choose an empty folder")
-    for path in filter(Path.exists, (out / f"{name}.csv" for name in TABLES)):
-        with open(path, newline="", errors="replace") as file:
-            strangers = {row[0] for row in csv.reader(file) if row} - known - {FIELDS[0]}
-        if strangers:
+            raise InputError(f"{path}: is not one of {name}; choose an empty folder")
+    for path in (out / table for table in (ANNOTATIONS, EXCLUDED_TABLE, SERIES)):
+        if not path.exists():
+            continue
+        if unknown := first_column(path) - known - {FINDING_COLUMNS[0]}:
             raise InputError(
-                f"{path}: names {min(strangers)}, not one of {what}; choose an empty folder"
+                f"{path}: names {min(unknown)}, not one of {name}; choose an empty folder"
             )
 
 
@@ -882,25 +909,27 @@ def write_phantoms(
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Write a synthetic chest-CT set in LUNA16's layout.
+    """Write a set of synthetic chest CT scans in LUNA16's layout.
 
-    ``out`` gets ``subset0`` to ``subset9`` with ``<seriesuid>.mhd`` and ``.raw`` (int16 HU), ``annotations.csv``
-    (nodules of 3 to 30 mm: world x, y, z of the centre and diameter of the sphere of equal volume),
-    ``annotations_excluded.csv`` (other findings, diameter -1 where none is given) and ``seriesuids.csv``.
+    ``out`` gets ``subset0`` to ``subset9`` with ``<seriesuid>.mhd`` and ``.raw`` (int16 HU), and
+    three tables: ``annotations.csv`` (nodules of 3 to 30 mm: world x, y, z of the center, and the
+    diameter of the sphere of equal volume), ``annotations_excluded.csv`` (other findings, diameter
+    -1 if unknown) and ``seriesuids.csv``.
 
-    Scan i depends on ``size``, ``seed`` and i only: its bytes are the same for any number of workers, and a larger set
-    begins with the smaller one. A run that was stopped continues where it was; the tables are written last.
+    Scan i depends on ``size``, ``seed`` and i only: its bytes are the same for any number of
+    workers, and a larger set begins with the smaller one. A stopped run can be continued; the
+    tables are written last.
 
     Args:
-        out: folder, made if missing.
+        out: the folder; it is created if missing.
         size: one of ``SIZES``.
-        scans: number of scans, by default that of the size.
-        seed: any integer from 0.
-        workers: processes, by default one for each CPU.
-        progress: whether to show a progress bar.
+        scans: number of scans; default: that of the size.
+        seed: any non-negative integer.
+        workers: number of processes; default: one per CPU.
+        progress: show a progress bar.
 
     Raises:
-        InputError: an unknown size, too small a number, or a folder that holds another set.
+        InputError: an unknown size, a number below its minimum, or a folder with another set.
         OSError: the folder cannot be written or the disk is full.
     """
     if size not in SIZES:
@@ -918,23 +947,14 @@ def write_phantoms(
 
     write = functools.partial(_write_scan, out, size, seed)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(own_folder(out))
-        results: Iterable[tuple[list[tuple], list[tuple]]] = map(write, range(scans))
+        stack.enter_context(lock_folder(out))
+        results: Iterable[tuple[NDArray, NDArray]] = map(write, range(scans))
         if min(workers, scans) > 1:
             pool = stack.enter_context(process_pool(min(workers, scans)))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(write, range(scans))
-        tables = list(
-            tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress)
-        )
-        nodules, excluded = (
-            [row for rows in table for row in rows] for table in zip(*tables, strict=True)
-        )
-        for name, rows in zip(
-            TABLES, ([FIELDS, *nodules], [FIELDS, *excluded], [(uid,) for uid in uids]), strict=True
-        ):
-            with (
-                atomic_write(out / f"{name}.csv") as temporary,
-                open(temporary, "w", newline="") as file,
-            ):
-                csv.writer(file, lineterminator="\n").writerows(rows)
+        bar = tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress)
+        nodules, excluded = zip(*bar, strict=True)
+        write_findings(out / ANNOTATIONS, dict(zip(uids, nodules, strict=True)))
+        write_findings(out / EXCLUDED_TABLE, dict(zip(uids, excluded, strict=True)))
+        write_series(out / SERIES, uids)

@@ -1,4 +1,4 @@
-"""Worker processes."""
+"""A pool of worker processes."""
 
 import multiprocessing
 import os
@@ -7,9 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def process_pool(count: int) -> ProcessPoolExecutor:
-    """A pool whose processes end with the one that made it, even if that is killed.
+    """A pool whose processes end with their parent, even if the parent is killed.
 
-    They are spawned: a script that uses it needs ``if __name__ == "__main__":``.
+    The processes are spawned: a script that calls this needs ``if __name__ == "__main__":``.
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)

@@ -1,7 +1,7 @@
-"""Pictures of a run: the FROC curve, the training curves and a sheet of slices with true and predicted boxes.
+"""Figures of a run: FROC curves, training curves, and slices with true and predicted boxes.
 
-Each function draws into a figure of its own, whatever the caller's matplotlib settings, and replaces the file as a
-whole. The suffix of the path gives the format (png, svg, pdf, ...; png where there is none).
+No function depends on the matplotlib settings of the caller. Each replaces its file once the new
+one is complete. The suffix of the path selects the format (png, svg, pdf, ...; png without one).
 """
 
 import csv
@@ -21,12 +21,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from fmkernels.focalmix.data.volume import Volume, index_to_box
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import BAND_RATES, OPERATING_POINTS, Froc
+from fmkernels.focalmix.evaluation.froc import (
+    BAND_RATES,
+    OPERATING_POINTS,
+    Froc,
+    hits,
+    interpolate,
+)
 from fmkernels.focalmix.files import atomic_write
 
 LUNG_WINDOW = (-1200.0, 600.0)
-"""HU shown as black and as white."""
+"""HU that are shown as black and as white."""
 
 _STYLE = {
     "figure.dpi": 160,
@@ -43,40 +50,71 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#000000",
-)  # Okabe and Ito's colours
+# the colors of Okabe and Ito
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "os^Dv*X"
 _TRUE, _PREDICTED, _MISSED = "#2ee66b", "#ffa126", "#ff4d4d"
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One slice of a sheet. Boxes are in pixels of ``image``, half-open: pixel i covers [i, i+1)."""
+    """A slice with boxes, in pixels of ``image``: pixel i covers [i, i + 1)."""
 
     image: np.ndarray
     """[H, W], HU."""
     true: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
     """[n, 4]: y1, x1, y2, x2 of the nodules."""
+    detected: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+    """bool [n]: the nodules that a detection hits."""
     predicted: np.ndarray = field(default_factory=lambda: np.empty((0, 5)))
     """[m, 5]: y1, x1, y2, x2, score of the detections."""
     title: str = ""
     """About 30 characters fit."""
 
 
-def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
-    """Draw FROC curves from 1/8 to 8 false positives per scan, the seven operating points marked.
-
-    The legend gives each curve's CPM and its 95 % interval; the band of a curve that was bootstrapped is shaded.
+def slice_panel(
+    volume: Volume,
+    z: float,
+    nodules: np.ndarray,
+    boxes: np.ndarray,
+    candidates: np.ndarray,
+    title: str,
+) -> Panel:
+    """A slice through a scan, with the boxes that it cuts.
 
     Args:
-        path: the picture to write.
+        volume: the resampled scan.
+        z: box coordinate along the first axis, a point in the slice.
+        nodules: [n, 4]: world x, y, z, diameter, in mm.
+        boxes: [m, 6]: the detections, in voxels of the scan.
+        candidates: [m, 4]: world x, y, z of the detections, probability.
+        title: title of the panel.
+    """
+    index = math.floor(z)
+
+    def cuts(boxes: np.ndarray) -> np.ndarray:
+        center = index_to_box(index)
+        return (boxes[:, 0] <= center) & (center < boxes[:, 3])
+
+    true, plane = volume.boxes(nodules), [1, 2, 4, 5]
+    detected = np.any(hits(candidates[:, :3], nodules), axis=0)
+    predicted = np.column_stack([boxes[:, plane], candidates[:, 3]])
+    return Panel(
+        np.asarray(volume.voxels[index]),
+        true[cuts(true)][:, plane],
+        detected[cuts(true)],
+        predicted[cuts(boxes)],
+        title,
+    )
+
+
+def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
+    """Draw FROC curves from 1/8 to 8 false positives per scan, with marks at the operating points.
+
+    The legend shows the CPM of each curve and its 95 % interval; bootstrap bands are shaded.
+
+    Args:
+        path: the figure to write.
         curves: name for the legend -> curve, at least one.
     """
     if not curves:
@@ -91,9 +129,7 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
                 axes.fill_between(
                     BAND_RATES, *(100 * froc.band), color=color, alpha=0.15, linewidth=0
                 )
-            sensitivity = np.interp(
-                BAND_RATES, np.append(0, froc.fps_per_scan), np.append(0, froc.sensitivities)
-            )
+            sensitivity = interpolate(BAND_RATES, froc.fps_per_scan, froc.sensitivities)
             marks: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": 10}
             axes.plot(
                 BAND_RATES,
@@ -128,11 +164,12 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
 def draw_comparison(
     path: str | Path, points: Mapping[str, Sequence[tuple[float, float, float, float]]]
 ) -> None:
-    """Draw the CPM of methods over the number of labelled scans.
+    """Draw the CPM of methods over the number of labeled scans.
 
     Args:
-        path: the picture to write.
-        points: name for the legend -> labelled scans, CPM and the ends of its 95 % interval, point by point.
+        path: the figure to write.
+        points: name for the legend -> for each point the number of labeled scans, the CPM, and the
+            ends of its 95 % interval.
     """
     with _figure(path, (6.4, 4.6 + 0.2 * len(points))) as figure:
         axes = figure.add_subplot()
@@ -148,26 +185,27 @@ def draw_comparison(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set(
-            xlabel="Labelled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans"
+            xlabel="Labeled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans"
         )
         figure.legend(
             loc="outside lower center",
             ncols=3,
-            title="bars: 95 %, over scans and seeds",
+            title="bars: 95 % interval over scans and seeds",
             title_fontsize="small",
         )
 
 
 def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
-    """Draw the losses, the learning rate and, where it was measured, the CPM on the validation scans over the steps.
+    """Draw the losses, the learning rate and, if measured, the validation CPM over the steps.
 
     Args:
-        path: the picture to write.
-        metrics_csv: columns ``step`` and ``lr``; every column whose name begins with ``loss`` is drawn; ``val_cpm`` is
-            optional. An empty field, or one that is not finite, is a gap.
+        path: the figure to write.
+        metrics_csv: a table with the columns ``step`` and ``lr``, any number of columns that begin
+            with ``loss``, and optionally ``val_cpm``. An empty or non-finite field is a gap.
 
     Raises:
-        InputError: names file, row and field: a column is missing, there is no row, a field is no number.
+        InputError: names file, row and field: a column is missing, there are no rows, a field is
+            not a number.
     """
     metrics = _read_metrics(metrics_csv)
     step = metrics["step"]
@@ -212,18 +250,15 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
         figure.align_ylabels()
 
 
-def draw_sheet(path: str | Path, panels: Sequence[Panel]) -> None:
-    """Draw slices in the lung window with true and predicted boxes, four to a row.
-
-    A true box that holds the centre of no predicted box (within the ellipse it bounds, as LUNA16's sphere cut by the
-    slice) is marked as missed.
+def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
+    """Draw slices in the lung window with true and predicted boxes, four per row.
 
     Args:
-        path: the picture to write.
+        path: the figure to write.
         panels: at least one; their sizes may differ.
     """
     if not panels:
-        raise ValueError("draw_sheet: panels: expected at least one, got none")
+        raise ValueError("draw_examples: panels: expected at least one, got none")
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     tallest = max(panel.image.shape[0] / panel.image.shape[1] for panel in panels)
@@ -235,13 +270,11 @@ def draw_sheet(path: str | Path, panels: Sequence[Panel]) -> None:
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, panel)
         handles = [
-            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="nodule, found"),
+            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="detected nodule"),
             Patch(
-                fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="nodule, missed"
+                fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="missed nodule"
             ),
-            Patch(
-                fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, with its score"
-            ),
+            Patch(fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, score"),
         ]
         window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
         figure.legend(
@@ -258,21 +291,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     lower, upper = LUNG_WINDOW
     axes.imshow(panel.image, cmap="gray", vmin=lower, vmax=upper, extent=(0, width, height, 0))
     axes.set_title(panel.title, fontsize="small")
-    for box in panel.true:
-        if _is_found(box, panel.predicted):
+    for box, detected in zip(panel.true, panel.detected, strict=True):
+        if detected:
             _draw_box(axes, box, _TRUE, linewidth=1.8)
         else:
             _draw_box(axes, box, _MISSED, linewidth=1.8, style="--", text="missed", above=False)
     for *box, score in panel.predicted:
         _draw_box(axes, box, _PREDICTED, linewidth=0.9, text=f"{score:.2f}", above=True)
-
-
-def _is_found(box: np.ndarray, predicted: np.ndarray) -> bool:
-    """Whether the centre of a predicted box lies within the ellipse that the true box bounds."""
-    y1, x1, y2, x2 = box
-    y = (predicted[:, 0] + predicted[:, 2] - y1 - y2) / (y2 - y1)
-    x = (predicted[:, 1] + predicted[:, 3] - x1 - x2) / (x2 - x1)
-    return bool((y * y + x * x < 1).any())
 
 
 def _draw_box(
@@ -285,7 +310,7 @@ def _draw_box(
     text: str = "",
     above: bool = True,
 ) -> None:
-    """Draw the outline and write the text above or below it, on the other side where the slice ends."""
+    """Draw a box with a text above or below it, on the other side if the slice ends there."""
     y1, x1, y2, x2 = box
     size = x2 - x1, y2 - y1
     axes.add_patch(
@@ -311,7 +336,7 @@ def _draw_box(
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values in a centred window, cut at the ends; NaN where it holds none."""
+    """Mean of the finite values in a centered window, cut at the ends; NaN if there are none."""
     kernel = np.ones(window)
     finite = np.isfinite(values)
     count = np.convolve(finite, kernel, "same")
@@ -320,15 +345,14 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _read_metrics(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a CSV of numbers, column by column; an empty field is NaN, which neither ``step`` nor ``lr`` may be."""
+    """Read a CSV table of numbers by columns. Empty fields are NaN; ``step``, ``lr`` have none."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
         columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
         for name in ("step", "lr", "loss"):
             if name not in columns:
-                raise InputError(
-                    f"{path}: expected a column {name}, got the columns {','.join(columns) or 'none'}"
-                )
+                got = ",".join(columns) or "none"
+                raise InputError(f"{path}: expected a column {name}, got the columns {got}")
         for row in reader:
             for name, values in columns.items():
                 try:
@@ -346,15 +370,15 @@ def _read_metrics(path: str | Path) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield an empty figure of that size (inches) and save it to ``path`` in the end."""
-    kind = Path(path).suffix[1:].lower() or "png"
-    if kind not in (kinds := FigureCanvasAgg.get_supported_filetypes()):
+    """Yield an empty figure of this size (inches), then save it to ``path``."""
+    suffix = Path(path).suffix[1:].lower() or "png"
+    if suffix not in (supported := FigureCanvasAgg.get_supported_filetypes()):
         raise InputError(
-            f"{path}: expected a picture's suffix ({', '.join(sorted(kinds))}), got .{kind}"
+            f"{path}: expected a picture format ({', '.join(sorted(supported))}), got .{suffix}"
         )
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)
         yield figure
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=kind)
+            figure.savefig(temporary, format=suffix)

@@ -7,10 +7,10 @@ from itertools import pairwise, product
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmkernels.focalmix.config import Config
-from fmkernels.focalmix.data.luna16 import AIR, Volume
+from fmkernels.focalmix.data.volume import Volume, cut_patch
 from fmkernels.focalmix.model.anchors import Anchors, decode_boxes, nms
 from fmkernels.focalmix.model.detector import apply_window
 from fmkernels.focalmix.training.checkpoint import autocast
@@ -95,7 +95,8 @@ def detect(
         cores = torch.tensor([tile.core for tile in batch], dtype=torch.float32, device=device)[
             :, :, None
         ]
-        images = torch.stack([_read(volume.voxels, tile.corner, patch_size) for tile in batch])
+        patches = [cut_patch(volume.voxels, tile.corner, patch_size) for tile in batch]
+        images = torch.from_numpy(np.stack(patches)[:, None])
         logits, deltas = model(apply_window(images.to(device), window))
         scores = torch.cat([level.flatten(1) for level in logits], 1).float()
         deltas = torch.cat([level.movedim(2, -1).reshape(len(batch), -1, 6) for level in deltas], 1)
@@ -116,7 +117,7 @@ def detect(
     inside = ((middle >= 0) & (middle < torch.tensor(volume.voxels.shape))).all(-1) & (scores > 0)
     boxes, scores, middle = boxes[inside], scores[inside], middle[inside]
     best = nms(boxes, scores, threshold=nms_threshold, keep=keep)
-    world = volume.to_world(middle[best].double().numpy() - 0.5)
+    world = volume.to_world(middle[best].double().numpy())
     candidates = np.column_stack([world, scores[best].double().numpy()])
     return Detections(boxes[best].numpy(), scores[best].numpy(), candidates)
 
@@ -144,13 +145,3 @@ def _tiles(shape: Sequence[int], patch_size: Sequence[int], overlap: int) -> Ite
     for tile in product(*axes):
         corner, low, high = zip(*tile, strict=True)
         yield _Tile(corner, (low, high))
-
-
-def _read(voxels: np.ndarray, corner: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """int16 ``[1, D, H, W]``: a patch of a scan, air beyond it."""
-    patch = np.full(tuple(patch_size), AIR, dtype=np.int16)
-    ends = [min(c + p, size) for c, p, size in zip(corner, patch_size, voxels.shape, strict=True)]
-    starts = [max(c, 0) for c in corner]
-    target = tuple(slice(s - c, e - c) for s, e, c in zip(starts, ends, corner, strict=True))
-    patch[target] = voxels[tuple(slice(s, e) for s, e in zip(starts, ends, strict=True))]
-    return torch.from_numpy(patch)[None]

@@ -24,7 +24,14 @@ from tqdm import tqdm
 
 from fmkernels.focalmix.config import CONFIG, Config, load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
-from fmkernels.focalmix.data.patches import PatchDataset, collate, patch_loader
+from fmkernels.focalmix.data.patches import (
+    LabeledPatches,
+    PatchDataset,
+    UnlabeledPatches,
+    collate,
+    patch_loader,
+)
+from fmkernels.focalmix.data.tables import write_candidates
 from fmkernels.focalmix.distributed import (
     any_process,
     choose_device,
@@ -34,7 +41,7 @@ from fmkernels.focalmix.distributed import (
 )
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
-from fmkernels.focalmix.files import atomic_write, own_folder
+from fmkernels.focalmix.files import atomic_write, lock_folder
 from fmkernels.focalmix.model.inference import Detections, search
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, State, autocast
 from fmkernels.focalmix.training.metrics import METRICS, Interrupt, Metrics, Stopwatch
@@ -87,7 +94,7 @@ def train(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     out, device = Path(out), choose_device(config.device)
-    with process_group(device), own_folder(out) if place()[0] == 0 else contextlib.nullcontext():
+    with process_group(device), lock_folder(out) if place()[0] == 0 else contextlib.nullcontext():
         _claim(out, config, resume)
         data, scans = _open_data(config, root)
         state = State(config, device)
@@ -184,8 +191,11 @@ def _fit(
                 row = _means(state, config) | {"lr": rate, "seconds": round(state.seconds, 1)}
                 if validate:
                     found = _search_all(config, state.average.module, data, scans.validation)
-                    row["val_cpm"] = data.evaluate(
-                        _candidates(found), scans.validation, bootstraps=0
+                    row["val_cpm"] = froc.evaluate(
+                        _candidates(found),
+                        *data.findings(scans.validation),
+                        scans.validation,
+                        bootstraps=0,
                     ).cpm
                 bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
                 metrics.add(state.step, row)
@@ -236,29 +246,29 @@ def _batches(
     )
 
 
-def _labeled(config: Config, data: LUNA16, scans: Scans) -> PatchDataset:
+def _labeled(config: Config, data: LUNA16, scans: Scans) -> LabeledPatches:
     """The labelled patches of all steps."""
-    return PatchDataset(
+    return LabeledPatches(
         data,
         scans.train,
         patch_size=config.patch_size,
-        positive=config.positive,
+        positive_fraction=config.positive,
         length=config.steps * config.batch_size,
         seed=config.seed,
     )
 
 
-def _unlabeled(config: Config, data: LUNA16, scans: Scans, found: torch.Tensor) -> PatchDataset:
+def _unlabeled(config: Config, data: LUNA16, scans: Scans, found: torch.Tensor) -> UnlabeledPatches:
     """The unlabelled patches of all steps, around what was found."""
     rows = found.numpy()
-    return PatchDataset(
+    return UnlabeledPatches(
         data,
         scans.unlabeled,
+        {uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)},
         patch_size=config.patch_size,
-        positive=config.unlabeled_positive,
+        positive_fraction=config.unlabeled_positive,
         length=config.steps * config.unlabeled_batch_size,
         seed=config.seed + 2**62,
-        around={uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(scans.unlabeled)},
     )
 
 
@@ -285,11 +295,11 @@ def _report(
     if not scans.test:
         return None
     found = _search_all(config, state.average.module, data, scans.test)
-    evaluation = data.evaluate(_candidates(found), scans.test)
+    evaluation = froc.evaluate(_candidates(found), *data.findings(scans.test), scans.test)
     if first:
-        froc.write_candidates(out / CANDIDATES, _candidates(found))
+        write_candidates(out / CANDIDATES, _candidates(found))
         figures.draw_froc(out / "froc.png", {"test scans": evaluation})
-        figures.draw_sheet(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
+        figures.draw_examples(out / "sheet.png", _sheet(data, scans.test, found, evaluation))
         _write_json(out / EVALUATION, evaluation.to_dict())  # the last: what has it is finished
     return evaluation
 
@@ -329,17 +339,16 @@ def _sheet(
     )
 
     def panel(uid: str, z: float, title: str) -> figures.Panel:
-        volume, detections = data.volume(uid), found[uid]
-        z = math.floor(z)
-        true, boxes = volume.boxes(data.nodules(uid)), detections.boxes
-        shown = (
-            (boxes[:, 0] <= z + 0.5)
-            & (z + 0.5 < boxes[:, 3])
-            & (detections.probabilities >= threshold)
+        detections = found[uid]
+        shown = detections.probabilities >= threshold
+        return figures.slice_panel(
+            data.volume(uid),
+            z,
+            data.nodules(uid),
+            detections.boxes[shown],
+            detections.candidates[shown],
+            title,
         )
-        predicted = np.column_stack([boxes[:, [1, 2, 4, 5]], detections.probabilities])[shown]
-        true = true[(true[:, 0] <= z + 0.5) & (z + 0.5 < true[:, 3])][:, [1, 2, 4, 5]]
-        return figures.Panel(np.asarray(volume.voxels[z]), true, predicted, title)
 
     nodules = sorted(
         (float(diameter), uid, float(box[0] + box[3]) / 2)
@@ -363,8 +372,8 @@ def _sheet(
                 found[uid].candidates[:, :3],
                 strict=True,
             )
-            if not _on_finding(point, data.nodules(uid))
-            and not _on_finding(point, data.excluded(uid))
+            if not froc.hits(point[None], data.nodules(uid)).any()
+            and not froc.hits(point[None], data.excluded(uid)).any()
         ),
         reverse=True,
     )
@@ -372,11 +381,6 @@ def _sheet(
         panel(uid, z, f"false positive, {probability:.2f}")
         for probability, uid, z in wrong[:columns]
     ]
-
-
-def _on_finding(point: np.ndarray, findings: np.ndarray) -> bool:
-    diameters = np.where(findings[:, 3] < 0, froc.UNKNOWN_DIAMETER, findings[:, 3])
-    return bool((np.linalg.norm(findings[:, :3] - point, axis=1) < diameters / 2).any())
 
 
 def _claim(out: Path, config: Config, resume: bool) -> None:
@@ -490,7 +494,9 @@ def _check_finite(
         if math.isfinite(loss) and math.isfinite(norm):
             continue
         if place()[0] == 0:
-            patches = {"labeled": (_labeled(config, data, scans), config.batch_size)}
+            patches: dict[str, tuple[PatchDataset, int]] = {
+                "labeled": (_labeled(config, data, scans), config.batch_size)
+            }
             if config.method == "focalmix" and step >= config.burn_in:
                 patches["unlabeled"] = (
                     _unlabeled(config, data, scans, state.found),

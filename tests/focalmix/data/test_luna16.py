@@ -1,4 +1,4 @@
-"""LUNA16 folders: geometry against SimpleITK, resampling, the cache, and every kind of bad input."""
+"""LUNA16 folders: layout, tables, cache, and bad folders."""
 
 import json
 import math
@@ -8,128 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fmkernels.focalmix.data import luna16
-from fmkernels.focalmix.data.luna16 import AIR, LUNA16, load_volume, read_scan, resample
+from fmkernels.focalmix.data.formats import load_volume
+from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.errors import InputError
-
-
-def image_of(voxels, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=None) -> sitk.Image:
-    image = sitk.GetImageFromArray(np.asarray(voxels, dtype=np.int16))
-    image.SetSpacing(spacing[::-1])
-    image.SetOrigin(origin)
-    if direction is not None:
-        image.SetDirection(np.asarray(direction, dtype=float).ravel().tolist())
-    return image
-
-
-def one_line(error) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-spacings = st.tuples(*[st.floats(0.4, 3.0)] * 3)
-
-
-@st.composite
-def images(draw) -> sitk.Image:
-    """Images of noise with any spacing, origin and orthonormal direction, mirrored ones included."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    direction = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    voxels = rng.integers(-1000, 1000, size=rng.integers(1, 9, size=3))
-    return image_of(voxels, draw(spacings), rng.uniform(-500, 500, 3).tolist(), direction)
-
-
-class TestGeometry:
-    @given(images(), spacings)
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    def test_points_map_as_in_simpleitk_and_back(self, image, spacing):
-        volume = resample(image, spacing)
-        grid = image_of(volume.voxels, spacing, volume.origin, image.GetDirection())
-        index = np.random.default_rng(0).uniform(-5, 20, size=(4, 3))
-        world = np.array(
-            [grid.TransformContinuousIndexToPhysicalPoint(point[::-1].tolist()) for point in index]
-        )
-        np.testing.assert_allclose(volume.to_world(index), world, atol=1e-9)
-        np.testing.assert_allclose(volume.to_index(world), index, atol=1e-9)
-
-    @given(images(), spacings)
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    def test_grid_begins_at_the_outer_corner_and_covers_the_scan(self, image, spacing):
-        volume = resample(image, spacing)
-        size = np.array(image.GetSize())
-        corners = [
-            image.TransformContinuousIndexToPhysicalPoint(c.tolist())
-            for c in (-0.5 * np.ones(3), size - 0.5)
-        ]
-        low, high = volume.to_index(np.array(corners)) + 0.5
-        np.testing.assert_allclose(low, 0, atol=1e-9)
-        beyond = volume.voxels.shape - high
-        assert (beyond > -1e-5).all()
-        assert ((beyond < 1) | (np.array(volume.voxels.shape) == 1)).all()
-
-    def test_boxes_are_cubes_of_the_diameter_in_voxels(self):
-        volume = resample(
-            image_of(np.zeros((10, 10, 10)), (2.0, 1.0, 1.0), (5.0, 6.0, 7.0)), (2.0, 1.0, 1.0)
-        )
-        boxes = volume.boxes(np.array([[8.0, 8.0, 11.0, 4.0], [8.0, 8.0, 11.0, -1.0]]))
-        assert boxes.dtype == np.float32
-        assert boxes[0].tolist() == [1.5, 0.5, 1.5, 3.5, 4.5, 5.5]
-        assert boxes[1].tolist() == [0.0, -2.5, -1.5, 5.0, 7.5, 8.5]
-        assert volume.boxes(np.empty((0, 4))).shape == (0, 6)
-
-
-class TestResample:
-    def test_same_spacing_keeps_every_voxel(self):
-        voxels = np.random.default_rng(0).integers(-1000, 2000, size=(5, 6, 7))
-        volume = resample(image_of(voxels, (2.5, 0.7, 0.8)), (2.5, 0.7, 0.8))
-        np.testing.assert_array_equal(volume.voxels, voxels)
-        assert volume.voxels.dtype == np.int16
-
-    @given(images(), st.tuples(*[st.floats(0.3, 1.0)] * 3))
-    @settings(max_examples=40, deadline=None, derandomize=True)
-    def test_finer_spacing_is_simpleitk_linear_interpolation(self, image, fractions):
-        spacing = tuple(
-            step * part for step, part in zip(image.GetSpacing()[::-1], fractions, strict=True)
-        )
-        volume = resample(image, spacing)
-        expected = sitk.Resample(
-            sitk.Cast(sitk.ZeroFluxNeumannPad(image, (1, 1, 1), (1, 1, 1)), sitk.sitkFloat64),
-            volume.voxels.shape[::-1],
-            sitk.Transform(),
-            sitk.sitkLinear,
-            volume.origin,
-            spacing[::-1],
-            image.GetDirection(),
-            math.nan,
-        )
-        np.testing.assert_allclose(volume.voxels, sitk.GetArrayViewFromImage(expected), atol=0.51)
-
-    def test_coarser_spacing_averages_what_it_cannot_show(self):
-        stripes = np.where(np.arange(48) % 2, 900, -900) + np.zeros((48, 48, 1))
-        for axes in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-            volume = resample(image_of(stripes.transpose(axes)), (4.3, 4.3, 4.3))
-            inside = volume.voxels[
-                tuple(slice(1, -1) if length > 1 else slice(None) for length in volume.voxels.shape)
-            ]
-            assert np.abs(inside).max() < 60
-
-    def test_coarser_spacing_keeps_constants_and_slopes(self):
-        ramp = np.arange(60)[:, None, None] * 30 - 900 + np.zeros((60, 4, 4))
-        volume = resample(image_of(ramp), (2.5, 2.0, 2.0))
-        centres = volume.to_world(np.array([[i, 0, 0] for i in range(24)]))[:, 2]
-        np.testing.assert_allclose(volume.voxels[2:-2, 0, 0], centres[2:-2] * 30 - 900, atol=6)
-        assert (resample(image_of(np.full((9, 9, 9), 77)), (2.3, 1.7, 4.0)).voxels == 77).all()
-
-    def test_padding_below_air_becomes_air_before_it_is_mixed(self):
-        voxels = np.full((4, 4, 4), -3000)
-        voxels[:, :, 2:] = 0
-        volume = resample(image_of(voxels), (1.0, 1.0, 0.5))
-        assert volume.voxels.min() == AIR
-        assert volume.voxels[0, 0].tolist() == [AIR, AIR, AIR, -768, -256, 0, 0, 0]
 
 
 class TestFolder:
@@ -158,7 +41,9 @@ class TestFolder:
         for uid in data.series:
             volume = data.volume(uid)
             assert volume.spacing == spacing
-            for box in volume.boxes(data.nodules(uid)):
+            nodules, excluded = data.boxes(uid)
+            np.testing.assert_array_equal(excluded, volume.boxes(data.excluded(uid)))
+            for box in nodules:
                 low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
                 region = volume.voxels[tuple(map(slice, low, high))].astype(float) + 850
                 points = np.argwhere(region > -np.inf) + low + 0.5
@@ -300,263 +185,11 @@ class TestBadFolder:
         lines[2] = f"{uid},-170.2,-150.5,-240.0,5"
         (luna_folder / "annotations.csv").write_text("\n".join(lines))
         data = LUNA16(luna_folder)
-        for call in (lambda: data.volume(uid), lambda: data.prepare(workers=0, progress=False)):
+        for call in (lambda: data.boxes(uid), lambda: data.prepare(workers=0, progress=False)):
             with pytest.raises(
                 InputError, match=r"annotations\.csv, row 3: expected a point inside of .*-240\) mm"
             ):
                 call()
-
-
-def edit(old: str, new: str):
-    def change(header):
-        text = header.read_text()
-        assert old in text
-        header.write_text(text.replace(old, new))
-
-    return change
-
-
-def rewrite(voxels, vector=False):
-    def change(header):
-        sitk.WriteImage(sitk.GetImageFromArray(voxels, isVector=vector), str(header))
-
-    return change
-
-
-def resize_raw(by: int):
-    def change(header):
-        raw = header.with_suffix(".raw")
-        os.truncate(raw, raw.stat().st_size + by)
-
-    return change
-
-
-def move_raw(where: str):
-    def change(header):
-        target = (header.parent / where).resolve()
-        target.parent.mkdir(exist_ok=True)
-        shutil.move(header.with_suffix(".raw"), target)
-        edit("ElementDataFile = scan.raw", f"ElementDataFile = {where}")(header)
-
-    return change
-
-
-BAD_SCANS = {
-    "truncated": (
-        resize_raw(-1),
-        r"scan\.raw: expected 480 bytes \(DimSize 6 5 8 of MET_SHORT\), got 479",
-    ),
-    "too long": (resize_raw(2), r"scan\.raw: expected 480 bytes .* got 482"),
-    "no raw": (
-        lambda header: header.with_suffix(".raw").unlink(),
-        r"ElementDataFile: expected scan\.raw beside",
-    ),
-    "no header": (lambda header: header.unlink(), r"scan\.mhd: expected a MetaImage header"),
-    "not a header": (
-        lambda header: header.write_bytes(bytes(range(256)) * 999),
-        "NDims: expected 3, got nothing",
-    ),
-    "2D": (rewrite(np.zeros((4, 5), np.int16)), "NDims: expected 3, got 2"),
-    "4D": (edit("NDims = 3", "NDims = 4"), "NDims: expected 3, got 4"),
-    "RGB": (
-        rewrite(np.zeros((3, 4, 5, 3), np.uint8), vector=True),
-        "ElementNumberOfChannels: expected 1, got 3",
-    ),
-    "float": (
-        rewrite(np.zeros((3, 4, 5), np.float32)),
-        r"ElementType: expected MET_SHORT .*, got MET_FLOAT",
-    ),
-    "mask": (
-        rewrite(np.zeros((3, 4, 5), np.uint8)),
-        r"ElementType: expected MET_SHORT .*, got MET_UCHAR",
-    ),
-    "enormous": (
-        edit("6 5 8", "60000 50000 40000"),
-        "DimSize: .* at most 2147483648 voxels, got 60000",
-    ),
-    "a long axis": (
-        edit("6 5 8", "2000000000 1 1"),
-        "DimSize: .* each at most 32768, .* got 2000000000 1 1",
-    ),
-    "overflowing": (edit("6 5 8", f"{2**32} {2**32} 1"), "DimSize: expected 3 positive integers"),
-    "negative": (edit("6 5 8", "6 -5 8"), "DimSize: expected 3 positive integers.* got 6 -5 8"),
-    "flat": (edit("6 5 8", "6 0 8"), "DimSize: expected 3 positive integers"),
-    "two sizes": (edit("6 5 8", "6 5"), "DimSize: expected 3 positive integers"),
-    "zero spacing": (
-        edit("ElementSpacing = 0.5", "ElementSpacing = 0"),
-        "ElementSpacing: expected 3 numbers",
-    ),
-    "negative spacing": (
-        edit("ElementSpacing = 0.5", "ElementSpacing = -0.5"),
-        "ElementSpacing: expected 3 numbers",
-    ),
-    "huge spacing": (
-        edit("ElementSpacing = 0.5", "ElementSpacing = 1e9"),
-        r"ElementSpacing: expected 3 .* got 1e9",
-    ),
-    "tiny spacing": (
-        edit("ElementSpacing = 0.5", "ElementSpacing = 1e-300"),
-        "ElementSpacing: expected 3 numbers",
-    ),
-    "a bomb": (
-        edit("ElementSpacing = 0.5 0.5", "ElementSpacing = 900 900"),
-        r"ElementSpacing: expected at most 240000 voxels at \(1\.0, 1\.0, 1\.0\) mm, got \(16, 4500, 5400\)",
-    ),
-    "no spacing": (
-        edit("ElementSpacing", "Spacing"),
-        "ElementSpacing: expected 3 finite numbers, got nothing",
-    ),
-    "NaN offset": (
-        edit("Offset = 0", "Offset = nan"),
-        "Offset: expected 3 finite numbers, got nan 0 0",
-    ),
-    "words": (edit("Offset = 0", "Offset = zero"), "Offset: expected 3 finite numbers"),
-    "shear": (
-        edit("TransformMatrix = 1 0", "TransformMatrix = 1 0.3"),
-        "TransformMatrix: expected an orthonormal",
-    ),
-    "compressed": (
-        edit("CompressedData = False", "CompressedData = True"),
-        "CompressedData: expected False, got True",
-    ),
-    "text": (
-        edit("BinaryData = True", "BinaryData = False"),
-        "BinaryData: expected True, got False",
-    ),
-    "parent folder": (
-        move_raw("../scan.raw"),
-        r"ElementDataFile: expected the name of a file in the same folder",
-    ),
-    "folder below": (
-        move_raw("below/scan.raw"),
-        r"ElementDataFile: .* same folder, got below/scan\.raw",
-    ),
-    "absolute": (
-        edit("= scan.raw", "= /etc/passwd"),
-        r"ElementDataFile: .* same folder, got /etc/passwd",
-    ),
-    "backslashes": (edit("= scan.raw", "= ..\\scan.raw"), r"ElementDataFile: .* same folder"),
-    "the folder": (edit("= scan.raw", "= .."), r"ElementDataFile: .* same folder, got \.\."),
-    "local": (edit("= scan.raw", "= LOCAL"), r"ElementDataFile: .* same folder, got LOCAL"),
-    "pattern": (edit("= scan.raw", "= s%03d.raw 1 2 1"), r"ElementDataFile: .* same folder"),
-    "an end inside": (
-        edit("= scan.raw", "= scan.raw\0/../other.raw"),
-        r"same folder, got scan\.raw\?/\.\./other",
-    ),
-    "escapes": (
-        edit("= scan.raw", "= \x1b[2J\x85scan"),
-        r"expected \?\[2J\?scan beside the header",
-    ),
-    "twice": (
-        edit("DimSize", "DimSize = 400 400 400\nDimSize"),
-        "DimSize: expected this field once, got it again",
-    ),
-    "byte order": (
-        edit("ByteOrderMSB = False", "ByteOrderMSB = no"),
-        "ByteOrderMSB: expected True or False, got no",
-    ),
-    "colon": (
-        edit("ElementDataFile", "ElementDataFile : ../other.raw\nElementDataFile"),
-        r"same folder, got \.\./other",
-    ),
-}
-
-
-class TestBadScan:
-    @pytest.fixture
-    def header(self, tmp_path):
-        path = tmp_path / "scans" / "scan.mhd"
-        path.parent.mkdir()
-        sitk.WriteImage(image_of(np.arange(240).reshape(8, 5, 6), (2.0, 0.5, 0.5)), str(path))
-        return path
-
-    def test_the_good_one(self, header):
-        assert sitk.GetArrayFromImage(read_scan(header)).ravel().tolist() == list(range(240))
-        assert load_volume(header, (1.0, 1.0, 1.0)).voxels.shape == (16, 3, 3)
-
-    def test_a_header_before_the_data(self, header):
-        raw = header.with_suffix(".raw")
-        raw.write_bytes(b"12345678" + raw.read_bytes())
-        edit("ElementType", "HeaderSize = 8\nElementType")(header)
-        assert sitk.GetArrayFromImage(read_scan(header)).ravel().tolist() == list(range(240))
-
-    @pytest.mark.parametrize("big_endian", [False, True])
-    def test_reads_what_simpleitk_reads(self, header, big_endian):
-        rng = np.random.default_rng(0)
-        direction = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-        voxels = rng.integers(-2000, 3000, size=(3, 4, 5))
-        sitk.WriteImage(
-            image_of(voxels, (2.5, 0.7, 0.8), (-170.2, 12.5, 900.1), direction), str(header)
-        )
-        if big_endian:
-            header.with_suffix(".raw").write_bytes(voxels.astype(">i2").tobytes())
-            edit("ByteOrderMSB = False", "ByteOrderMSB = True")(header)
-        ours, theirs = read_scan(header), sitk.ReadImage(str(header))
-        np.testing.assert_array_equal(sitk.GetArrayFromImage(ours), voxels)
-        np.testing.assert_array_equal(sitk.GetArrayFromImage(theirs), voxels)
-        for place in ("GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(ours, place)() == getattr(theirs, place)()
-
-    @pytest.mark.parametrize(
-        "lines",
-        [
-            "ElementDataFile\0x = ../other.raw\nElementDataFile = scan.raw\n",
-            "\xa0ElementDataFile = scan.raw\nElementDataFile = ../other.raw\n",
-            "ElementDataFile\x1c = scan.raw\nElementDataFile = ../other.raw\n",
-        ],
-    )
-    def test_no_second_reader_finds_another_file_in_the_header(self, header, lines):
-        (header.parent.parent / "other.raw").write_bytes(np.full(240, 77, np.int16).tobytes())
-        text = header.read_text().replace("ElementDataFile = scan.raw\n", lines)
-        header.write_text(text, encoding="latin-1")
-        assert sitk.GetArrayFromImage(sitk.ReadImage(str(header))).max() == 77  # what this is about
-        try:
-            assert sitk.GetArrayFromImage(read_scan(header)).ravel().tolist() == list(range(240))
-        except InputError as error:
-            assert "ElementDataFile: expected the name of a file in the same folder" in str(error)
-
-    def test_memory_is_not_taken_for_what_is_refused(self, header, monkeypatch):
-        """Hollow files as large as their header says, and a few voxels that would become many."""
-        for name in ("fromfile", "empty"):
-            monkeypatch.setattr(luna16.np, name, lambda *args, **kwargs: pytest.fail("took memory"))
-        long = 2**31 // 2**15
-        edit("6 5 8", f"{long} {2**15} 2")(header)
-        os.truncate(header.with_suffix(".raw"), 2**33)
-        with pytest.raises(InputError, match="DimSize"):
-            load_volume(header, (1.0, 1.0, 1.0))
-        edit(f"{long} {2**15} 2", f"1 1 {2**15}")(header)
-        edit("ElementSpacing = 0.5 0.5 2", "ElementSpacing = 999 999 0.001")(header)
-        os.truncate(header.with_suffix(".raw"), 2**16)
-        with pytest.raises(
-            InputError,
-            match=r"ElementSpacing: expected at most 32768000 voxels .*, got \(33, 999, 999\)",
-        ):
-            load_volume(header, (1.0, 1.0, 1.0))
-
-    def test_a_raw_file_that_shrinks_while_it_is_read(self, header, monkeypatch):
-        checked = luna16.check_header
-
-        def check_and_lose(path):
-            found = checked(path)
-            os.truncate(found.raw, 100)
-            return found
-
-        monkeypatch.setattr(luna16, "check_header", check_and_lose)
-        with pytest.raises(InputError, match=r"scan\.raw: expected a file that stays as it is"):
-            read_scan(header)
-
-    def test_a_header_that_is_a_pipe_is_not_waited_for(self, tmp_path):
-        os.mkfifo(tmp_path / "scan.mhd")
-        with pytest.raises(InputError, match=r"scan\.mhd: expected a MetaImage header"):
-            read_scan(tmp_path / "scan.mhd")
-
-    @pytest.mark.parametrize("name", BAD_SCANS)
-    def test_is_refused_in_one_line(self, header, name):
-        change, message = BAD_SCANS[name]
-        change(header)
-        with pytest.raises(InputError, match=message) as error:
-            load_volume(header, (1.0, 1.0, 1.0))
-        assert str(header.parent) in one_line(error)
 
     def test_is_refused_without_leaving_a_cache(self, luna_folder, luna_scans):
         os.truncate(luna_folder / "subset0" / f"{luna_scans[1].uid}.raw", 100)
@@ -594,7 +227,7 @@ class TestCache:
         if suffix == ".raw":
             source.write_bytes(source.read_bytes()[::-1])
         else:
-            edit("Offset = -170.", "Offset = -171.")(source)
+            source.write_text(source.read_text().replace("Offset = -170.", "Offset = -171."))
         os.utime(source, ns=(0, 12345))
         new = data.volume(uid)
         if suffix == ".raw":
@@ -637,7 +270,7 @@ class TestCache:
             InputError, match=r"file/\.cache-1x1x1: cannot write .* see --cache"
         ) as error:
             data.volume(data.series[0])
-        one_line(error)
+        assert "\n" not in str(error.value)
 
     def test_a_full_disk_leaves_nothing_half_written(self, luna_folder, monkeypatch):
         def full(file, array):

@@ -1,4 +1,4 @@
-"""Patches: each a function of (seed, item), whose boxes say where the nodules are, whoever loads them."""
+"""Patches: each a function of (seed, item), with boxes at the nodules, whoever loads them."""
 
 import pickle
 
@@ -9,8 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmkernels.focalmix.data import patches
-from fmkernels.focalmix.data.luna16 import AIR, LUNA16
-from fmkernels.focalmix.data.patches import PatchDataset, collate, patch_loader
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.patches import (
+    LabeledPatches,
+    UnlabeledPatches,
+    collate,
+    patch_loader,
+)
+from fmkernels.focalmix.data.volume import cut_patch
 
 
 @pytest.fixture
@@ -18,14 +24,18 @@ def data(luna_folder) -> LUNA16:
     return LUNA16(luna_folder, spacing=(1.5, 1.0, 1.0))
 
 
-def dataset_of(data, series=None, **options) -> PatchDataset:
-    return PatchDataset(
-        data, data.series if series is None else series, **{"length": 24, "seed": 7} | options
-    )
+def dataset_of(data, series=None, **options) -> LabeledPatches:
+    series = data.series if series is None else series
+    return LabeledPatches(data, series, **{"length": 24, "seed": 7} | options)
+
+
+def unlabeled_of(data, pseudo_boxes, **options) -> UnlabeledPatches:
+    options = {"length": 24, "seed": 7, "patch_size": (8, 8, 8)} | options
+    return UnlabeledPatches(data, data.series, pseudo_boxes, **options)
 
 
 def assert_same(a, b) -> None:
-    """Items or batches are alike in every part."""
+    """Items or batches are alike in every entry."""
     assert a.keys() == b.keys()
     for name in a:
         if isinstance(a[name], torch.Tensor):
@@ -53,13 +63,9 @@ class TestItem:
         for item in map(dataset_of(data, patch_size=size).__getitem__, range(24)):
             assert item["image"].dtype == torch.int16 and item["image"].shape == (1, *size)
             voxels, corner = data.volume(item["series"]).voxels, item["corner"].numpy()
-            padded = np.pad(voxels, 90, constant_values=AIR)
-            expected = padded[
-                tuple(slice(90 + c, 90 + c + n) for c, n in zip(corner, size, strict=True))
-            ]
-            np.testing.assert_array_equal(unflipped(item), expected)
-            room = np.array(voxels.shape) - size
-            assert ((np.minimum(room, 0) <= corner) & (corner <= np.maximum(room, 0))).all()
+            np.testing.assert_array_equal(unflipped(item), cut_patch(voxels, corner, size))
+            inside = np.array(voxels.shape) - size
+            assert ((np.minimum(inside, 0) <= corner) & (corner <= np.maximum(inside, 0))).all()
             seen.add((item["series"], *corner.tolist()))
             flips.add(int(item["flips"]))
         assert len(flips) > 4
@@ -79,16 +85,13 @@ class TestItem:
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
-    def test_positive_patches_hold_a_bright_ball_in_each_box(self, data, seed, size):
-        dataset = dataset_of(data, patch_size=size, positive=1.0, seed=seed)
+    def test_positive_patches_have_a_bright_ball_in_each_box(self, data, seed, size):
+        dataset = dataset_of(data, patch_size=size, positive_fraction=1.0, seed=seed)
         for item in map(dataset.__getitem__, range(4)):
             image, boxes = item["image"][0].numpy(), item["boxes"].numpy()
             assert boxes.dtype == np.float32 and len(boxes) >= 1
-            assert (
-                (boxes[:, :3] >= 0).all()
-                and (boxes[:, 3:] <= size).all()
-                and (boxes[:, :3] < boxes[:, 3:]).all()
-            )
+            assert (boxes[:, :3] >= 0).all() and (boxes[:, 3:] <= size).all()
+            assert (boxes[:, :3] < boxes[:, 3:]).all()
             for box in boxes:
                 low, high = np.floor(box[:3]).astype(int), np.ceil(box[3:]).astype(int)
                 region = image[tuple(map(slice, low, high))].astype(float) + 850
@@ -101,11 +104,11 @@ class TestItem:
                     assert np.abs(centroid - (box[:3] + box[3:]) / 2).max() < 0.5
                 assert region.max() > 800
 
-    def test_nodules_that_are_cut_and_excluded_findings_are_to_be_ignored(self, make_luna):
+    def test_cut_nodules_and_excluded_findings_are_ignored(self, make_luna):
         scan = {"shape": (20, 20, 20), "spacing": (1, 1, 1)}
         root = make_luna(scan | {"nodules": [(9.5, 9.5, 9.5, 4)], "excluded": [(9.5, 9.5, 2.5, 2)]})
         dataset = dataset_of(
-            LUNA16(root), patch_size=(20, 20, 8), positive=0.0, flips=False, length=200
+            LUNA16(root), patch_size=(20, 20, 8), positive_fraction=0.0, flips=False, length=200
         )
         seen = set()
         for item in map(dataset.__getitem__, range(200)):
@@ -127,36 +130,31 @@ class TestItem:
             {"shape": (40, 40, 40), "spacing": (1, 1, 1), "nodules": [(20.4, 19, 20.2, 24)]}
         )
         for size in (1, 8, 20):
-            for item in map(
-                dataset_of(LUNA16(root), patch_size=(size,) * 3, positive=1.0).__getitem__, range(5)
-            ):
-                assert item["boxes"].tolist() == [[0, 0, 0, size, size, size]]
+            dataset = dataset_of(LUNA16(root), patch_size=(size,) * 3, positive_fraction=1.0)
+            for i in range(5):
+                assert dataset[i]["boxes"].tolist() == [[0, 0, 0, size, size, size]]
 
-    def test_places_the_nodule_all_over_the_patch(self, make_luna):
+    def test_the_nodule_may_be_anywhere_in_the_patch(self, make_luna):
         root = make_luna(
             {"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]}
         )
         dataset = dataset_of(
-            LUNA16(root), patch_size=(16, 16, 16), positive=1.0, flips=False, length=200
+            LUNA16(root), patch_size=(16, 16, 16), positive_fraction=1.0, flips=False, length=200
         )
         lows = torch.cat([dataset[i]["boxes"] for i in range(200)])[:, :3]
         assert (lows.amin(0) < 1.6).all() and (lows.amax(0) > 10.4).all()
         assert ((lows.mean(0) - 6).abs() < 0.9).all()
 
-    def test_is_placed_around_given_boxes_as_often_as_they_weigh(self, make_luna):
-        root = make_luna(
-            *[{"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(5, 5, 5, 4)]}] * 2
-        )
-        data = LUNA16(root)
+    def test_pseudo_boxes_place_patches_as_often_as_they_weigh(self, make_luna):
+        scan = {"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(5, 5, 5, 4)]}
+        data = LUNA16(make_luna(scan, scan))
         boxes = [
             [8, 8, 8, 12, 12, 12, 0.3],
             [48, 48, 48, 52, 52, 52, 0.0],
             [28, 28, 28, 32, 32, 32, 0.1],
         ]
-        around = {data.series[1]: np.array(boxes)}
-        dataset = dataset_of(
-            data, patch_size=(8, 8, 8), positive=1.0, flips=False, length=400, around=around
-        )
+        pseudo_boxes = {data.series[1]: np.array(boxes)}
+        dataset = unlabeled_of(data, pseudo_boxes, positive_fraction=1.0, flips=False, length=400)
         items = [dataset[i] for i in range(400)]
         assert {item["series"] for item in items} == {data.series[1]}
         corners = np.array([item["corner"].tolist() for item in items])
@@ -164,10 +162,44 @@ class TestItem:
         third = ((corners <= 28) & (corners >= 24)).all(1)
         assert (first | third).all() and 260 < first.sum() < 340
         for none in ({}, {data.series[0]: np.zeros((2, 7))}):
-            nowhere = dataset_of(data, patch_size=(8, 8, 8), positive=1.0, around=none)
-            assert {nowhere[i]["series"] for i in range(24)} == set(
-                data.series
-            )  # background patches
+            background = unlabeled_of(data, none, positive_fraction=1.0)
+            assert {background[i]["series"] for i in range(24)} == set(data.series)
+
+    def test_unlabeled_patches_hold_no_labels_and_never_read_any(self, data, monkeypatch):
+        pseudo_boxes = {data.series[0]: np.array([[4.0, 8, 8, 9, 13, 13, 1]])}
+        expected = [unlabeled_of(data, pseudo_boxes)[i] for i in range(24)]
+        labels = ("nodules", "excluded", "findings", "boxes")
+        for name in labels:
+            monkeypatch.setattr(LUNA16, name, lambda *args: pytest.fail("read labels"))
+        for name in ("_nodules", "_excluded"):
+            delattr(data, name)
+        for i, item in enumerate(expected):
+            assert set(item) == {"image", "series", "corner", "flips"}
+            assert_same(unlabeled_of(data, pseudo_boxes)[i], item)
+        assert any(item["series"] != data.series[0] for item in expected)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_process_wide_defaults_change_nothing(self, data, dtype, workers):
+        pseudo_boxes = {data.series[0]: np.array([[4.0, 8, 8, 9, 13, 13, 1]])}
+        datasets = (dataset_of(data, patch_size=(16, 16, 16)), unlabeled_of(data, pseudo_boxes))
+
+        def batches(workers):
+            loaders = [patch_loader(dataset, batch_size=6, workers=workers) for dataset in datasets]
+            return [batch for loader in loaders for batch in loader]
+
+        expected = batches(0)
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device("meta")
+            loaded = batches(workers)
+        finally:
+            torch.set_default_dtype(before)
+            torch.set_default_device(None)
+        for a, b in zip(loaded, expected, strict=True):
+            assert_same(a, b)
+            assert a["image"].device.type == a["flips"].device.type == "cpu"
 
     def test_depends_on_seed_and_number_only(self, data):
         dataset, again = dataset_of(data, length=9), dataset_of(data, length=24)
@@ -190,27 +222,24 @@ class TestItem:
 
 
 class TestSampling:
-    def test_share_of_positive_patches(self, make_luna):
+    def test_fraction_of_positive_patches(self, make_luna):
         root = make_luna(
             {"shape": (60, 60, 60), "spacing": (1, 1, 1), "nodules": [(30, 30, 30, 4)]}
         )
-        dataset = dataset_of(LUNA16(root), patch_size=(8, 8, 8), positive=0.7, length=300)
+        dataset = dataset_of(LUNA16(root), patch_size=(8, 8, 8), positive_fraction=0.7, length=300)
         assert 0.6 < np.mean([len(dataset[i]["boxes"]) for i in range(300)]) < 0.8
 
-    @pytest.mark.parametrize("balance, share", [("nodule", 0.75), ("scan", 0.5)])
-    def test_draws_nodules_or_scans_evenly(self, make_luna, balance, share):
-        places = [(5, 20, 20, 3), (15, 20, 20, 3), (25, 20, 20, 3)]
+    def test_draws_every_nodule_equally_often(self, make_luna):
+        nodules = [(5, 20, 20, 3), (15, 20, 20, 3), (25, 20, 20, 3)]
         root = make_luna(
-            {"nodules": places, "shape": (40, 40, 40)},
+            {"nodules": nodules, "shape": (40, 40, 40)},
             {},
-            {"nodules": places[:1], "shape": (40, 40, 40)},
+            {"nodules": nodules[:1], "shape": (40, 40, 40)},
         )
-        dataset = dataset_of(
-            LUNA16(root), positive=1.0, balance=balance, patch_size=(4, 4, 4), length=400
-        )
+        dataset = dataset_of(LUNA16(root), positive_fraction=1.0, patch_size=(4, 4, 4), length=400)
         drawn = [dataset[i]["series"] for i in range(400)]
         assert drawn.count("1.2.1") == 0
-        assert drawn.count("1.2.0") / 400 == pytest.approx(share, abs=0.08)
+        assert drawn.count("1.2.0") / 400 == pytest.approx(0.75, abs=0.08)
 
     def test_background_comes_from_all_series_and_prefers_the_body(self, make_luna):
         roomy = {"shape": (30, 64, 64), "spacing": (1, 1, 1)}
@@ -219,14 +248,14 @@ class TestSampling:
             voxels = np.full((30, 64, 64), -1000, np.int16)
             voxels[:, :20, :20] = 0
             data.path(uid).with_suffix(".raw").write_bytes(voxels.tobytes())
-        dataset = dataset_of(data, positive=0.0, patch_size=(16, 16, 16), length=200)
+        dataset = dataset_of(data, positive_fraction=0.0, patch_size=(16, 16, 16), length=200)
         items = [dataset[i] for i in range(200)]
         assert {item["series"] for item in items} == set(data.series)
         body = np.mean([float((item["image"] > -950).float().mean()) > 0.1 for item in items])
-        assert 0.25 < body < 0.9  # 0.12 of all places
+        assert 0.25 < body < 0.9  # 0.12 of all positions
 
-    def test_all_background_where_there_is_no_nodule(self, data, luna_scans):
-        dataset = dataset_of(data, [luna_scans[3].uid], positive=1.0)
+    def test_all_background_without_nodules(self, data, luna_scans):
+        dataset = dataset_of(data, [luna_scans[3].uid], positive_fraction=1.0)
         assert all(len(dataset[i]["boxes"]) == 0 for i in range(24))
 
 
@@ -237,9 +266,8 @@ class TestArguments:
             ({"patch_size": (8, 8)}, "patch_size: expected 3 positive integers"),
             ({"patch_size": (8, 8, 0)}, "patch_size: expected 3 positive integers"),
             ({"patch_size": (8, 8, 2.5)}, "patch_size: expected 3 positive integers"),
-            ({"positive": 1.5}, "positive: expected a probability"),
-            ({"positive": float("nan")}, "positive: expected a probability"),
-            ({"balance": "box"}, "balance: expected 'nodule' or 'scan', got 'box'"),
+            ({"positive_fraction": 1.5}, "positive_fraction: expected a probability"),
+            ({"positive_fraction": float("nan")}, "positive_fraction: expected a probability"),
             ({"length": 0}, "length: expected a positive number"),
             ({"seed": -1}, "seed: expected a non-negative integer"),
             ({"series": []}, "series: expected one or more"),
@@ -247,7 +275,7 @@ class TestArguments:
         ],
     )
     def test_of_the_dataset(self, data, options, message):
-        with pytest.raises(ValueError, match=f"PatchDataset: {message}"):
+        with pytest.raises(ValueError, match=f"LabeledPatches: {message}"):
             dataset_of(data, **options)
 
     @pytest.mark.parametrize(
@@ -268,7 +296,7 @@ class TestArguments:
 
 class TestLoader:
     def test_batches_items_in_order(self, data):
-        dataset = dataset_of(data, positive=0.6)
+        dataset = dataset_of(data, positive_fraction=0.6)
         batches = list(patch_loader(dataset, batch_size=5))
         assert len(batches) == 4
         for step, batch in enumerate(batches):

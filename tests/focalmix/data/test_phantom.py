@@ -1,4 +1,4 @@
-"""Synthetic chest CT: LUNA16's layout to the letter, the same bytes every time, findings where the tables say."""
+"""Synthetic chest CT: LUNA16's layout, the same bytes every time, findings as in the tables."""
 
 import csv
 import shutil
@@ -79,7 +79,7 @@ def test_another_seed_gives_another_set(tmp_path, folder):
 
 
 def test_findings_lie_where_the_tables_say(folder):
-    """The voxel in the middle of every nodule is denser than the scan's lungs, in flipped scans too."""
+    """The center of every nodule is denser than the lungs, in flipped scans too."""
     checked = set()
     for name in ("annotations", "annotations_excluded"):
         for uid, *values in table(folder / f"{name}.csv")[1:]:
@@ -98,7 +98,7 @@ def test_findings_lie_where_the_tables_say(folder):
 
 
 def test_the_volume_is_that_of_the_annotated_sphere(scenes):
-    """The share of a cube's points that the lesion holds gives its volume."""
+    """The volume is measured as the fraction of a cube's points in the lesion."""
     lesions = [lesion for scene in scenes[:6] for lesion in scene.lesions]
     axis = np.linspace(-1, 1, 60)
     x, y, z = (a * np.ones((60, 60, 60)) for a in (axis, axis[:, None], axis[:, None, None]))
@@ -117,16 +117,16 @@ def test_looks_like_a_chest(folder):
         voxels = sitk.GetArrayViewFromImage(image)
         assert voxels.dtype == np.int16 and image.GetDimension() == 3
         middle = voxels[len(voxels) // 2]
-        share = {
+        fraction = {
             "lung": np.mean((middle > -970) & (middle < -650)),
             "tissue": np.mean((middle > -150) & (middle < 150)),
             "bone": np.mean(middle > 250),
         }
         assert (
-            0.08 < share["lung"] < 0.5
-            and 0.15 < share["tissue"] < 0.75
-            and 0.001 < share["bone"] < 0.1
-        ), share
+            0.08 < fraction["lung"] < 0.5
+            and 0.15 < fraction["tissue"] < 0.75
+            and 0.001 < fraction["bone"] < 0.1
+        ), fraction
 
 
 def test_scans_differ_in_geometry(folder):

@@ -1,3 +1,5 @@
+"""Figures: what they show, their formats, and bad input."""
+
 import errno
 import warnings
 
@@ -7,9 +9,16 @@ import pytest
 from matplotlib import colors, image
 from matplotlib.figure import Figure
 
+from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation import figures as report
-from fmkernels.focalmix.evaluation.figures import Panel, draw_froc, draw_sheet, draw_training
+from fmkernels.focalmix.evaluation import figures
+from fmkernels.focalmix.evaluation.figures import (
+    Panel,
+    draw_examples,
+    draw_froc,
+    draw_training,
+    slice_panel,
+)
 from fmkernels.focalmix.evaluation.froc import OPERATING_POINTS, evaluate
 
 
@@ -23,15 +32,15 @@ def warnings_are_errors():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures saved, in order."""
-    figures = []
+    saved = []
     save = Figure.savefig
 
     def spy(figure, *args, **kwargs):
-        figures.append(figure)
+        saved.append(figure)
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", spy)
-    return figures
+    return saved
 
 
 def froc(*, bootstraps=50, scans=4):
@@ -58,10 +67,11 @@ def training_rows(n, *, every=0):
     ]
 
 
-def slice_panel(true=(), predicted=(), *, shape=(60, 80), hu=-300, title="a slice"):
+def panel_of(true=(), predicted=(), *, detected=False, shape=(60, 80), hu=-300, title="a slice"):
     return Panel(
         np.full(shape, hu, np.int16),
         np.reshape(true, (-1, 4)),
+        np.full(len(true), detected),
         np.reshape(predicted, (-1, 5)),
         title,
     )
@@ -72,10 +82,10 @@ def draw_each(folder, suffix=".png"):
     draw_training(
         folder / f"training{suffix}", metrics(folder / "metrics.csv", *training_rows(30, every=10))
     )
-    draw_sheet(
-        folder / f"sheet{suffix}", [slice_panel([[10, 10, 20, 20]], [[10, 10, 20, 20, 0.5]])]
+    draw_examples(
+        folder / f"examples{suffix}", [panel_of([[10, 10, 20, 20]], [[10, 10, 20, 20, 0.5]])]
     )
-    return [folder / f"{name}{suffix}" for name in ("froc", "training", "sheet")]
+    return [folder / f"{name}{suffix}" for name in ("froc", "training", "examples")]
 
 
 @pytest.mark.parametrize(
@@ -89,13 +99,13 @@ def test_the_suffix_gives_the_format(tmp_path, suffix, magic):
 
 
 def test_the_suffix_may_be_in_capitals(tmp_path):
-    draw_sheet(tmp_path / "sheet.PNG", [slice_panel()])
-    assert (tmp_path / "sheet.PNG").read_bytes().startswith(b"\x89PNG")
+    draw_examples(tmp_path / "examples.PNG", [panel_of()])
+    assert (tmp_path / "examples.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_unknown_suffix_is_named(tmp_path):
     with pytest.raises(
-        InputError, match=r"curve\.csv: expected a picture's suffix \(.*png.*\), got \.csv"
+        InputError, match=r"curve\.csv: expected a picture format \(.*png.*\), got \.csv"
     ):
         draw_froc(tmp_path / "curve.csv", {"a": froc()})
     assert list(tmp_path.iterdir()) == []
@@ -119,16 +129,16 @@ def test_a_failed_drawing_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full_disk)
-    path = tmp_path / "sheet.png"
+    path = tmp_path / "examples.png"
     path.write_text("old")
     with pytest.raises(OSError, match="No space"):
-        draw_sheet(path, [slice_panel()])
+        draw_examples(path, [panel_of()])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("draw", "name"), [(draw_froc, "draw_froc: curves"), (draw_sheet, "draw_sheet: panels")]
+    ("draw", "name"), [(draw_froc, "draw_froc: curves"), (draw_examples, "draw_examples: panels")]
 )
 def test_nothing_to_draw_is_an_error(tmp_path, draw, name):
     with pytest.raises(ValueError, match=f"{name}: expected at least one, got none"):
@@ -240,54 +250,51 @@ def test_bad_metrics_are_named(tmp_path, header, rows, message):
     assert not (tmp_path / "t.png").exists()
 
 
-BOX = [10, 30, 30, 50]
-
-
-@pytest.mark.parametrize(
-    ("predicted", "found"),
-    [
-        ([], False),
-        ([[10, 30, 30, 50, 0.9]], True),
-        ([[15, 35, 45, 65, 0.9], [21, 41, 23, 43, 0.1]], True),
-        ([[15, 35, 39, 59, 0.9]], True),
-        ([[16, 36, 40, 60, 0.9]], False),
-        ([[30, 30, 50, 50, 0.9]], False),
-    ],
-    ids=[
-        "none",
-        "same box",
-        "second one",
-        "centre inside the ellipse",
-        "centre in the corner",
-        "next to it",
-    ],
-)
-def test_a_sheet_tells_found_from_missed(tmp_path, drawn, predicted, found):
-    draw_sheet(tmp_path / "sheet.png", [slice_panel([BOX], predicted)])
+@pytest.mark.parametrize("detected", [False, True])
+@pytest.mark.parametrize("predicted", [[], [[15, 35, 45, 65, 0.9], [21, 41, 23, 43, 0.1]]])
+def test_examples_tell_detected_from_missed(tmp_path, drawn, predicted, detected):
+    panel = panel_of([[10, 30, 30, 50]], predicted, detected=detected)
+    draw_examples(tmp_path / "examples.png", [panel])
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
-    assert ("missed" in texts) != found
+    assert ("missed" in texts) != detected
     assert [text for text in texts if text not in ("missed", "")] == [
         f"{row[4]:.2f}" for row in predicted
     ]
     true, *others = drawn[0].axes[0].patches
     assert true.get_bbox().bounds == (30, 10, 20, 20)
-    assert colors.same_color(true.get_edgecolor(), report._TRUE if found else report._MISSED)
-    assert true.get_linestyle() == ("-" if found else "--")
-    assert [box.get_edgecolor() for box in others] == [colors.to_rgba(report._PREDICTED)] * len(
+    color = figures._TRUE if detected else figures._MISSED
+    assert colors.same_color(true.get_edgecolor(), color)
+    assert true.get_linestyle() == ("-" if detected else "--")
+    assert [box.get_edgecolor() for box in others] == [colors.to_rgba(figures._PREDICTED)] * len(
         predicted
     )
 
 
-def test_boxes_lie_on_the_pixels_they_hold(tmp_path):
+def test_a_slice_has_the_boxes_that_it_cuts_and_luna16s_hits():
+    """A hit lies in the sphere: neither a box over the nodule nor a center in its circle is one."""
+    voxels = np.arange(20, dtype=np.int16)[:, None, None] + np.zeros((20, 30, 40), np.int16)
+    volume = Volume(voxels, (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), tuple(map(tuple, np.eye(3))))
+    nodules = np.array([[10.0, 10, 20, 8], [30, 20, 21, -1], [30, 5, 38, 6]])
+    boxes = np.array([[8.0, 7, 7, 13, 14, 14], [5, 15, 25, 15, 26, 36], [18, 3, 27, 20, 8, 33]])
+    points = volume.to_world((boxes[:, :3] + boxes[:, 3:]) / 2)
+    points[1, 2] -= 6  # above the sphere of nodule 1, inside its circle in the slice
+    panel = slice_panel(volume, 10.9, nodules, boxes, np.c_[points, [0.9, 0.8, 0.7]], "a slice")
+    assert (panel.image == 10).all() and panel.title == "a slice"
+    assert panel.true.tolist() == [[6.5, 6.5, 14.5, 14.5], [15.5, 25.5, 25.5, 35.5]]
+    assert panel.detected.tolist() == [True, False]
+    assert panel.predicted.tolist() == [[7, 7, 14, 14, 0.9], [15, 25, 26, 36, 0.8]]
+
+
+def test_boxes_lie_on_their_pixels(tmp_path):
     pixels = np.full((60, 80), -1200, np.int16)
     pixels[10:30, 30:50] = 600
-    path = tmp_path / "sheet.png"
-    draw_sheet(path, [Panel(pixels, predicted=np.array([[10, 30, 30, 50, 0.5]]))])
+    path = tmp_path / "examples.png"
+    draw_examples(path, [Panel(pixels, predicted=np.array([[10, 30, 30, 50, 0.5]]))])
     picture = image.imread(path)[..., :3]
     panel = np.argwhere((picture == 0).all(axis=-1))
     (top, left), (bottom, right) = panel.min(axis=0), panel.max(axis=0) + 1
     scale = (right - left) / 80
-    orange = np.abs(picture - colors.to_rgb(report._PREDICTED)).max(axis=-1) < 0.02
+    orange = np.abs(picture - colors.to_rgb(figures._PREDICTED)).max(axis=-1) < 0.02
     inside = orange[top:bottom, left:right]
     columns = np.flatnonzero(inside[round(20 * scale)])
     assert columns.min() == pytest.approx(30 * scale, abs=2)
@@ -297,21 +304,21 @@ def test_boxes_lie_on_the_pixels_they_hold(tmp_path):
     assert rows.max() == pytest.approx(30 * scale, abs=2)
 
 
-@pytest.mark.parametrize(("hu", "grey"), [(-2000, 0), (-1200, 0), (-300, 0.5), (600, 1), (3000, 1)])
-def test_slices_are_shown_in_the_lung_window(tmp_path, hu, grey):
-    path = tmp_path / "sheet.png"
-    draw_sheet(path, [slice_panel(hu=hu)])
+@pytest.mark.parametrize(("hu", "gray"), [(-2000, 0), (-1200, 0), (-300, 0.5), (600, 1), (3000, 1)])
+def test_slices_are_shown_in_the_lung_window(tmp_path, hu, gray):
+    path = tmp_path / "examples.png"
+    draw_examples(path, [panel_of(hu=hu)])
     picture = image.imread(path)
     np.testing.assert_allclose(
-        picture[picture.shape[0] // 2, picture.shape[1] // 2, :3], grey, atol=0.01
+        picture[picture.shape[0] // 2, picture.shape[1] // 2, :3], gray, atol=0.01
     )
 
 
 @pytest.mark.parametrize("panels", [1, 2, 4, 5, 9])
-def test_a_sheet_holds_every_panel_in_order(tmp_path, drawn, panels):
-    draw_sheet(
-        tmp_path / "sheet.png",
-        [slice_panel(shape=(20 + i, 30), title=f"slice {i}") for i in range(panels)],
+def test_examples_show_every_panel_in_order(tmp_path, drawn, panels):
+    draw_examples(
+        tmp_path / "examples.png",
+        [panel_of(shape=(20 + i, 30), title=f"slice {i}") for i in range(panels)],
     )
     shown = [axes.get_title() for axes in drawn[0].axes if axes.images]
     assert shown == [f"slice {i}" for i in range(panels)]
@@ -319,7 +326,8 @@ def test_a_sheet_holds_every_panel_in_order(tmp_path, drawn, panels):
 
 @pytest.mark.parametrize("box", [[0, 0, 6, 6], [0, 74, 6, 80], [54, 0, 60, 6], [54, 74, 60, 80]])
 def test_labels_stay_inside_the_slice(tmp_path, drawn, box):
-    draw_sheet(tmp_path / "sheet.png", [slice_panel([box]), slice_panel(predicted=[[*box, 0.5]])])
+    panels = [panel_of([box]), panel_of(predicted=[[*box, 0.5]])]
+    draw_examples(tmp_path / "examples.png", panels)
     for axes in drawn[0].axes:
         (text,) = (text for text in axes.texts if text.get_text())
         label, panel = text.get_window_extent(), axes.get_window_extent()

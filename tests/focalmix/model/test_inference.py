@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmkernels.focalmix.data.luna16 import AIR, Volume
+from fmkernels.focalmix.data.volume import AIR, Volume
 from fmkernels.focalmix.model.anchors import Anchors
 from fmkernels.focalmix.model.detector import Detector
 from fmkernels.focalmix.model.inference import _tiles, detect

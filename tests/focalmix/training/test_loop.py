@@ -19,9 +19,9 @@ import torch
 
 from fmkernels.focalmix.config import CONFIG, PRESETS, Config
 from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.distributed import choose_device
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import read_candidates
 from fmkernels.focalmix.model.inference import Detections
 from fmkernels.focalmix.training import loop as loop
 from fmkernels.focalmix.training.checkpoint import (

@@ -1,4 +1,4 @@
-"""Kernels whose compiled code is known: good ones beside ones with a planted flaw, as a plan."""
+"""A plan of kernels with known compiled code: healthy ones, and some with a planted flaw."""
 
 import functools
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .driver import Case
+from .plan import Case
 
 N = 100_003
 
 
 @triton.jit(do_not_specialize=["n"])
 def streamed(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """An unmasked main path, a masked tail; STEPS fused multiply-adds for each element."""
+    """Has an unmasked main path and a masked tail. STEPS fused multiply-adds per element."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -48,7 +48,7 @@ def crowded(x, out, BLOCK: tl.constexpr, VALUES: tl.constexpr):
     i = tl.arange(0, BLOCK)
     values = ()
     for k in tl.static_range(VALUES):
-        values += (tl.load(x + k * BLOCK + i, volatile=True),)  # stays in place
+        values += (tl.load(x + k * BLOCK + i, volatile=True),)  # not moved to its use
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(VALUES):
         total = total * values[VALUES - 1 - k] + 1.0
@@ -57,7 +57,7 @@ def crowded(x, out, BLOCK: tl.constexpr, VALUES: tl.constexpr):
 
 @triton.jit
 def turned(x, out, BLOCK: tl.constexpr):
-    """Reads rows and writes columns, both in vectors: the block has to change hands."""
+    """Reads rows and writes columns, both in vectors, so that values change threads."""
     i = tl.arange(0, BLOCK)
     tile = tl.load(x + i[:, None] * BLOCK + i[None, :])
     tl.store(out + i[None, :] * BLOCK + i[:, None], tile)
@@ -66,9 +66,9 @@ def turned(x, out, BLOCK: tl.constexpr):
 def cases() -> Iterator[Case]:
     x, out = torch.zeros(N), torch.zeros(N)
     grid = (triton.cdiv(N, 1024),)
-    for dtype, floor in ((torch.float32, 8), (torch.bfloat16, None)):
+    for dtype, min_bytes in ((torch.float32, 8), (torch.bfloat16, None)):
         y = x.to(dtype)
-        yield Case(f"masked {dtype}", lambda y=y: masked[grid](y, y, N, BLOCK=1024), N, floor)
+        yield Case(f"masked {dtype}", lambda y=y: masked[grid](y, y, N, BLOCK=1024), N, min_bytes)
     for steps in (8, 24):
         call = functools.partial(streamed[grid], x, x, N, BLOCK=1024, STEPS=steps)
         yield Case(f"{steps} steps", call, 1024 * grid[0], 8)

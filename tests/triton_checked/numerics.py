@@ -1,7 +1,7 @@
 """The arithmetic of a GPU for Triton's interpreter, where numpy's differs.
 
-float32 results of the approximate instructions are modelled from float64 with the rounding steps of the hardware, so a
-kernel that leans on their accuracy shows it. They are close to, not equal to, what a GPU returns.
+Approximate float32 instructions are computed in float64, with the rounding steps of the hardware,
+so that a kernel that relies on more accuracy shows it. Results are close to a GPU's, not equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TINY = np.finfo(np.float32).tiny
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bfloat16, to nearest even."""
+    """float32 to the bits of bfloat16, rounded to nearest even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16)).reshape(np.shape(x))
@@ -40,7 +40,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """cvt.rzi: towards zero, saturating, NaN to 0; 8-bit types keep the low bits of a 16-bit result."""
+    """cvt.rzi: toward zero, saturating, NaN to 0. 8 bits are the low bits of a 16-bit result."""
     through = (
         dtype if dtype.itemsize >= 2 else np.dtype(np.uint16 if dtype.kind == "u" else np.int16)
     )
@@ -52,7 +52,7 @@ def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _via64(f: Callable) -> Callable:
-    """An elementwise function computed in float64 and rounded once to the type of its arguments."""
+    """An elementwise function, computed in float64 and rounded once."""
 
     def apply(*args: np.ndarray) -> np.ndarray:
         return f(*(a.astype(np.float64) for a in args)).astype(args[0].dtype)
@@ -61,7 +61,7 @@ def _via64(f: Callable) -> Callable:
 
 
 def _flushed(f: Callable) -> Callable:
-    """The .ftz form of an instruction: subnormal arguments and results are zeros."""
+    """The .ftz form of an instruction: subnormal arguments and results become zero."""
 
     def flush(x: np.ndarray) -> np.ndarray:
         return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
@@ -106,14 +106,16 @@ FLOAT32 = {
 FLOAT32_OR_64 = {
     name: _via64(f)
     for name, f in {
-        "abs": np.abs, "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan, "atan2": np.arctan2, "ceil": np.ceil,
-        "copysign": np.copysign, "cos": np.cos, "cosh": np.cosh, "div_rn": np.divide, "exp": np.exp, "exp2": np.exp2,
+        "abs": np.abs, "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan,
+        "atan2": np.arctan2, "ceil": np.ceil, "copysign": np.copysign, "cos": np.cos,
+        "cosh": np.cosh, "div_rn": np.divide, "exp": np.exp, "exp2": np.exp2,
         "erf": np.vectorize(math.erf, otypes=[np.float64]), "expm1": np.expm1, "floor": np.floor,
-        "fma": lambda x, y, z: x * y + z, "fmod": np.fmod, "hypot": np.hypot, "log": np.log, "log10": np.log10,
-        "log1p": np.log1p, "log2": np.log2, "nearbyint": np.rint, "pow": np.power, "rcp_rn": np.reciprocal,
-        "rint": np.rint, "round": lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x),
-        "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin, "sinh": np.sinh, "sqrt": np.sqrt, "sqrt_rn": np.sqrt,
-        "tan": np.tan, "tanh": np.tanh, "trunc": np.trunc,
+        "fma": lambda x, y, z: x * y + z, "fmod": np.fmod, "hypot": np.hypot, "log": np.log,
+        "log10": np.log10, "log1p": np.log1p, "log2": np.log2, "nearbyint": np.rint,
+        "pow": np.power, "rcp_rn": np.reciprocal, "rint": np.rint,
+        "round": lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x),
+        "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin, "sinh": np.sinh, "sqrt": np.sqrt,
+        "sqrt_rn": np.sqrt, "tan": np.tan, "tanh": np.tanh, "trunc": np.trunc,
     }.items()
 }  # fmt: skip
 PREDICATES = {
@@ -153,9 +155,7 @@ class HardwareNumerics(InterpreterBuilder):
                 f"arithmetic ({op.__name__}) on bfloat16: convert with .to(tl.float32) first"
             )
         result = super().binary_op(lhs, rhs, op)
-        if (
-            result.data.dtype == bool
-        ):  # a comparison, which would else bear the type of what it compares
+        if result.data.dtype == bool:  # a comparison, which would keep the type of its operands
             result.dtype = tl.int1
         return result
 
@@ -203,14 +203,15 @@ class HardwareNumerics(InterpreterBuilder):
         one = re.fullmatch(r"\s*(\w+)\.approx(\.ftz)?\.f32\s+\$0\s*,\s*\$1\s*;?\s*", asm)
         if not one or one[1] not in INLINE_ASM or len(values) != 1:
             raise KernelFault(
-                f"inline assembly {asm!r} is not known to the checked interpreter (numerics.INLINE_ASM)"
+                f"the checked interpreter does not know the inline assembly {asm!r} "
+                "(numerics.INLINE_ASM)"
             )
         f = _flushed(INLINE_ASM[one[1]]) if one[2] else INLINE_ASM[one[1]]
         return _Result(TensorHandle(f(values[0].data), values[0].dtype.scalar))
 
 
 class _Result:
-    """An operation with one result, as tl.inline_asm_elementwise expects."""
+    """An operation with one result, as tl.inline_asm_elementwise expects it."""
 
     def __init__(self, handle: TensorHandle):
         self.handle = handle
@@ -250,7 +251,10 @@ def _device_function(name: str) -> Callable:
 
 @contextmanager
 def device_functions() -> Iterator[None]:
-    """Give the interpreter a libdevice. A kernel must name the functions through the module: libdevice.log1p(x)."""
+    """Give the interpreter a libdevice.
+
+    Kernels must name its functions through the module: libdevice.log1p(x).
+    """
     names = {*FLOAT32, *FLOAT32_OR_64, *PREDICATES}
     saved = [
         (m, n, getattr(m, n)) for m in (libdevice, cuda_libdevice) for n in names if hasattr(m, n)

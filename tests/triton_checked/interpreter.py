@@ -1,14 +1,17 @@
-"""A checked interpreter: Triton kernels on CPU tensors, held to the rules of a GPU.
+"""A checked interpreter: Triton kernels on CPU tensors, by the rules of a GPU.
 
     with checked(x=x, out=out, shuffle=0) as report:
-        launch_scale(x, out)
+        scale(x, out)
     assert report["out"].written == out.nbytes and report.never_written("out") == 0
 
-Raises KernelFault, naming kernel, program, source line and tensor, for: an access outside the tensor that a pointer was
-made from; a race between programs of a launch, or between lanes of a program with no barrier in between; two lanes of a
-store writing one cell; signed integer overflow; a false tl.device_assert, tl.assume, tl.multiple_of or
-tl.max_contiguous; use of lanes that a masked load without `other` left undefined; arithmetic on bfloat16; a branch on a
-block; a grid that no GPU runs.
+Raises KernelFault, which names kernel, program, source line and tensor, for
+- an access outside the tensor that a pointer was made from, and a misaligned access;
+- a race between programs of a launch, or between lanes of a program without a barrier in between;
+- two lanes of one store that write the same cell;
+- signed integer overflow, and arithmetic on bfloat16;
+- use of lanes that a masked load without `other` left undefined;
+- a false tl.device_assert, tl.assume, tl.multiple_of or tl.max_contiguous;
+- a branch on a block, and a grid that no GPU runs.
 """
 
 from __future__ import annotations
@@ -31,15 +34,15 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
-from . import on_gpu
 from .builder import CheckedBuilder, set_undefined, undefined
 from .memory import KernelFault, Memory, Traffic
 from .numerics import device_functions
 
 __all__ = ["KernelFault", "Launch", "Report", "checked"]
 
-INJECTED = "interpreter_semantic"  # a global that the interpreter gives to the module of every function it rewrites
-POISONED_BYTES = 1 << 26  # larger allocations stay as they are, their pages untouched
+# a global that the interpreter gives to the module of every function it rewrites
+INJECTED = "interpreter_semantic"
+POISONED_BYTES = 1 << 26  # larger allocations are left alone, so that their pages stay untouched
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Launch:
 class Report:
     """What the launches of a checked block did.
 
-    A tensor is named as it was given to `checked`, else by the kernel argument it was first passed as ("grad[0]" for an
-    item of a tuple); wherever a name is asked for, the tensor itself does as well.
+    A tensor has the name that was given to `checked`, else that of the kernel argument it was first
+    passed as ("grad[0]" for an item of a tuple). The tensor itself works in place of its name.
     """
 
     def __init__(self, memory: Memory):
@@ -79,16 +82,23 @@ def checked(
     programs: Sequence[int] | None = None,
     **tensors: Tensor,
 ) -> Iterator[Report]:
-    """Check every launch of an interpreted kernel in the block; on a GPU, do nothing. A block in a block joins it.
+    """Check every launch of an interpreted kernel in the block. A nested block joins the outer one.
 
-    Every tensor passed to a kernel is watched; those given here by name keep that name in faults and in the report.
-    ``races=False`` leaves out all that needs a note on every cell: races, and counts of distinct or unwritten cells.
-    ``shuffle`` is the seed of a random order of programs. ``programs`` runs only these, counted from the end where
-    negative; memory that they do not touch is never touched, so that huge tensors cost nothing. Memory allocated in the
-    block by torch.empty and its like is filled with NaN (integers: the largest).
+    Every tensor that is passed to a kernel is watched. Tensors given here keep their names in
+    faults and in the report. In a process that runs compiled kernels on a GPU this does nothing.
+
+    races: False skips all that needs notes on every cell: races, distinct and unwritten cells.
+    shuffle: seed of a random order of programs.
+    programs: run only these; negative numbers count from the end. Memory that they do not touch is
+        never touched, so that huge tensors cost nothing.
+
+    Memory that torch.empty and the like allocate in the block is filled with NaN (integers: the
+    largest value).
     """
     builder = interpreter.interpreter_builder
-    if on_gpu():
+    if not triton.knobs.runtime.interpret:
+        if not torch.cuda.is_available():
+            raise RuntimeError("checked() needs enable_interpreter() before triton is imported")
         yield Report(Memory({}, races))
         return
     if isinstance(builder, CheckedBuilder):
@@ -113,7 +123,7 @@ def checked(
 
 
 class _Session:
-    """Carries out the launches of one checked block."""
+    """The launches of one checked block."""
 
     def __init__(
         self, memory: Memory, report: Report, shuffle: int | None, programs: Sequence[int] | None
@@ -130,7 +140,8 @@ class _Session:
         grid = tuple(int(n) for n in grid) + (1,) * (3 - len(grid))
         if max(grid[1:]) > 65535 or np.prod(grid, dtype=float) >= 2**31:
             raise KernelFault(
-                f"{name}: no GPU runs the grid {grid}: y and z end at 65535, the product at 2^31 - 1"
+                f"{name}: no GPU runs the grid {grid}: "
+                "y and z are at most 65535, the product at most 2^31 - 1"
             )
         self.report.launches.append(Launch(name, grid))
         self.memory.begin_launch()
@@ -143,17 +154,17 @@ class _Session:
         builder.any_undefined = False
         builder.set_grid_dim(*grid)
         for program in self._chosen(int(np.prod(grid))):
-            place = tuple(map(int, np.unravel_index(program, grid)))
-            builder.set_grid_idx(*place)
+            index = tuple(map(int, np.unravel_index(program, grid)))
+            builder.set_grid_idx(*index)
             self.memory.clock.begin(program)
             try:
                 function(**arguments)
             except KernelFault as fault:
-                fault.args = (f"{name}, program {place} of {grid}, {_line(fault)}: {fault}",)
+                fault.args = (f"{name}, program {index} of {grid}, {_line(fault)}: {fault}",)
                 raise
 
     def argument(self, name: str, value, declared: tl.dtype | None = None):
-        """A kernel argument as the compiled kernel would receive it."""
+        """A kernel argument as a compiled kernel would receive it."""
         if isinstance(value, tuple):
             items = [self.argument(f"{name}[{i}]", item) for i, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -178,15 +189,13 @@ class _Session:
 
 
 def _line(fault: KernelFault) -> str:
-    """The line of the kernel, or of a device function it calls, where a fault arose."""
-    places = [
+    """The line where a fault arose, in the kernel or in a device function that it calls."""
+    lines = [
         (f.f_code.co_filename, line)
         for f, line in traceback.walk_tb(fault.__traceback__)
         if _is_kernel_code(f)
     ]
-    return (
-        f"{os.path.basename(places[-1][0])}:{places[-1][1]}" if places else "before its first line"
-    )
+    return f"{os.path.basename(lines[-1][0])}:{lines[-1][1]}" if lines else "before its first line"
 
 
 def _is_kernel_code(frame: FrameType) -> bool:
@@ -194,12 +203,15 @@ def _is_kernel_code(frame: FrameType) -> bool:
     return INJECTED in frame.f_globals and not module.startswith("triton.")
 
 
-# --- what kernels see of the language --------------------------------------------------------------------------------
+# --- patches of triton.language -------------------------------------------------------------------
 
 
 @contextmanager
 def _patched_language() -> Iterator[None]:
-    """Point triton.language at the checked builder: once, where the interpreter does so at every call of a function."""
+    """Point triton.language at the checked builder.
+
+    Once per checked block: the stock interpreter does it at every call of a function.
+    """
     scope = interpreter._patch_lang(_Module)
     for module in (tl, tl.core):
         scope.set_attr(module, "reduce", _combining(module.reduce, keeps_shape=False))
@@ -219,9 +231,8 @@ def _patched_language() -> Iterator[None]:
         lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs),
     )
     scope.set_attr(interpreter.interpreter_builder, "__class__", CheckedBuilder)
-    options = interpreter.InterpreterOptions(
-        debug=True, sanitize_overflow=False
-    )  # the builder checks overflow itself
+    # the builder checks overflow itself
+    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     scope.set_attr(interpreter.interpreter_builder, "options", options)
     try:
         yield
@@ -239,9 +250,9 @@ class _NoScope:
 
 def _branch(tensor: tl.tensor) -> bool:
     if INJECTED not in sys._getframe(1).f_globals:
-        return True  # Triton's own code asks whether there is a tensor
+        return True  # Triton asks whether a tensor is given
     if tensor.handle.data.size != 1:
-        raise KernelFault("a branch on a block of values: only scalars decide a branch")
+        raise KernelFault("a branch on a block of values: only a scalar can be a condition")
     interpreter.interpreter_builder.defined(tensor.handle, "a branch condition")
     return bool(tensor.handle.data.item())
 
@@ -284,12 +295,12 @@ def _values(values) -> list[int]:
 
 
 def _multiple_of(input, values):
-    """The promise holds for the first of every run of consecutive values; here, for the first of the block."""
+    """The promise is about the first value of every run. Checks the first of the block."""
     if isinstance(input, tl.tensor):
         first = int(input.handle.data.flat[0])
         for value in _values(values):
             if first % value:
-                raise KernelFault(f"tl.multiple_of: {first} is no multiple of {value}")
+                raise KernelFault(f"tl.multiple_of: {first} is not a multiple of {value}")
     return input
 
 
@@ -308,7 +319,7 @@ def _max_contiguous(input, values):
 
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
-    """Fill what torch leaves uninitialised, so that reading it shows."""
+    """Fill what torch leaves uninitialized, so that results show where it was read."""
 
     def poisoned(allocate: Callable) -> Callable:
         def call(*args, **kwargs) -> Tensor:

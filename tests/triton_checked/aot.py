@@ -1,4 +1,7 @@
-"""What the compilers make of a kernel: registers, spills, width of memory accesses, instructions on the main path."""
+"""Compile a kernel ahead of time and read its machine code.
+
+Reports registers, spills, the width of memory accesses and the instructions on the main path.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,27 @@ import triton
 
 from .driver import Variant
 
-WIDTH = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32, "dwordx2": 64,
-         "dwordx3": 96, "dwordx4": 128}  # fmt: skip
+WIDTH = {
+    "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
+    "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Instruction:
     op: str
     predicated: bool
-    target: str | None  # label a branch may go to
+    target: str | None  # the label of a branch
     falls_through: bool
-    access: tuple[str, int] | None  # ("load" or "store", bits a thread moves) of global memory
+    access: tuple[str, int] | None  # global memory: ("load" or "store", bits per thread)
 
 
 @dataclass(frozen=True)
 class MainPath:
-    """Of all ways from entry to exit, the one with the widest global accesses, unconditional ones counting double.
+    """The path from entry to exit with the widest global accesses; unconditional ones count double.
 
-    That is the unmasked path of a kernel that also has a masked tail. Where ways tie, the longest counts; a loop counts
-    once, a call as one instruction. `loop` is its longest loop.
+    In a kernel that also has a masked tail this is the unmasked path. The longest of equal paths
+    counts. A loop counts once, a call as one instruction. `loop` is the longest loop of the path.
     """
 
     instructions: int
@@ -46,24 +51,22 @@ class MainPath:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One variant on one target. Registers are those of a thread (vector registers on AMD)."""
+    """One variant on one target. Registers are per thread (on AMD: vector registers)."""
 
     registers: int
     scalar_registers: int | None
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
-    conversions: int  # ttg.convert_layout left in the final Triton IR
+    conversions: int  # ttg.convert_layout in the final Triton IR
     threads: int
     instructions: int  # of all paths
-    loads: dict[int, int]  # of all paths: bits a thread moves -> number of instructions
+    loads: dict[int, int]  # of all paths: bits per thread -> number of instructions
     stores: dict[int, int]
-    main: (
-        MainPath | None
-    )  # None on AMD: an exec mask and not the control flow tells the paths apart there
+    main: MainPath | None  # None on AMD, where an exec mask replaces control flow
 
     def narrow(self, bits: int = 128) -> int:
-        """Loads and stores that move fewer bits per thread: of the main path, or of all paths where it is not known."""
+        """Loads and stores of fewer bits per thread, on the main path (on AMD: on all paths)."""
         path = self.main or self
         return sum(
             n for widths in (path.loads, path.stores) for width, n in widths.items() if width < bits
@@ -84,17 +87,17 @@ class Compiled:
 
 
 def compile_variant(variant: Variant) -> Compiled:
-    """Compile a recorded variant for its target and read the machine code. Both are kept in Triton's cache."""
+    """Compile a recorded variant and read its machine code. Triton's cache keeps both."""
     kernel = triton.compile(variant.source, target=variant.target, options=variant.options)
     digest = hashlib.sha256(Path(__file__).read_bytes() + kernel.hash.encode()).hexdigest()
-    kept = Path(triton.knobs.cache.dir) / "main-paths" / f"{digest}.json"
-    if not kept.exists():
+    cached = Path(triton.knobs.cache.dir) / "main-paths" / f"{digest}.json"
+    if not cached.exists():
         result = _nvidia(kernel) if variant.target.backend == "cuda" else _amd(kernel)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
             json.dump(asdict(result), file)
-        Path(file.name).replace(kept)
-    return Compiled.from_json(json.loads(kept.read_text()))
+        Path(file.name).replace(cached)
+    return Compiled.from_json(json.loads(cached.read_text()))
 
 
 def _nvidia(kernel) -> Compiled:
@@ -162,7 +165,7 @@ def _widths(instructions: list[Instruction]) -> tuple[dict[int, int], dict[int, 
     )
 
 
-# --- assembly --------------------------------------------------------------------------------------------------------
+# --- assembly ------------------------------------------------------------------------------------
 
 
 def parse(text: str, instruction: Callable[[str], Instruction | None]) -> list[Instruction | str]:
@@ -182,9 +185,8 @@ def _sass(line: str) -> Instruction | None:
         return None
     predicate, op, rest = found.groups()
     stem = op.split(".")[0]
-    branch = (
-        re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None
-    )  # BRA.U has its predicate inside
+    # BRA.U has its predicate among the operands
+    branch = re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None
     kind = {"LDG": "load", "STG": "store"}.get(stem)
     ends = stem in ("BRA", "BRX", "EXIT", "RET") and not predicate and not (branch and branch[1])
     return Instruction(
@@ -230,10 +232,10 @@ def main_path(code: list[Instruction | str]) -> MainPath:
 
     def visit(block: int, above: frozenset[int]) -> tuple[int, int, list[int]]:
         if block not in best:
-            ways = [
+            paths = [
                 visit(s, above | {block}) for s in successors(block) if s not in above | {block}
             ]
-            weight, length, rest = max(ways, default=(0, 0, []))
+            weight, length, rest = max(paths, default=(0, 0, []))
             weight += sum(i.access[1] ** 2 * (2 - i.predicated) for i in blocks[block] if i.access)
             best[block] = weight, length + len(blocks[block]), [block, *rest]
         return best[block]

@@ -1,4 +1,4 @@
-"""Planted faults: every kind of fault in a small broken kernel, caught, beside its healthy twin, which passes."""
+"""Every kind of fault is caught in a small broken kernel; its healthy twin passes."""
 
 import re
 import time
@@ -11,18 +11,19 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
-from tests.support import on_gpu
-from tests.support.interpreter import KernelFault, checked
-from tests.support.memory import Memory, Traffic
+from .interpreter import KernelFault, checked
+from .memory import Memory, Traffic
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="the interpreter itself is tested")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="conftest.py did not call enable_interpreter()"
+)
 
 
 def faults(pattern):
     return pytest.raises(KernelFault, match=pattern)
 
 
-# --- bounds ----------------------------------------------------------------------------------------------------------
+# --- bounds ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def test_write_out_of_bounds_names_kernel_program_line_and_tensor():
         assert "tl.store(target + i" in file.readlines()[line - 1]
 
 
-def test_an_access_is_held_to_the_tensor_its_pointer_was_made_from():
+def test_an_access_must_stay_in_the_tensor_of_its_pointer():
     both = torch.randn(64)
     x, y = both[:20], both[20:]
     with checked(), faults("it reads 'source'"):
@@ -72,7 +73,7 @@ def test_an_access_is_held_to_the_tensor_its_pointer_was_made_from():
         copy[(2,)](x, torch.empty(32), 32, 0, BLOCK=16, MASKED=True)
 
 
-def test_gaps_of_a_view_are_outside():
+def test_gaps_of_a_view_are_out_of_bounds():
     x = torch.randn(20, 2)
     with (
         checked(),
@@ -121,7 +122,7 @@ def test_misaligned_access():
             as_words[(1,)](x, out, 2)
 
 
-# --- races -----------------------------------------------------------------------------------------------------------
+# --- races ----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -144,7 +145,10 @@ def test_races_between_programs(seed):
         faults(r"race: it writes a cell that program \d of the same launch writes too"),
     ):
         shifted[(4,)](x, out, 8, 0, BLOCK=16)
-    pattern = r"race: it (writes|reads) a cell that program \d of the same launch (writes|reads): 'x'\[\d+\]"
+    pattern = (
+        r"race: it (writes|reads) a cell that program \d of the same launch (writes|reads): "
+        r"'x'\[\d+\]"
+    )
     with checked(x=x, shuffle=seed), faults(pattern):
         shifted[(3,)](x, x, 16, 16, BLOCK=16)
     with checked(x=x, shuffle=seed, races=False):
@@ -186,14 +190,15 @@ def swap_rows(x, index, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BARR
     tl.store(x + row[:, None] * columns + column, (own + partner) / 2)
 
 
-def test_a_barrier_parts_loads_from_stores_of_other_lanes():
+def test_a_barrier_separates_loads_from_stores_of_other_lanes():
     x = torch.randn(4, 16)
     index = torch.tensor([1, 0, 3, 2])
     expected = (x + x[index]) / 2
     with (
         checked(x=x),
         faults(
-            r"it writes a cell that another lane of it read, with no barrier in between: 'x'\[0, 0\]"
+            r"it writes a cell that another lane of it read, without a barrier in between: "
+            r"'x'\[0, 0\]"
         ),
     ):
         swap_rows[(1,)](x, index, 16, ROWS=4, COLUMNS=16, BARRIER=False)
@@ -317,7 +322,7 @@ def test_atomics_race_with_plain_accesses_only():
         count[(4,)](torch.arange(64) % 4, counts, PLAIN=True, BLOCK=16)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -377,7 +382,7 @@ def promises(x, stride, CLAIM: tl.constexpr):
     [
         ("assert", "device_assert: stride is 16"),
         ("assume", "tl.assume: the assumption is false"),
-        ("multiple", "tl.multiple_of: 24 is no multiple of 16"),
+        ("multiple", "tl.multiple_of: 24 is not a multiple of 16"),
         ("contiguous", "tl.max_contiguous: no runs of 8 consecutive values"),
     ],
 )
@@ -470,7 +475,7 @@ def truncate(x, out, BLOCK: tl.constexpr):
     tl.store(out + i, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
 
 
-def test_bfloat16_that_is_not_rounded_is_told_apart():
+def test_bfloat16_that_is_truncated_shows():
     x, out = torch.randn(64), torch.empty(64, dtype=torch.bfloat16)
     with checked():
         truncate[(1,)](x, out, 64)
@@ -569,7 +574,7 @@ def within(x, out, low, high):
     tl.store(out + tl.arange(0, 4), (value > low) & (low < high))
 
 
-def test_comparisons_of_scalars_join_those_of_blocks():
+def test_comparisons_of_scalars_combine_with_those_of_blocks():
     out = torch.empty(4, dtype=torch.bool)
     with checked():
         within[(1,)](torch.tensor([1.0, 2.0, 3.0, 4.0]), out, 2.5, 3.0)
@@ -652,7 +657,7 @@ def test_device_functions_have_the_limits_of_the_hardware():
             functions[(1,)](x, out, 4, "popc")
 
 
-# --- launches, large tensors, traffic --------------------------------------------------------------------------------
+# --- launches, large tensors, traffic -------------------------------------------------------------
 
 
 def test_grids_that_no_gpu_runs():
@@ -699,25 +704,25 @@ def overlapping(out, step, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def smooth(x, share, out, n, BLOCK: tl.constexpr):
+def smooth(x, scale, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     a = tl.load(x + i, mask)
     b = tl.load(x + tl.maximum(i - 1, 0), mask)
-    tl.store(out + i, (a + b) * tl.load(share), mask & (i > 0))
+    tl.store(out + i, (a + b) * tl.load(scale), mask & (i > 0))
 
 
 def test_traffic_is_exact():
-    x, share = torch.randn(100), torch.ones(1)
+    x, scale = torch.randn(100), torch.ones(1)
     with checked(x=x) as report:
         out = torch.empty(100)
-        smooth[(4,)](x, share, out, 100, BLOCK=32)
+        smooth[(4,)](x, scale, out, 100, BLOCK=32)
     # every cell is read twice, but brought in once; program and tile borders count as they are
     assert report["x"] == Traffic(read=800, read_once=400)
-    assert report["share"] == Traffic(read=16, read_once=4)
+    assert report["scale"] == Traffic(read=16, read_once=4)
     assert report["out"] == report[out] == Traffic(written=396, written_once=396)
     assert report.never_written(out) == 1 and report.never_written(x) == 100
-    assert set(report.traffic) == {"x", "share", "out"}
+    assert set(report.traffic) == {"x", "scale", "out"}
 
 
 def test_one_storage_under_two_names_and_types():
@@ -731,7 +736,7 @@ def test_one_storage_under_two_names_and_types():
     )
 
 
-def test_uninitialised_memory_shows():
+def test_uninitialized_memory_shows():
     with checked():
         scratch, out = torch.empty(20), torch.zeros(16)
         copy[(1,)](scratch, out, 16, 0, BLOCK=16, MASKED=True)
@@ -777,3 +782,13 @@ def test_never_written_of_a_strided_view():
     out = torch.zeros(8, 4)[:, ::2]
     memory = Memory({"out": out}, races=True)
     assert memory.never_written("out") == 16
+
+
+def test_without_the_interpreter_checked_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"needs enable_interpreter\(\)"), checked():
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with checked() as report:
+        assert report.launches == []

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .driver import Case
+from .plan import Case
 from .planted import masked, streamed
 
 

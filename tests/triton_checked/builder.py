@@ -1,8 +1,8 @@
-"""The operations of an interpreted kernel, each checked before it is carried out.
+"""The operations of an interpreted kernel. Each is checked before it runs.
 
-Lanes that a masked load without `other` never filled are marked, and the marks follow them through every operation, so
-that a use that matters is a fault whatever the garbage happens to be, and one that is masked or selected away is not.
-The same holds for the result of an integer division by zero.
+Lanes that a masked load without `other` leaves undefined are marked, and every operation passes the
+marks on. A use that matters is a fault, whatever garbage the lanes hold; a use that is masked or
+selected away is not. Results of an integer division by zero are treated alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .numerics import HardwareNumerics
 
 
 def undefined(handle: TensorHandle) -> np.ndarray | None:
-    """Which lanes are undefined; None for none."""
+    """The undefined lanes as a mask, or None if there are none."""
     return handle.attr.get("undefined")
 
 
@@ -38,7 +38,7 @@ def _handles(args: Sequence) -> list[TensorHandle]:
 
 
 def _moves_lanes(stock: Callable) -> Callable:
-    """An operation that only moves lanes: move their marks alike."""
+    """An operation that only moves lanes. It moves their marks in the same way."""
 
     def method(self, *args):
         result = stock(self, *args)
@@ -57,8 +57,8 @@ def _moves_lanes(stock: Callable) -> Callable:
     return method
 
 
-def _lane_by_lane(stock: Callable) -> Callable:
-    """An operation lane by lane: a result is undefined where an argument is."""
+def _elementwise(stock: Callable) -> Callable:
+    """An elementwise operation. A result is undefined where an argument is."""
 
     def method(self, *args):
         result = stock(self, *args)
@@ -68,7 +68,7 @@ def _lane_by_lane(stock: Callable) -> Callable:
 
 
 def _without_overflow(op: Callable) -> Callable:
-    """Integer arithmetic that must not leave the range of a signed type."""
+    """Integer arithmetic that must stay in the range of a signed type."""
 
     def method(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         result = self.binary_op(lhs, rhs, op)
@@ -84,7 +84,7 @@ def _without_overflow(op: Callable) -> Callable:
                     )
         return result
 
-    return _lane_by_lane(method)
+    return _elementwise(method)
 
 
 def _divides(stock: Callable) -> Callable:
@@ -98,11 +98,11 @@ def _divides(stock: Callable) -> Callable:
 
 
 class CheckedBuilder(HardwareNumerics):
-    """Takes the place of the interpreter's builder. Checks of values stand here, those of memory in `memory`."""
+    """Replaces the interpreter's builder. Checks values here, and memory through `memory`."""
 
     memory: Memory
-    report: object  # of the checked block that is running
-    any_undefined: bool  # whether any lane of this launch has been undefined so far
+    report: object  # the report of the running checked block
+    any_undefined: bool  # whether this launch has had an undefined lane so far
 
     create_add = _without_overflow(np.add)
     create_sub = _without_overflow(np.subtract)
@@ -113,7 +113,7 @@ class CheckedBuilder(HardwareNumerics):
     create_urem = _divides(HardwareNumerics.create_urem)
 
     def carry(self, result: TensorHandle, arguments: Sequence[TensorHandle]) -> TensorHandle:
-        """Mark the lanes of a result that come from undefined lanes of the arguments."""
+        """Mark the lanes of a result that depend on undefined lanes of the arguments."""
         marks = [m for m in map(undefined, arguments) if m is not None]
         if marks:
             try:
@@ -123,7 +123,7 @@ class CheckedBuilder(HardwareNumerics):
                         [np.broadcast_to(m, np.shape(result.data)) for m in marks]
                     ),
                 )
-            except ValueError:  # not lane by lane, such as a dot product
+            except ValueError:  # not elementwise, such as a dot product
                 set_undefined(result, np.array(any(m.any() for m in marks)))
         return result
 
@@ -133,7 +133,8 @@ class CheckedBuilder(HardwareNumerics):
         if marks is not None and (marks & mask).any():
             lane = int(np.flatnonzero(np.broadcast_to(marks & mask, np.shape(handle.data)))[0])
             raise KernelFault(
-                f"undefined lanes: lane {lane} of {use} comes from a masked load without `other`, or a division by zero"
+                f"undefined lanes: lane {lane} of {use} comes from a masked load without `other`, "
+                "or from a division by zero"
             )
 
     def create_select(
@@ -154,7 +155,7 @@ class CheckedBuilder(HardwareNumerics):
         self, lhs: TensorHandle, rhs: TensorHandle, op: Callable, decisive: bool
     ) -> TensorHandle:
         result = self.carry(self.binary_op(lhs, rhs, op), (lhs, rhs))
-        if self.any_undefined and result.data.dtype == bool:  # defined where one side decides
+        if self.any_undefined and result.data.dtype == bool:  # defined where one side is decisive
             decided = (~_lanes(lhs) & (lhs.data == decisive)) | (
                 ~_lanes(rhs) & (rhs.data == decisive)
             )
@@ -240,32 +241,26 @@ def _mask(mask: TensorHandle | np.ndarray, pointers: np.ndarray) -> np.ndarray:
 
 
 def _garbage(element: tl.dtype, dtype: np.dtype) -> float | int | bool:
-    """What a lane holds that was not loaded: what shows most."""
+    """The value of a lane that was not loaded: one that shows in results."""
     if element == tl.bfloat16:
         return 0x7FC0
     return np.nan if dtype.kind == "f" else True if dtype.kind == "b" else np.iinfo(dtype).max
 
 
 MOVING = {
-    "reshape",
-    "trans",
-    "expand_dims",
-    "broadcast",
-    "cat",
-    "join",
-    "split",
-    "splat",
-    "unsplat",
-}
-NOT_LANE_BY_LANE = ("load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert",
-                    "assume", "print", "get_", "make_", "advance", "idiv")  # fmt: skip
+    "reshape", "trans", "expand_dims", "broadcast", "cat", "join", "split", "splat", "unsplat",
+}  # fmt: skip
+NOT_ELEMENTWISE = (
+    "load", "store", "masked_", "tensor_pointer_", "atomic_", "descriptor_", "barrier", "assert",
+    "assume", "print", "get_", "make_", "advance", "idiv",
+)  # fmt: skip
 for _name in dir(HardwareNumerics):
     _operation = _name.removeprefix("create_")
     if (
         _operation == _name
         or _name in vars(CheckedBuilder)
-        or _operation.startswith(NOT_LANE_BY_LANE)
+        or _operation.startswith(NOT_ELEMENTWISE)
     ):
         continue
-    _wrap = _moves_lanes if _operation in MOVING else _lane_by_lane
+    _wrap = _moves_lanes if _operation in MOVING else _elementwise
     setattr(CheckedBuilder, _name, _wrap(getattr(HardwareNumerics, _name)))

@@ -1,7 +1,8 @@
-"""What the programs of a launch do to memory: bounds, races, and the bytes they move.
+"""What the programs of a launch do to memory: bounds, races, and bytes moved.
 
-A pointer given to a kernel carries the number of its tensor in its upper 16 bits (user addresses need 47 bits), so
-that an access is held to the bounds of the tensor its pointer was made from, wherever the address happens to fall.
+A pointer given to a kernel carries the number of its tensor in its upper 16 bits (user addresses
+need 47 bits). So an access is checked against the tensor that its pointer was made from, even where
+the address happens to lie in another one.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 TAG_SHIFT = np.uint64(48)
 ADDRESS = np.uint64((1 << 48) - 1)
 PAGE_BITS = 16
-DENSE_CELLS = 1 << 22  # larger buffers keep state only for the pages that are touched
-FIRST_READ, READ, READ_LANE, WRITE, WRITE_LANE, ATOMIC = range(6)  # rows of a buffer's state
+DENSE_CELLS = 1 << 22  # larger buffers keep state for touched pages only
+FIRST_READ, READ, READ_LANE, WRITE, WRITE_LANE, ATOMIC = range(6)  # rows of Buffer.state
 MANY = -1  # a cell read by more than one lane
 
 
 class KernelFault(AssertionError):
-    """A kernel did what is undefined, or wrong on some GPU."""
+    """A kernel did what is undefined or wrong on a GPU."""
 
 
 @dataclass
 class Traffic:
-    """Bytes moved for one tensor, summed over launches; `*_once` counts a cell once per launch."""
+    """Bytes moved for one tensor, over all launches. `*_once` counts a cell once per launch."""
 
     read: int = 0
     read_once: int = 0
@@ -37,19 +38,20 @@ class Traffic:
 
 @dataclass
 class Clock:
-    """Where the launch stands. Epochs number the spans between barriers, over all programs of a launch."""
+    """The progress of a launch.
+
+    Epochs are the spans between barriers, numbered over all programs of the launch.
+    """
 
     epoch: int = 0
     start: int = 0  # the first epoch of the running program
     unfenced: bool = False  # whether the running program has stored a block since its last barrier
     starts: list[int] = field(default_factory=list)
     programs: list[int] = field(default_factory=list)
-    known: set[int] = field(
-        default_factory=set
-    )  # programs whose release the running one has acquired
-    released: dict[int, set[int]] = field(
-        default_factory=dict
-    )  # address -> programs that released there
+    # programs whose release the running one has acquired
+    known: set[int] = field(default_factory=set)
+    # address -> programs that released there
+    released: dict[int, set[int]] = field(default_factory=dict)
 
     def begin(self, program: int) -> None:
         self.epoch += 1
@@ -65,8 +67,8 @@ class Clock:
     def program(self, epoch: int) -> int:
         return self.programs[bisect_right(self.starts, epoch) - 1]
 
-    def synchronise(self, address: int) -> None:
-        """An acquire-release atomic at `address` by the running program; it does not cover stores of other warps."""
+    def synchronize(self, address: int) -> None:
+        """An acquire-release atomic of this program. Stores of other warps need a barrier."""
         released = self.released.setdefault(address, set())
         self.known |= released
         if not self.unfenced:
@@ -74,7 +76,10 @@ class Clock:
 
 
 class Buffer:
-    """One storage. Cells are its smallest elements; per launch each cell remembers who touched it last, and how."""
+    """One storage. Its cells have the size of its smallest elements.
+
+    For each launch, a cell remembers who touched it last, and how.
+    """
 
     def __init__(self, lo: int, nbytes: int, cell: int):
         self.lo, self.nbytes, self.cell = lo, nbytes, cell
@@ -88,7 +93,7 @@ class Buffer:
         self.dirty = False
 
     def refine(self, cell: int) -> None:
-        """Count in smaller cells, because a view with smaller elements has turned up."""
+        """Switch to smaller cells, for a view with smaller elements."""
         finer = Buffer(self.lo, self.nbytes, cell)
         if self.table is None and finer.table is None:
             finer.ever_written = np.repeat(self.ever_written, self.cell // cell)[
@@ -115,7 +120,10 @@ class Buffer:
         return (self.table[pages] << PAGE_BITS) | (cells & ((1 << PAGE_BITS) - 1))
 
     def _foreign(self, row: int, at: np.ndarray, clock: Clock) -> tuple[int, int] | None:
-        """The first of the cells `at` that another program touched, and the program, unless ordered by atomics."""
+        """The first of the cells `at` that another program touched, and that program.
+
+        Programs that are ordered by atomics do not count.
+        """
         epochs = self.state[row][at]
         lanes = np.flatnonzero((epochs > 0) & (epochs < clock.start))
         for lane in lanes if clock.known else lanes[:1]:
@@ -132,7 +140,7 @@ class Buffer:
         return None
 
     def _hazard(self, row: int, at: np.ndarray, lanes: np.ndarray, clock: Clock) -> int | None:
-        """The first of the cells that another lane of this program touched since the last barrier."""
+        """The first cell that another lane of this program touched since the last barrier."""
         state = self.state
         bad = (state[row][at] == clock.epoch) & (state[row + 1][at] != lanes)
         return int(bad.argmax()) if bad.any() else None
@@ -140,7 +148,7 @@ class Buffer:
     def read(
         self, cells: np.ndarray, lanes: np.ndarray, clock: Clock
     ) -> tuple[tuple[int, str] | None, int]:
-        """Note a load; returns a fault (position, sentence) if it is one, and the number of newly read cells."""
+        """Note a load. Returns the fault (position, message), if any, and the cells it adds."""
         at, state = self.slots(cells), self.state
         self.dirty = True
         if fault := self._conflict(
@@ -150,7 +158,7 @@ class Buffer:
         if (bad := self._hazard(WRITE, at, lanes, clock)) is not None:
             return (
                 bad,
-                "it reads a cell that another lane of it wrote, with no barrier in between",
+                "it reads a cell that another lane of it wrote, without a barrier in between",
             ), 0
         mixed = (state[READ][at] == clock.epoch) & (state[READ_LANE][at] != lanes)
         state[READ_LANE][at] = lanes
@@ -166,7 +174,7 @@ class Buffer:
     def write(
         self, cells: np.ndarray, lanes: np.ndarray, clock: Clock
     ) -> tuple[tuple[int, str] | None, int]:
-        """Note a store; returns a fault (position, sentence) if it is one, and the number of newly written cells."""
+        """Note a store. Returns the fault (position, message), if any, and the cells it adds."""
         at, state = self.slots(cells), self.state
         self.dirty = True
         rows = ((WRITE, "writes too"), (FIRST_READ, "reads"), (ATOMIC, "updates atomically"))
@@ -175,12 +183,12 @@ class Buffer:
         if (bad := self._hazard(READ, at, lanes, clock)) is not None:
             return (
                 bad,
-                "it writes a cell that another lane of it read, with no barrier in between",
+                "it writes a cell that another lane of it read, without a barrier in between",
             ), 0
         if (bad := self._hazard(WRITE, at, lanes, clock)) is not None:
             return (
                 bad,
-                "it writes a cell that another lane of it wrote, with no barrier in between",
+                "it writes a cell that another lane of it wrote, without a barrier in between",
             ), 0
         state[WRITE_LANE][at] = lanes
         twice = state[WRITE_LANE][at] != lanes
@@ -192,7 +200,7 @@ class Buffer:
         return None, new
 
     def update(self, cells: np.ndarray, clock: Clock) -> tuple[tuple[int, str] | None, int]:
-        """Note an atomic operation. Atomics never race with each other, only with plain accesses."""
+        """Note an atomic. Atomics race with plain accesses only, never with each other."""
         at = self.slots(cells)
         self.dirty = True
         if fault := self._conflict(
@@ -206,7 +214,7 @@ class Buffer:
 
 
 class View:
-    """A tensor as a kernel may touch it: name, address range, and which cells of the range are its elements."""
+    """The part of a buffer that a kernel may touch: an address range, and its elements."""
 
     def __init__(self, name: str, tensor: torch.Tensor, buffer: Buffer):
         self.name, self.tensor, self.buffer = name, tensor, buffer
@@ -234,7 +242,7 @@ class View:
         return f"'{self.name}'[{', '.join(map(str, subscript))}]"
 
     def outside(self, offsets: np.ndarray, size: int) -> int | None:
-        """The position of the first access, `size` bytes at each of `offsets`, that leaves the tensor."""
+        """The first access of `size` bytes at `offsets` that leaves the tensor, or None."""
         if offsets.min() < 0 or offsets.max() + size > self.extent * self.itemsize:
             return int(((offsets < 0) | (offsets + size > self.extent * self.itemsize)).argmax())
         if (
@@ -246,7 +254,7 @@ class View:
 
 
 class Memory:
-    """Every tensor known to a checked block, and what the launches in it did to them."""
+    """All tensors of a checked block, and what its launches did to them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], races: bool):
         self.races = races
@@ -278,7 +286,7 @@ class Memory:
             buffer.begin_launch()
 
     def bind(self, argument: str, tensor: torch.Tensor) -> int:
-        """Admit a tensor argument to the launch; returns the pointer to give to the kernel."""
+        """Add a tensor argument to the launch. Returns the pointer for the kernel."""
         view = View(argument, tensor, self._buffer(tensor))
         for known in self.named:
             if known.buffer is view.buffer and known.lo <= view.lo < known.lo + max(
@@ -304,7 +312,7 @@ class Memory:
         )
 
     def never_written(self, name: str) -> int:
-        """How many elements of a tensor no store and no atomic of the checked block has written."""
+        """Elements of a tensor that no store and no atomic of the checked block has written."""
         count = 0
         given = [view for view in self.named if view.name == name]
         for view in given or self.seen[name].values():
@@ -325,7 +333,7 @@ class Memory:
     def access(
         self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int, ordered: bool = False
     ) -> None:
-        """Check and count one load, store or atomic; `ordered` marks an acquire-release atomic."""
+        """Check and count a load, store or atomic. `ordered` marks an acquire-release atomic."""
         flat, lanes = pointers.reshape(-1), self._lanes(pointers.shape)
         if not mask.all():
             active = np.flatnonzero(np.broadcast_to(mask, pointers.shape))
@@ -339,11 +347,11 @@ class Memory:
             for tag in np.unique(tags):
                 self._touch(kind, int(tag), flat[tags == tag], lanes[tags == tag], size)
         if ordered and flat.size == 1:
-            self.clock.synchronise(int(flat[0]))
+            self.clock.synchronize(int(flat[0]))
         self.clock.unfenced |= kind == "write" and flat.size > 1
 
     def _lanes(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Lane numbers of a block. Blocks of another shape are spread over the threads in another way."""
+        """Lane numbers of a block. Blocks of other shapes map to threads differently."""
         shape = tuple(n for n in shape if n != 1)
         if shape not in self.lanes:
             self.lanes[shape] = np.arange(np.prod(shape, dtype=int), dtype=np.int32) + (
@@ -358,12 +366,14 @@ class Memory:
             wider = next((v for v in self.named if v.buffer is view.buffer), view)
             if wider.outside(offsets + (view.lo - wider.lo), size) is not None:
                 raise KernelFault(
-                    f"out of bounds: it {kind}s '{view.name}' at element {offsets[bad] // view.itemsize:+d} from its "
-                    f"first; shape {view.shape}, strides {view.strides}"
+                    f"out of bounds: it {kind}s '{view.name}' at element "
+                    f"{offsets[bad] // view.itemsize:+d} from its first; "
+                    f"shape {view.shape}, strides {view.strides}"
                 )
         if (offsets & (size - 1)).any():
             raise KernelFault(
-                f"misaligned: it {kind}s {size} bytes of '{view.name}' off a multiple of {size} bytes"
+                f"misaligned: it {kind}s {size} bytes of '{view.name}' "
+                f"at an offset that is not a multiple of {size} bytes"
             )
         traffic, nbytes, once = self.traffic[view.name], flat.size * size, 0
         if self.races:
@@ -396,5 +406,5 @@ class Memory:
             if view.lo <= address < view.lo + view.extent * view.itemsize:
                 return View(view.name, view.tensor, view.buffer)
         raise KernelFault(
-            f"out of bounds: the address {address:#x} was not made from a tensor given to the launch"
+            f"out of bounds: the address {address:#x} was not made from a tensor of the launch"
         )

@@ -1,0 +1,214 @@
+"""CSV tables in LUNA16's format: findings (nodules, excluded findings), candidates, series ids.
+
+Findings and candidates are float64 arrays [n, 4] per series: world x, y, z in mm (LPS), then a
+diameter in mm or a probability.
+"""
+
+import contextlib
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.files import atomic_write
+
+UNKNOWN_DIAMETER = 10.0
+"""Millimeters; replaces the negative diameter (-1) that LUNA16 writes if it is unknown."""
+
+CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
+FINDING_COLUMNS = (*CANDIDATE_COLUMNS[:4], "diameter_mm")
+
+
+def diameters(findings: np.ndarray) -> np.ndarray:
+    """Diameters [n] of findings [n, 4] in mm, `UNKNOWN_DIAMETER` where the table is negative."""
+    return np.where(findings[:, 3] < 0, UNKNOWN_DIAMETER, findings[:, 3])
+
+
+def read_findings(path: str | Path) -> dict[str, np.ndarray]:
+    """Read ``annotations.csv`` or ``annotations_excluded.csv``.
+
+    Columns ``seriesuid, coordX, coordY, coordZ, diameter_mm`` in any order; others are ignored. A
+    header without rows means no findings.
+
+    Returns:
+        Series -> float64 [n, 4]: x, y, z (mm), diameter (mm, negative if unknown), in the order of
+        the file.
+
+    Raises:
+        InputError: names file, row and field: a column is missing, a row has another number of
+            fields, a value is not a finite number, a diameter is zero.
+    """
+    uids, values, rows = _read_table(path, FINDING_COLUMNS)
+    if (zero := np.flatnonzero(values[:, 3] == 0)).size:
+        raise InputError(
+            f"{path}, row {rows[zero[0]]}: diameter_mm: expected a diameter other than zero, got 0"
+        )
+    return _by_series(uids, values)
+
+
+def read_candidates(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a submission.
+
+    Columns ``seriesuid, coordX, coordY, coordZ, probability`` in any order; others are ignored. Any
+    finite score may stand for the probability: only the order matters.
+
+    Returns:
+        Series -> float64 [n, 4]: x, y, z (mm), probability, in the order of the file.
+
+    Raises:
+        InputError: names file, row and field: a column is missing, a row has another number of
+            fields, a value is not a finite number.
+    """
+    uids, values, _ = _read_table(path, CANDIDATE_COLUMNS)
+    return _by_series(uids, values)
+
+
+def read_series(path: str | Path) -> dict[str, int]:
+    """Read ``seriesuids.csv``: series ids and their rows in the file, counted from 1."""
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return {line.strip(): row for row, line in enumerate(lines, start=1) if line.strip()}
+
+
+def first_column(path: str | Path) -> set[str]:
+    """The first field of every row of any table, the header included."""
+    with open(path, encoding="utf-8", newline="", errors="replace") as file:
+        return {row[0] for row in csv.reader(file) if row}
+
+
+def find_row(path: str | Path, uid: str, k: int) -> int:
+    """The row of the k-th finding of a series in its file; the header is row 1."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        column = [name.strip() for name in next(reader)].index("seriesuid")
+        return [reader.line_num for row in reader if row and row[column].strip() == uid][k]
+
+
+def write_candidates(path: str | Path, candidates: Mapping[str, ArrayLike]) -> None:
+    """Write a submission that `read_candidates` reads back bit for bit.
+
+    Rows are sorted by series, then by descending probability.
+
+    Args:
+        path: the file; it is replaced once the new one is complete.
+        candidates: series -> [n, 4]: x, y, z (mm), probability. A series without candidates has no
+            row.
+    """
+    checked = {uid: as_rows("candidates", uid, candidates[uid]) for uid in sorted(candidates)}
+    sorted_rows = {
+        uid: table[np.argsort(-table[:, 3], kind="stable")] for uid, table in checked.items()
+    }
+    _write_table(path, [CANDIDATE_COLUMNS, *_joined(sorted_rows)])
+
+
+def write_findings(path: str | Path, findings: Mapping[str, np.ndarray]) -> None:
+    """Write a table of findings [n, 4] per series, in the order of the mapping."""
+    _write_table(path, [FINDING_COLUMNS, *_joined(findings)])
+
+
+def write_series(path: str | Path, uids: Iterable[str]) -> None:
+    """Write ``seriesuids.csv``."""
+    _write_table(path, [(uid,) for uid in uids])
+
+
+def as_rows(name: str, uid: str, rows: ArrayLike) -> np.ndarray:
+    """The findings or candidates of a series as finite float64 [n, 4], or an InputError."""
+    table = np.asarray(rows, dtype=np.float64)
+    if table.shape == (0,):
+        return table.reshape(0, 4)
+    if table.ndim != 2 or table.shape[1] != 4:
+        raise InputError(
+            f"{name} of series {uid}: expected an array [n, 4], got {list(table.shape)}"
+        )
+    if not np.isfinite(table).all():
+        raise InputError(
+            f"{name} of series {uid}: expected finite numbers, got {table[~np.isfinite(table)][0]}"
+        )
+    return table
+
+
+def _read_table(
+    path: str | Path, columns: Sequence[str]
+) -> tuple[list[str], np.ndarray, list[int]]:
+    """Series ids, the other columns [n, 4], and the row of each in the file (the header is 1)."""
+    uids: list[str] = []
+    values: list[tuple[float, ...]] = []
+    rows: list[int] = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if not header:
+                raise InputError(
+                    f"{path}: expected a header with {','.join(columns)}, got an empty file"
+                )
+            for name in columns:
+                if header.count(name) != 1:
+                    raise InputError(
+                        f"{path}: expected one column {name}, got the columns {','.join(header)}"
+                    )
+            uid_of = itemgetter(header.index(columns[0]))
+            numbers_of = itemgetter(*map(header.index, columns[1:]))
+            for row in reader:
+                if not row:
+                    continue
+                where = f"{path}, row {reader.line_num}"
+                if len(row) != len(header):
+                    raise InputError(f"{where}: expected {len(header)} fields, got {len(row)}")
+                if not (uid := uid_of(row).strip()):
+                    raise InputError(f"{where}: {columns[0]}: expected a series id, got nothing")
+                try:
+                    values.append(tuple(map(float, numbers_of(row))))
+                except ValueError:
+                    problem = _first_problem(columns[1:], numbers_of(row))
+                    raise InputError(f"{where}: {problem}") from None
+                uids.append(uid)
+                rows.append(reader.line_num)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#04x}"
+            ) from None
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, row {reader.line_num}: expected comma-separated values: {error}"
+            ) from None
+    table = np.array(values, dtype=np.float64).reshape(-1, 4)
+    if (bad := np.argwhere(~np.isfinite(table))).size:
+        row = bad[0, 0]
+        raise InputError(f"{path}, row {rows[row]}: {_first_problem(columns[1:], table[row])}")
+    return uids, table, rows
+
+
+def _first_problem(names: Sequence[str], values: Iterable[str | float]) -> str:
+    """Describe the first value that is not a finite number."""
+    for name, value in zip(names, values, strict=True):
+        with contextlib.suppress(ValueError):
+            if math.isfinite(float(value)):
+                continue
+        return f"{name}: expected a finite number, got {str(value)!r}"
+    raise AssertionError("every value is a finite number")
+
+
+def _by_series(uids: Sequence[str], values: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the rows by series; series and rows keep their order."""
+    members: dict[str, list[int]] = {}
+    for row, uid in enumerate(uids):
+        members.setdefault(uid, []).append(row)
+    return {uid: values[rows] for uid, rows in members.items()}
+
+
+def _joined(tables: Mapping[str, np.ndarray]) -> Iterable[list]:
+    """The inverse of `_by_series`: rows that begin with the series id."""
+    return ([uid, *row] for uid, table in tables.items() for row in table.tolist())
+
+
+def _write_table(path: str | Path, rows: Iterable[Sequence]) -> None:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows(rows)

@@ -21,18 +21,14 @@ from fmkernels.cpu.voxels import (
     window_of,
     window_voxel,
 )
-from fmkernels.ops.tensors import compute_dtype
+from fmkernels.dtypes import compute_dtype
 
 BOX = 1024  # voxels of a box, at most
 SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too small
 MIN_BOX = 64
 LEAST = 1 << 16  # voxels of all samples
 
-_DIRECT = {
-    torch.float32,
-    torch.float64,
-    torch.int16,
-}  # mixed without a copy, where nothing else asks for one
+_DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a copy
 _NO_MASKS = np.zeros(0, np.uint8)
 
 
@@ -81,14 +77,8 @@ def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
     rows, n = lengths if flip & (axes[2] | axes[3]) else (1, block.size)
     step = -1 if flip & axes[3] else 1
     for j in range(rows):
-        first = start + (rows - 1 - j if flip & axes[2] else j) * n
-        load_block(
-            address,
-            dtype_code,
-            first + (n - 1 if step < 0 else 0),
-            step,
-            block[j * n : (j + 1) * n],
-        )
+        first = start + (rows - 1 - j if flip & axes[2] else j) * n + (n - 1 if step < 0 else 0)
+        load_block(address, dtype_code, first, step, block[j * n : (j + 1) * n])
 
 
 @compiled

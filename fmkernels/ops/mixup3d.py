@@ -234,7 +234,7 @@ def mixup3d_out_op(launcher, volumes, donors, lam, index, flips, donor_flips, wi
             continue  # x or the result is copied
         if not is_same(x, out):
             raise ValueError(
-                f"mixup3d: out must be volumes or donors itself or not overlap them, "
+                "mixup3d: out must be volumes or donors itself, or must not overlap them, "
                 f"got a tensor that overlaps a part of {source}"
             )
         direct = direct and not flipped and volumes.shape[0] <= MAX_IN_PLACE

@@ -97,12 +97,12 @@ def _mixup() -> list[tuple[Comparison, str]]:
     ]
 
 
-def _mixup_in_place(flips: bool) -> list[tuple[Comparison, str]]:
+def _mixup_in_place() -> list[tuple[Comparison, str]]:
     suite = bench_mixup3d
     workloads = (
-        suite.Workload(8, 64, flips=flips, in_place=True),
-        suite.Workload(8, 160, flips=flips, in_place=True),
-        suite.Workload(16, 160, BF16, BF16, flips=flips, in_place=True),
+        suite.Workload(8, 64, in_place=True),
+        suite.Workload(8, 160, in_place=True),
+        suite.Workload(16, 160, BF16, BF16, in_place=True),
     )
     return [(suite.comparison(workload), "forward") for workload in workloads]
 
@@ -152,12 +152,7 @@ SWEEPS = (
         "crop_and_resize3d_backward", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient
     ),
     Sweep("mixup3d", _VECTORS, _mixup),
-    Sweep("mixup3d_in_place", _VECTORS, lambda: _mixup_in_place(False)),
-    Sweep(
-        "mixup3d_in_place_flipped",
-        {256: (2, 4), 512: (2, 4), 1024: (4, 8), 2048: (8,)},
-        lambda: _mixup_in_place(True),
-    ),
+    Sweep("mixup3d_in_place", _VECTORS, _mixup_in_place),
 )
 
 

@@ -5,9 +5,10 @@ from torch import Tensor
 
 
 def mixup3d(volumes, lam, index, *, donors=None, flips=None, window=None, dtype=None) -> Tensor:
-    """out[b] = lam[b] f(volumes[b]) + (1 - lam[b]) f(donors[index[b]]), rounded where the result is of an integer type.
+    """out[b] = lam[b] f(volumes[b]) + (1 - lam[b]) f(donors[index[b]]), rounded for integer dtypes.
 
-    f flips a volume by its own mask (1 = D, 2 = H, 4 = W) and applies the window.
+    f flips a volume by its own mask (1 = D, 2 = H, 4 = W) and applies the window. A voxel of weight
+    0 does not show, even if it is not finite.
     """
     if donors is None:
         donors, donor_flips = volumes, flips
@@ -17,12 +18,16 @@ def mixup3d(volumes, lam, index, *, donors=None, flips=None, window=None, dtype=
     for b in range(len(volumes)):
         own = _source(volumes, flips, b, window)
         donor = _source(donors, donor_flips, int(index[b]), window)
-        out[b] = lam[b].double() * own + (1 - lam[b].double()) * donor
+        out[b] = _weighted(lam[b].double(), own) + _weighted(1 - lam[b].double(), donor)
     if dtype is None:
         dtype = torch.float32 if window and not volumes.is_floating_point() else volumes.dtype
     if not dtype.is_floating_point:
         out = out.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return out
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.where(weight != 0, weight * x, 0.0)
 
 
 def _source(volumes: Tensor, flips: Tensor | None, row: int, window) -> Tensor:

@@ -766,7 +766,7 @@ OPS = (
         valid={"volumes": X, "lam": LAM, "index": INDEX},
         errors=MIXUP_ERRORS,
         differentiable=("volumes", "donors"),
-        not_finite={"volumes": ANY, "donors": ANY, "lam": ANY},
+        not_finite={"volumes": ANY, "donors": ANY, "lam": (NAN,)},
         in_place="volumes",
     ),
     OpInfo(

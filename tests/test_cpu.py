@@ -1,5 +1,6 @@
 """What all operations share on the CPU: threads, forked and concurrent callers, compiled code kept, its arithmetic."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -9,7 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
 from unittest.mock import Mock
 
 import numpy as np
@@ -26,7 +31,7 @@ from fmkernels import (
     soft_target_focal_loss,
 )
 from fmkernels.cpu import arithmetic
-from fmkernels.cpu.compiled import _Pool, compiled, shared
+from fmkernels.cpu.compiled import INT16, _Pool, compiled, shared
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
@@ -284,87 +289,153 @@ def test_integers_round_to_nearest_even_and_saturate(dtype):
     )
 
 
-def test_an_interrupted_call_leaves_no_thread_at_work(monkeypatch):
-    """Of its parts, at least: the memory that they write to may be gone."""
-    began, ended, release = threading.Event(), threading.Event(), threading.Event()
+def test_an_interrupted_call_leaves_before_its_helpers_and_they_keep_its_tensors(monkeypatch):
+    began, release, ended = threading.Event(), threading.Event(), threading.Event()
+    held = []
 
-    def loop(start, end):
-        if start:
-            began.set()
-            release.wait(10)
-            time.sleep(0.05)
-            ended.set()
-        else:
+    def loop(start, end, tensor, array):
+        if threading.current_thread() is threading.main_thread():
             began.wait(10)
             raise KeyboardInterrupt
+        began.set()
+        release.wait(10)
+        held.append(alive() is not None)
+        ended.set()
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    threading.Timer(0.1, release.set).start()
+    x = torch.ones(3)
+    alive = weakref.ref(x)
     with pytest.raises(KeyboardInterrupt):
-        shared(loop, 2, 1)
-    assert ended.is_set()
+        shared(loop, 2, 1, x, x.numpy())
+    assert began.is_set() and not ended.is_set()
+    del x
+    release.set()
+    assert ended.wait(10) and held == [True]
+    for _ in range(100):  # until the helper has left
+        gc.collect()
+        if alive() is None:
+            break
+        time.sleep(0.05)
+    assert alive() is None
 
 
-def test_without_threads_the_caller_does_it_all(monkeypatch):
-    """And leaves nothing behind for threads that can be started later."""
-    done, pool = [], _Pool()
+def test_tensors_are_addresses_with_dtype_codes():
+    x, taken = torch.ones(3, dtype=torch.int16), []
+    shared(lambda start, end, *args: taken.append(args), 1, 1, x, 7)
+    assert taken == [((x.data_ptr(), INT16), 7)]
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of at most one thread, which has not started."""
+    pool = _Pool()
     monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
+    monkeypatch.setattr("fmkernels.cpu.compiled.os.cpu_count", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(
-        threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread"))
-    )
+    return pool
+
+
+def test_without_threads_the_caller_runs_all_ranges(pool, monkeypatch):
+    done = []
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start")))
     shared(lambda start, end: done.append((start, end)), 9, 1)
-    assert done == [(0, 3), (3, 6), (6, 9)]
-    assert not pool.threads and pool.calls.empty()
+    assert done == [(0, 3), (3, 6), (6, 9)] and pool.tasks.empty() and not pool.threads
 
 
-def test_after_an_error_no_part_is_begun(monkeypatch):
-    """Not by the caller, nor by a thread that comes late, as it was busy."""
-    begun, pool = [], _Pool()
+def test_helpers_busy_for_another_caller_are_not_waited_for(pool):
+    """The task that remains in the queue holds no tensor, and does nothing later."""
+    release, done, x = threading.Event(), [], torch.ones(3)
+    pool.help(1, deque([lambda: release.wait(20)]), SimpleQueue())
+    shared(lambda start, end, x: done.append((start, end)), 9, 1, x)
+    assert done == [(0, 3), (3, 6), (6, 9)] and not pool.tasks.empty() and not release.is_set()
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None
+    release.set()
+    ended = SimpleQueue()
+    pool.help(1, deque([int]), ended)  # after the one in the queue
+    assert ended.get(timeout=20) is None and len(done) == 3
+
+
+@pytest.mark.parametrize("in_caller", [True, False])
+def test_after_an_error_no_range_is_begun(in_caller, monkeypatch):
+    begun, others = [], threading.Event()
 
     def loop(start, end):
         begun.append(start)
-        raise KeyboardInterrupt
+        if in_caller == (threading.current_thread() is threading.main_thread()):
+            others.set()
+            raise ZeroDivisionError
+        others.wait(10)
+        time.sleep(0.1)  # the other thread clears the ranges
 
-    monkeypatch.setattr("fmkernels.cpu.compiled._pool", lambda: pool)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(pool, "ask", lambda call, helpers: pool.calls.put(call))
-    with pytest.raises(KeyboardInterrupt):
-        shared(loop, 9, 1)
-    pool.calls.get().help()
-    assert begun == [0]
+    class Ranges(deque):  # four ranges for two threads
+        def __init__(self, ranges):
+            super().__init__(list(ranges) * 2)
+
+    monkeypatch.setattr("fmkernels.cpu.compiled.deque", Ranges)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ZeroDivisionError):
+        shared(loop, 2, 1)
+    assert len(begun) <= 2
+
+
+def test_an_error_leaves_no_cycle_that_holds_tensors(monkeypatch):
+    def loop(start, end, x):
+        meeting.wait(10)
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError
+
+    meeting = threading.Barrier(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(ZeroDivisionError):
+            shared(loop, 2, 1, x)
+        del x
+        for _ in range(100):  # until the helper has left
+            if alive() is None:
+                break
+            time.sleep(0.05)
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that send signals")
-def test_interrupts_at_any_time_leave_no_part_at_work(monkeypatch):
-    at_work, interrupted, armed = [], 0, False
+def test_interrupts_at_any_time(monkeypatch):
+    """A call returns or raises KeyboardInterrupt. Later calls are complete."""
+    interrupted, armed = 0, False
 
     def interrupt(*_):
         if armed:
             raise KeyboardInterrupt
 
-    def loop(start, end):
-        if threading.current_thread() is threading.main_thread():
-            time.sleep(1e-4)
-            return
-        at_work.append(start)
-        time.sleep(2e-4)
-        at_work.remove(start)
+    def loop(start, end, done):
+        time.sleep(1e-4)
+        done.append((start, end))
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     before, draw = signal.signal(signal.SIGALRM, interrupt), random.Random(0)
     try:
         for _ in range(1000):
+            done = []
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 6e-4))
-                shared(loop, 3, 1)
+                shared(loop, 3, 1, done)
                 armed = False
+                assert sorted(done) == [(0, 1), (1, 2), (2, 3)]
             except KeyboardInterrupt:
                 armed = False
                 interrupted += 1
-            assert not at_work
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 100
+    done = []
+    shared(loop, 3, 1, done)
+    assert sorted(done) == [(0, 1), (1, 2), (2, 3)]

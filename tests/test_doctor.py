@@ -72,8 +72,8 @@ def off_by_a_little(launch):
     [
         (loss, "soft_target_focal_loss", "soft_target_focal_loss", "gradient"),
         (targets, "predict_targets", "predict_targets", "forward"),
-        (mixup, "launch_mixup", "mixup3d", "forward"),
-        (mixup, "launch_gradient", "mixup3d", "gradient"),
+        (mixup, "mixup3d", "mixup3d", "forward"),
+        (mixup, "mixup3d_backward", "mixup3d", "gradient"),
         (crop, "crop_and_resize3d", "crop_and_resize3d", "forward"),
         (crop, "crop_and_resize3d_backward", "crop_and_resize3d", "gradient"),
         (objects, "object_mixup3d", "object_mixup3d", "forward"),

@@ -18,13 +18,11 @@ PACKAGE = ROOT / "fmkernels"
 
 # part of the package -> parts that it may import
 ALLOWED = {
-    "checks": set(),
     "dtypes": set(),
-    "layout": set(),
     "cpu": {"cpu", "dtypes"},
     "kernels": {"kernels", "dtypes"},
     "ops": {"ops", "dtypes"},
-    "functional": {"ops", "checks", "dtypes", "layout"},
+    "functional": {"ops"},
     "nn": {"functional", "ops"},
     "doctor": {"functional", "kernels"},
     # cpu: for the normalization of the detector, which is not an op

@@ -1,4 +1,4 @@
-"""mixup3d in place needs its barrier; offsets beyond 2^31 are right."""
+"""mixup3d in place needs its barrier; large offsets are right; weight 0 moves no bytes."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import triton.language as tl
 from fmkernels import mixup3d
 from tests.support import on_gpu
 from tests.support.cases import kernel_only
+from tests.support.launch import launch
 from tests.triton_checked.interpreter import KernelFault, checked
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="needs the interpreter")
@@ -50,3 +51,16 @@ def test_offsets_of_gradients_beyond_two_to_the_31(path):
         out = mixup3d(volumes, torch.tensor([1.0, 0.5]), torch.tensor([1, 1]))
         (gradient,) = torch.autograd.grad(out, volumes, grad_output)
     assert gradient[1, ..., -3:].flatten().tolist() == [1 + 1, 2 + 2, 3 + 3]
+
+
+def test_voxels_of_weight_0_are_not_read():
+    volumes, donors, index = torch.ones(2, 1, 3, 5, 16), torch.ones(2, 1, 3, 5, 16), torch.arange(2)
+    for weight, source in ((0.0, "volumes"), (1.0, "donors")):
+        common, axes = (torch.full((2,), weight), index, None), (0, 1, 2, 4)
+        with checked() as report:
+            launch("mixup3d", volumes, donors, *common, None, axes, None, dtype=torch.float32)
+        assert report.traffic[source].read == 0 and report.traffic["out"].written > 0
+        with checked() as report:
+            arguments = volumes, None, *common, axes, None, source == "volumes", source == "donors"
+            launch("mixup3d_backward", *arguments, rows=2, dtype=torch.float32)
+        assert report.traffic["grad_output"].read == 0

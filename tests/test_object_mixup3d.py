@@ -573,8 +573,6 @@ def test_memory_of_a_tensor_subclass_is_noticed(path):
         object_mixup3d(last[:2], *boxes, out=last[1:3])
 
 
-
-
 def test_half_of_a_tensor_may_be_mixed_into_the_other_half():
     whole = make((1, 1, 4, 5, 16))
     volumes, out = whole[..., :8], whole[..., 8:]

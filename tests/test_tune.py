@@ -172,11 +172,6 @@ def _calls():
         "crop_and_resize3d_backward": (lambda: crop(True), ("Z", "Y", "X"), 1),
         "mixup3d": (mixup, ("VECTORS",), 1),
         "mixup3d_in_place": (lambda: mixup(out=volumes), ("VECTORS", "SAMPLES"), 1),
-        "mixup3d_in_place_flipped": (
-            lambda: mixup(flips=flips, out=volumes),
-            ("VECTORS", "SAMPLES"),
-            8,
-        ),
     }
 
 

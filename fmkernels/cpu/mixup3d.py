@@ -1,8 +1,8 @@
-"""Batched 3D mixup on the CPU: box of voxels after box, each mixed for all samples before the next.
+"""Batched 3D mixup on the CPU: box by box, each mixed for all samples before the next.
 
-The sources of a box are loaded once, flipped and windowed, into blocks that stay in a core's cache, and mixed from
-there; nothing is stored before they all are, so that they may be overwritten. Where volumes are flipped in place, a box
-goes together with its mirror images, which are boxes too: an axis is cut as seen from either of its ends.
+Sources that are flipped, overwritten or of other dtypes than the loops compute with are first
+copied, flipped, into blocks that stay in a core's cache. All sources of a box are loaded before any
+result is stored, so that ``out`` may be the donors.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.arithmetic import stored
+from fmkernels.cpu.compiled import INT16, compiled, shared
 from fmkernels.cpu.voxels import (
-    INT16,
-    ZEROS,
     elements,
     load_block,
-    located,
     own_kind,
     store_block,
     window_of,
@@ -26,288 +24,197 @@ from fmkernels.cpu.voxels import (
 from fmkernels.dtypes import compute_dtype
 
 BOX = 1024  # voxels of a box, at most
-SCRATCH = (
-    1 << 16
-)  # voxels kept of a box, of all samples and mirror images, unless boxes would become too small
-SMALLEST_BOX = 64
-LEAST = 1 << 16  # voxels of all samples for which another thread is worth its while
+SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too small
+MIN_BOX = 64
+LEAST = 1 << 16  # voxels of all samples
 
-_AS_THEY_LIE = {
-    torch.float32,
-    torch.float64,
-    torch.int16,
-}  # mixed from where they are, if nothing overwrites them
-_NEVER = (0, 0, 0, 0)  # axes of volumes that are not flipped
+_DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a copy
+_NO_MASKS = np.zeros(0, np.uint8)
 
 
 @compiled
 def _flip(masks, row):
-    """The mask of a volume; no masks have no address."""
-    return np.int64(elements(masks + row, 1, np.uint8)[0]) if masks else 0
+    """The flip mask of a volume."""
+    return np.int64(masks[row]) if masks.size else 0
 
 
 @compiled
-def _box(number, extents, longest):
-    """Where box ``number`` begins along each axis, and its lengths along the last two.
+def _box(number, sizes, longest):
+    """The first voxel of box ``number`` on each axis, and its lengths along the last two.
 
-    The first ``extents`` voxels of each axis are cut into boxes of 1 x 1 x ``longest``.
+    Volumes are cut into boxes of 1 x 1 x ``longest``.
     """
-    rest, i3 = divmod(number, -(-extents[3] // longest[1]))
-    rest, i2 = divmod(rest, -(-extents[2] // longest[0]))
-    i0, i1 = divmod(rest, extents[1])
+    rest, i3 = divmod(number, -(-sizes[3] // longest[1]))
+    rest, i2 = divmod(rest, -(-sizes[2] // longest[0]))
+    i0, i1 = divmod(rest, sizes[1])
     i2, i3 = i2 * longest[0], i3 * longest[1]
-    return (i0, i1, i2, i3), (min(longest[0], extents[2] - i2), min(longest[1], extents[3] - i3))
+    return (i0, i1, i2, i3), (min(longest[0], sizes[2] - i2), min(longest[1], sizes[3] - i3))
 
 
 @compiled
-def _image(corner, lengths, sizes, axes, mask):
-    """Where the mirror image of a box begins along each axis."""
-    i0, i1, i2, i3 = corner
-    if mask & axes[0]:
-        i0 = sizes[0] - 1 - i0
-    if mask & axes[1]:
-        i1 = sizes[1] - 1 - i1
-    if mask & axes[2]:
-        i2 = sizes[2] - lengths[0] - i2
-    if mask & axes[3]:
-        i3 = sizes[3] - lengths[1] - i3
-    return i0, i1, i2, i3
-
-
-@compiled
-def _place(row, corner, sizes):
+def _offset(row, corner, sizes):
     """Number of a voxel among those of all volumes."""
-    place = row
+    offset = row
     for axis in range(4):
-        place = place * sizes[axis] + corner[axis]
-    return place
+        offset = offset * sizes[axis] + corner[axis]
+    return offset
 
 
 @compiled
-def _load_box(volumes, row, corner, lengths, sizes, axes, flip, block):
-    """A box of a volume, its rows and the voxels of each in reverse where ``flip`` says so."""
-    address, kind, _ = volumes
-    start = _place(row, corner, sizes)
+def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
+    """A box of the flipped volume."""
+    address, dtype_code = volumes
+    i0, i1, i2, i3 = corner
+    if flip & axes[0]:
+        i0 = sizes[0] - 1 - i0
+    if flip & axes[1]:
+        i1 = sizes[1] - 1 - i1
+    if flip & axes[2]:
+        i2 = sizes[2] - lengths[0] - i2
+    if flip & axes[3]:
+        i3 = sizes[3] - lengths[1] - i3
+    start = _offset(row, (i0, i1, i2, i3), sizes)
     rows, n = lengths if flip & (axes[2] | axes[3]) else (1, block.size)
     step = -1 if flip & axes[3] else 1
     for j in range(rows):
-        i = (rows - 1 - j if flip & axes[2] else j) * n
-        load_block(
-            address, kind, start + (i + n - 1 if step < 0 else i), step, block[j * n : (j + 1) * n]
-        )
+        first = start + (rows - 1 - j if flip & axes[2] else j) * n + (n - 1 if step < 0 else 0)
+        load_block(address, dtype_code, first, step, block[j * n : (j + 1) * n])
 
 
 @compiled
-def _own_images(corner, lengths, sizes, axes):
-    """The flips (a mask) of which a box is its own image."""
-    image, mask = _image(corner, lengths, sizes, axes, 7), 0
-    for axis in range(4):
-        if image[axis] == corner[axis]:
-            mask |= axes[axis]
-    return mask
-
-
-@compiled
-def _mix(own, donor, share, window, block):
-    """block = share * own + (1 - share) * donor, both windowed."""
+def _mix(own, other, lam, window, block):
+    """block = lam * own + (1 - lam) * other, both windowed; no trace of one of weight 0."""
     dtype = block.dtype.type
     windowed, low, scale = window[0], dtype(window[1]), dtype(window[2])
-    rest = dtype(1) - share
+    weight, zero = dtype(1) - lam, dtype(0)
     if windowed:
         for i in range(block.size):
-            a, b = (
-                window_voxel(dtype(own[i]), low, scale),
-                window_voxel(dtype(donor[i]), low, scale),
-            )
-            block[i] = share * a + rest * b
+            a = window_voxel(dtype(own[i]), low, scale)
+            b = window_voxel(dtype(other[i]), low, scale)
+            block[i] = (lam * a if lam != zero else zero) + (weight * b if weight != zero else zero)
     else:
         for i in range(block.size):
-            block[i] = share * dtype(own[i]) + rest * dtype(donor[i])
+            a, b = dtype(own[i]), dtype(other[i])
+            block[i] = (lam * a if lam != zero else zero) + (weight * b if weight != zero else zero)
 
 
 @compiled
 def _mix_boxes(
-    first, last, volumes, donors, out, lam, index, batch, pool, cut, images, kept, window, zero
-):
-    """Boxes number ``first`` to ``last`` of all samples. Tensors are addresses, with the kind of their elements."""
-    sizes, axes, extents, longest = cut
-    partners, shares = elements(index, batch, np.int64), np.full(batch, zero)
-    load_block(lam[0], lam[1], 0, 1, shares)
-    alone = donors[0] == 0
-    if alone:
-        donors, pool = volumes, batch
-    needed = np.full(pool, alone)
+    first, last, volumes, donors, separate, out, lam, index, flips, donor_flips, num_donors, cut,
+    copied, window,
+):  # fmt: skip
+    """Mix boxes number ``first`` to ``last`` of all samples.
+
+    Args:
+        volumes: (address, dtype code); ``donors`` and ``out`` alike.
+        separate: whether the donors are not the volumes.
+        lam: [batch], of the dtype to compute with.
+        copied: whether sources are copied before they are mixed.
+    """
+    sizes, axes, longest = cut
+    batch, zero = index.size, lam.dtype.type(0)
+    needed = np.full(num_donors, not separate)
     for b in range(batch):
-        needed[partners[b]] = True
+        needed[index[b]] = True
     slots = np.cumsum(needed) - 1
     voxels = longest[0] * longest[1]
-    sources = np.full((slots[-1] + 1 if kept else 0, images, voxels), zero)
-    owns, mixed = np.full((images, voxels), zero), np.full(voxels, zero)
-    compute, size = mixed.dtype, mixed.itemsize
+    others = np.full((slots[-1] + 1 if copied else 0, voxels), zero)
+    own, mixed = np.full(voxels, zero), np.full(voxels, zero)
+    dtype, itemsize = mixed.dtype, mixed.itemsize
     for number in range(first, last):
-        corner, lengths = _box(number, extents, longest)
-        n, same = lengths[0] * lengths[1], _own_images(corner, lengths, sizes, axes)
-        if kept:
-            for row in range(pool):
-                flip = _flip(donors[2], row)
-                for image in range(images if needed[row] else 0):
-                    if not image & same:
-                        place = _image(corner, lengths, sizes, axes, image ^ flip)
-                        _load_box(
-                            donors,
-                            row,
-                            place,
-                            lengths,
-                            sizes,
-                            axes,
-                            flip,
-                            sources[slots[row], image, :n],
-                        )
+        corner, lengths = _box(number, sizes, longest)
+        n = lengths[0] * lengths[1]
+        if copied:
+            for row in range(num_donors):
+                if needed[row]:
+                    flip, block = _flip(donor_flips, row), others[slots[row], :n]
+                    _load_flipped(donors, row, corner, lengths, sizes, axes, flip, block)
         for b in range(batch):
-            if kept and not alone:
-                flip = _flip(volumes[2], b)
-                for image in range(images):
-                    if not image & same:
-                        place = _image(corner, lengths, sizes, axes, image ^ flip)
-                        _load_box(volumes, b, place, lengths, sizes, axes, flip, owns[image, :n])
-            for image in range(images):
-                if image & same:
-                    continue
-                start = _place(b, _image(corner, lengths, sizes, axes, image), sizes)
-                at_once = out[1] == own_kind(mixed)
-                block = elements(out[0] + size * start, n, compute) if at_once else mixed[:n]
-                if kept:
-                    own = sources[b, image, :n] if alone else owns[image, :n]
-                    _mix(own, sources[slots[partners[b]], image, :n], shares[b], window, block)
-                else:
-                    other = _place(partners[b], corner, sizes)
-                    if volumes[1] == INT16:
-                        own = elements(volumes[0] + 2 * start, n, np.int16)
-                        _mix(
-                            own,
-                            elements(donors[0] + 2 * other, n, np.int16),
-                            shares[b],
-                            window,
-                            block,
-                        )
-                    else:
-                        own = elements(volumes[0] + size * start, n, compute)
-                        _mix(
-                            own,
-                            elements(donors[0] + size * other, n, compute),
-                            shares[b],
-                            window,
-                            block,
-                        )
-                if not at_once:
-                    store_block(block, out[0], out[1], start)
+            start, donor = _offset(b, corner, sizes), _offset(index[b], corner, sizes)
+            at_once = out[1] == own_kind(mixed)
+            block = elements(out[0] + itemsize * start, n, dtype) if at_once else mixed[:n]
+            if copied:
+                if separate:
+                    flip = _flip(flips, b)
+                    _load_flipped(volumes, b, corner, lengths, sizes, axes, flip, own[:n])
+                x = own[:n] if separate else others[b, :n]
+                _mix(x, others[slots[index[b]], :n], lam[b], window, block)
+            elif volumes[1] == INT16:
+                x = elements(volumes[0] + 2 * start, n, np.int16)
+                _mix(x, elements(donors[0] + 2 * donor, n, np.int16), lam[b], window, block)
+            else:
+                y = elements(volumes[0] + itemsize * start, n, dtype)
+                _mix(y, elements(donors[0] + itemsize * donor, n, dtype), lam[b], window, block)
+            if not at_once:
+                store_block(block, out[0], out[1], start)
 
 
 @compiled
-def _gradient_boxes(
-    first,
-    last,
-    upstream,
-    windowed,
-    gradient,
-    lam,
-    index,
-    batch,
-    rows,
-    cut,
-    window,
-    own,
-    donor,
-    zero,
-):
-    """Boxes number ``first`` to ``last`` of all sources. Tensors are addresses, with the kind of their elements."""
-    sizes, axes, extents, longest = cut
-    partners = elements(index, batch, np.int64)
-    shares = np.full(batch, zero)
-    load_block(lam[0], lam[1], 0, 1, shares)
-    one = zero + shares.dtype.type(1)
-    voxels = longest[0] * longest[1]
-    totals, blocks = np.full(voxels, zero), np.full(voxels, zero)
-    low, high, scale = (
-        shares.dtype.type(window[0]),
-        shares.dtype.type(window[1]),
-        shares.dtype.type(window[2]),
-    )
+def _differentiate_boxes(
+    first, last, grad_output, input, grad_input, lam, index, flips, rows, cut, window,
+    as_volumes, as_donors,
+):  # fmt: skip
+    """Write boxes number ``first`` to ``last`` of the gradient to all rows of the input.
+
+    Args:
+        grad_output: (address, dtype code); ``input`` and ``grad_input`` alike.
+        window: (enabled, low, high, 1 / (high - low)).
+    """
+    sizes, axes, longest = cut
+    dtype = lam.dtype.type
+    zero = dtype(0)
+    windowed, low, high, scale = window[0], dtype(window[1]), dtype(window[2]), dtype(window[3])
+    totals = np.full(longest[0] * longest[1], zero)
+    blocks = np.full_like(totals, zero)
     for number in range(first, last):
-        corner, lengths = _box(number, extents, longest)
+        corner, lengths = _box(number, sizes, longest)
         n = lengths[0] * lengths[1]
         total, block = totals[:n], blocks[:n]
         for row in range(rows):
-            flip = _flip(gradient[2], row)
-            place = _image(corner, lengths, sizes, axes, flip)
+            flip = _flip(flips, row)
             total[:] = zero
-            for b in range(-1 if own else 0, batch if donor else 0):
-                if b < 0 or partners[b] == row:
-                    _load_box(
-                        upstream, row if b < 0 else b, place, lengths, sizes, axes, flip, block
-                    )
-                    share = shares[row] if b < 0 else one - shares[b]
+            for b in range(-1 if as_volumes else 0, index.size if as_donors else 0):
+                if b >= 0 and index[b] != row:
+                    continue
+                weight = lam[row] if b < 0 else dtype(1) - lam[b]
+                if weight != zero:
+                    sample = row if b < 0 else b
+                    _load_flipped(grad_output, sample, corner, lengths, sizes, axes, flip, block)
                     for i in range(n):
-                        total[i] += share * block[i]
-            start = _place(row, corner, sizes)
-            if windowed[0]:
-                load_block(windowed[0], windowed[1], start, 1, block)
+                        total[i] += weight * block[i]
+            start = _offset(row, corner, sizes)
+            if windowed:
+                load_block(input[0], input[1], start, 1, block)
                 for i in range(n):
                     total[i] = total[i] * scale if low <= block[i] <= high else zero
-            store_block(total, gradient[0], gradient[1], start)
+            store_block(total, grad_input[0], grad_input[1], start)
 
 
-def _cut(
-    sizes: tuple[int, ...], axes: tuple[int, ...], samples: int, images: bool
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """How volumes are cut: sizes, axes, extents and longest boxes as the loops take them, and the number of boxes.
-
-    With images, boxes fill the first half of each axis along which volumes are flipped, unless they are as long as it.
-    """
-    span = max(SMALLEST_BOX, min(BOX, SCRATCH // (samples * (8 if images else 1))))
-    width = min(sizes[3], span)
-    height = min(sizes[2], span // width)
-    extents = sizes
-    if images:
-        extents = tuple(
-            (n + 1) // 2 if bit and n > length else n
-            for n, bit, length in zip(sizes, axes, (1, 1, height, width), strict=True)
-        )
-    n0, n1, n2, n3 = extents
-    return (sizes, axes, extents, (height, width)), n0 * n1 * -(-n2 // height) * -(-n3 // width)
+def _cut(x: Tensor, axes: Sequence[int], flipped: bool) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """How [rows, n0, n1, n2, n3] are cut: (sizes, axes, longest box), and the number of boxes."""
+    rows = x.shape[0]
+    sizes = tuple(x.shape[1:]) if flipped else (1, 1, 1, x.numel() // rows)
+    n0, n1, n2, n3 = sizes
+    voxels = max(MIN_BOX, min(BOX, SCRATCH // rows))
+    width = min(n3, voxels)
+    height = min(n2, voxels // width)
+    axes = tuple(axes) if flipped else (0, 0, 0, 0)
+    return (sizes, axes, (height, width)), n0 * n1 * -(-n2 // height) * -(-n3 // width)
 
 
-def _check_index(index: Tensor, pool: int) -> None:
-    partners = index.tolist()
-    if partners and (min(partners) < 0 or max(partners) >= pool):
-        raise ValueError(f"mixup3d: index must lie in [0, {pool}), got {partners}")
+def _check_values(lam: Tensor, index: Tensor, num_donors: int) -> None:
+    weights, donors = lam.tolist(), index.tolist()
+    if not all(0 <= weight <= 1 for weight in weights):
+        raise ValueError(f"mixup3d: lam must lie in [0, 1], got {weights}")
+    if donors and (min(donors) < 0 or max(donors) >= num_donors):
+        raise ValueError(f"mixup3d: index must lie in [0, {num_donors}), got {donors}")
 
 
-def _volumes(x: Tensor | None, flips: Tensor | None = None) -> tuple[int, int, int]:
-    """As the loops take them: address, kind of the elements, address of the masks; 0 where there are none."""
-    if x is None:
-        return 0, 0, 0
-    return *located(x), 0 if flips is None else flips.data_ptr()
+def _masks(flips: Tensor | None) -> np.ndarray:
+    return _NO_MASKS if flips is None else stored(flips)
 
 
-def launch_mixup(
-    volumes: Tensor,
-    donors: Tensor | None,
-    lam: Tensor,
-    index: Tensor,
-    flips: Tensor | None,
-    donor_flips: Tensor | None,
-    axes: Sequence[int],
-    window: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As fmkernels.kernels.mixup3d.launch_mixup."""
-    out = torch.empty_like(volumes, dtype=dtype)
-    launch_mixup_into(volumes, donors, lam, index, flips, donor_flips, axes, window, out)
-    return out
-
-
-def launch_mixup_into(
+def mixup3d(
     volumes: Tensor,
     donors: Tensor | None,
     lam: Tensor,
@@ -317,55 +224,50 @@ def launch_mixup_into(
     axes: Sequence[int],
     window: Sequence[float] | None,
     out: Tensor,
+    in_place: bool = False,
 ) -> None:
-    """As fmkernels.kernels.mixup3d.launch_mixup_into."""
-    batch = volumes.shape[0]
-    pool = batch if donors is None else donors.shape[0]
-    _check_index(index, pool)
+    """Write the mixed volumes, as fmkernels.kernels.mixup3d.mixup3d does."""
+    separate = donors is not None
+    if donors is None:
+        donors, donor_flips = volumes, flips
+    num_donors = donors.shape[0]
+    _check_values(lam, index, num_donors)
     voxels = out.numel()
     if not voxels:
         return
     flipped = flips is not None or donor_flips is not None
-    over = out.data_ptr() in (volumes.data_ptr(), None if donors is None else donors.data_ptr())
-    images = flipped and over
-    kept = flipped or over or volumes.dtype not in _AS_THEY_LIE
-    sizes = tuple(volumes.shape[1:]) if flipped else (1, 1, 1, voxels // batch)
-    own_axes = tuple(axes) if flipped else _NEVER
-    cut, boxes = _cut(sizes, own_axes, batch, images)
+    aliased = in_place or out.data_ptr() == volumes.data_ptr()  # else mixing is not vectorized
+    cut, boxes = _cut(out, axes, flipped)
     shared(
-        _mix_boxes, boxes, LEAST * boxes // voxels, _volumes(volumes, flips), _volumes(donors, donor_flips),
-        _volumes(out), located(lam), index.data_ptr(), batch, pool, cut, 8 if images else 1, kept,
-        window_of(window), ZEROS[compute_dtype(volumes.dtype)],
+        _mix_boxes, boxes, LEAST * boxes // voxels, volumes, donors, separate, out,
+        stored(lam.to(compute_dtype(volumes.dtype))), stored(index), _masks(flips),
+        _masks(donor_flips), num_donors, cut, flipped or aliased or volumes.dtype not in _DIRECT,
+        window_of(window),
     )  # fmt: skip
 
 
-def launch_gradient(
-    upstream: Tensor,
-    windowed: Tensor | None,
+def mixup3d_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
     lam: Tensor,
     index: Tensor,
     flips: Tensor | None,
     axes: Sequence[int],
     window: Sequence[float] | None,
-    sources: int,
-    dtype: torch.dtype,
-    own: bool,
-    donor: bool,
-) -> Tensor:
-    """As fmkernels.kernels.mixup3d.launch_gradient."""
-    gradient = upstream.new_empty((sources, *upstream.shape[1:]), dtype=dtype)
-    voxels = gradient.numel()
+    as_volumes: bool,
+    as_donors: bool,
+    grad_input: Tensor,
+) -> None:
+    """Write the gradient, as fmkernels.kernels.mixup3d.mixup3d_backward does."""
+    voxels = grad_input.numel()
     if not voxels:
-        return gradient
-    flipped = flips is not None
-    sizes = tuple(upstream.shape[1:]) if flipped else (1, 1, 1, voxels // sources)
-    own_axes = tuple(axes) if flipped else _NEVER
-    cut, boxes = _cut(sizes, own_axes, sources, False)
+        return
     low, high = window or (0.0, 1.0)
-    zero = ZEROS[compute_dtype(dtype)]
+    cut, boxes = _cut(grad_input, axes, flips is not None)
     shared(
-        _gradient_boxes, boxes, LEAST * boxes // voxels, _volumes(upstream), _volumes(windowed),
-        _volumes(gradient, flips), located(lam), index.data_ptr(), upstream.shape[0], sources, cut,
-        (low, high, 1 / (high - low)), own, donor, zero,
+        _differentiate_boxes, boxes, LEAST * boxes // voxels, grad_output,
+        grad_output if input is None else input, grad_input,
+        stored(lam.to(compute_dtype(grad_input.dtype))), stored(index), _masks(flips),
+        grad_input.shape[0], cut, (input is not None, low, high, 1 / (high - low)), as_volumes,
+        as_donors,
     )  # fmt: skip
-    return gradient

@@ -21,18 +21,17 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import bits_of, float_of, to_bfloat16
-from fmkernels.cpu.compiled import compiled
+from fmkernels.cpu.compiled import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT16,
+    KINDS,
+    UINT8,
+    compiled,
+)
 
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16, UINT8 = range(6)
-KINDS = {
-    torch.float32: FLOAT32,
-    torch.float64: FLOAT64,
-    torch.bfloat16: BFLOAT16,
-    torch.float16: FLOAT16,
-    torch.int16: INT16,
-    torch.uint8: UINT8,
-}
-"""Dtype codes."""
 ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 """Typed zeros: they fix the compute dtype of a loop."""
 

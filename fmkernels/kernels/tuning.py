@@ -63,9 +63,6 @@ TABLE: dict[str, dict[str, Launch]] = {
     "mixup3d_in_place": {
         DEFAULT: Launch(block=512, num_warps=4),
     },
-    "mixup3d_in_place_flipped": {
-        DEFAULT: Launch(block=1024, num_warps=4),
-    },
 }
 
 

@@ -129,14 +129,15 @@ def _late(module: str, name: str) -> Callable:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, differentiate, *inputs):
-        ctx.differentiate, ctx.count = differentiate, len(inputs)
+    def forward(ctx, *inputs):  # first those of the op, so that needs_input_grad begins with them
+        *_, compute, ctx.differentiate = inputs
+        ctx.count = len(inputs)
         return compute(ctx)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         gradients = ctx.differentiate(ctx, *grad_outputs)
-        return (None, None, *gradients, *[None] * (ctx.count - len(gradients)))
+        return (*gradients, *[None] * (ctx.count - len(gradients)))
 
 
 # autograd.Function.apply without the Python code that comes before: a microsecond, and functorch's
@@ -187,7 +188,7 @@ def _autograd_kernel(
 
         structure = None
         with _allowed_under_functorch():
-            results = _apply(compute, backward or not_differentiable, *_flat(args))
+            results = _apply(*_flat(args), compute, backward or not_differentiable)
         return results if isinstance(results, Tensor) else _like(structure, iter(results))
 
     return kernel
@@ -245,14 +246,3 @@ def _one_sample_at_a_time(op: torch._ops.OpOverload) -> Callable:
         return results, _like(results, repeat(0))
 
     return batched
-
-
-def define(name, schema, module, function):  # replaced op by op
-    _define(f"{name}{schema}", lambda *args: None, lambda f: f, module, function)
-
-
-def fake(name):
-    def register(f):
-        torch.library.register_fake(f"fmkernels::{name}", f, lib=LIBRARY, allow_override=True)
-
-    return register

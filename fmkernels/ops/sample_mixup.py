@@ -1,12 +1,11 @@
-"""sample_mixup: the random numbers of MixUp. It is composed of PyTorch's own functions."""
+"""sample_mixup: the random numbers of MixUp, drawn by functions of PyTorch."""
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
-from fmkernels.ops.checks import check_number, describe
+from fmkernels.ops.checks import check_integer, check_number, describe
 
 
 def sample_mixup(
@@ -16,17 +15,17 @@ def sample_mixup(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Draw how a batch is mixed, for :func:`mixup3d` and the ``mix`` of :func:`soft_target_focal_loss`.
+    r"""Draw weights and donors for :func:`mixup3d` and :func:`soft_target_focal_loss`.
 
     .. math::
         \lambda = \max(l, 1 - l), \qquad l \sim \mathrm{Beta}(\eta, \eta)
 
     Args:
         batch_size: number of samples B, >= 0.
-        eta: both parameters of the Beta distribution, > 0; the smaller, the less is mixed.
-        generator: source of randomness, on the device; the same state gives the same draw. Torch's own by default;
-            ``torch.compile`` can trace no other.
-        device: where the result lies; that of the generator, else torch's default device.
+        eta: both parameters of the Beta distribution, > 0; a small eta mixes little.
+        generator: random generator on the device; the same state gives the same draw. By default
+            the global generator, the only one that ``torch.compile`` can trace.
+        device: device of the result. By default that of the generator, or else torch's default.
 
     Returns:
         The pair ``(lam, index)``: float32 [B], in [0.5, 1]; and int64 [B], a permutation.
@@ -40,8 +39,8 @@ def sample_mixup(
         l = torch.distributions.Beta(eta, eta).sample([batch_size])
         lam, index = torch.maximum(l, 1 - l), torch.randperm(batch_size)
 
-    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018; Devroye, Random
-    variate generation in one line of code, WSC 1996 (how l is drawn).
+    Source: Berthelot et al., MixMatch, NeurIPS 2019 (the maximum); Zhang et al., mixup, ICLR 2018;
+    Devroye, Random variate generation in one line of code, WSC 1996 (the draw of l).
 
     Example:
         >>> import torch
@@ -50,8 +49,7 @@ def sample_mixup(
         (True, [0, 1, 2, 3])
     """
     name = "sample_mixup"
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name}: batch_size must be an int, got {describe(batch_size)}")
+    batch_size = check_integer(name, "batch_size", batch_size)
     if batch_size < 0:
         raise ValueError(f"{name}: batch_size must be >= 0, got {batch_size}")
     eta = check_number(name, "eta", eta)
@@ -69,11 +67,11 @@ def sample_mixup(
         ):
             raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
         device = generator.device
-    # Devroye's draw: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2) of two uniform u and v
+    # Devroye: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2), u and v uniform
     u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(
         generator=generator
     )
     odds = torch.expm1(-u.log() / eta) * torch.cos(2 * math.pi * v) ** 2
     lam = 0.5 + 0.5 * (1 + 1 / odds).rsqrt()
-    index = torch.randperm(batch_size, generator=generator, device=device)
+    index = torch.randperm(batch_size, generator=generator, dtype=torch.int64, device=device)
     return lam.float(), index

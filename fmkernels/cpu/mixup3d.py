@@ -204,7 +204,7 @@ def _cut(x: Tensor, axes: Sequence[int], flipped: bool) -> tuple[tuple[tuple[int
 
 def _check_values(lam: Tensor, index: Tensor, num_donors: int) -> None:
     weights, donors = lam.tolist(), index.tolist()
-    if not all(0 <= weight <= 1 for weight in weights):
+    if any(weight < 0 or weight > 1 for weight in weights):  # NaN gives NaN
         raise ValueError(f"mixup3d: lam must lie in [0, 1], got {weights}")
     if donors and (min(donors) < 0 or max(donors) >= num_donors):
         raise ValueError(f"mixup3d: index must lie in [0, {num_donors}), got {donors}")

@@ -130,7 +130,8 @@ def mixup3d_kernel(
     donor = tl.load(index + sample, valid, other=0)
     tl.device_assert((donor >= 0) & (donor < num_donors), "mixup3d: index out of range")
     weight = tl.load(lam + sample, valid, other=0).to(T)
-    tl.device_assert((weight >= 0) & (weight <= 1), "mixup3d: lam must lie in [0, 1]")
+    in_range = ((weight >= 0) & (weight <= 1)) | (weight != weight)
+    tl.device_assert(in_range, "mixup3d: lam must lie in [0, 1]")
     flip = None if flips is None else tl.load(flips + sample).to(tl.int32)
     donor_flip = None if donor_flips is None else tl.load(donor_flips + donor).to(tl.int32)
     start = sample.to(tl.int64) * size

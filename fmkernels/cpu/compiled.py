@@ -65,7 +65,7 @@ def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
         _run(loop, args, 0, size)
         return
     bounds = pairwise([size * i // count for i in range(count + 1)])
-    ranges = deque(partial(_run, loop, args, *ends) for ends in bounds)
+    ranges: deque[Callable[[], None]] = deque(partial(_run, loop, args, *ends) for ends in bounds)
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     error = None
     try:

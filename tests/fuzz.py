@@ -73,16 +73,20 @@ def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
             torch.set_num_threads(threads)
             for part in pkgutil.iter_modules(fmkernels.cpu.__path__):
                 cpu = importlib.import_module(f"fmkernels.cpu.{part.name}")
-                if part.name != "compiled" and hasattr(cpu, "shared"):
+                if part.name != "compiled" and hasattr(cpu, "parallel_for"):
                     stack.enter_context(
-                        mock.patch.object(cpu, "shared", functools.partial(cut_small, cpu.shared))
+                        mock.patch.object(
+                            cpu, "parallel_for", functools.partial(cut_small, cpu.parallel_for)
+                        )
                     )
         module.check_case(case, "cpu")
 
 
-def cut_small(shared: Callable, loop: Callable, size: int, least: int, *arguments: object) -> None:
-    """As ``shared``, with parts of any size."""
-    shared(loop, size, 1, *arguments)
+def cut_small(
+    parallel_for: Callable, loop: Callable, size: int, grain_size: int, *arguments: object
+) -> None:
+    """As ``parallel_for``, with ranges of any size."""
+    parallel_for(loop, size, 1, *arguments)
 
 
 def operation_cases(name: str) -> st.SearchStrategy:

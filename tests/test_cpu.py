@@ -31,7 +31,7 @@ from fmkernels import (
     soft_target_focal_loss,
 )
 from fmkernels.cpu import arithmetic
-from fmkernels.cpu.compiled import INT16, _Pool, compiled, shared
+from fmkernels.cpu.compiled import INT16, _Pool, njit, parallel_for
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
@@ -106,11 +106,11 @@ def test_a_range_is_shared_out_over_threads(threads):
     threads(3)
     parts = []
     if (os.cpu_count() or 1) >= 2:
-        shared(loop, 100, 30, parts)
+        parallel_for(loop, 100, 30, parts)
         assert sorted(parts) == [(0, 33), (33, 66), (66, 100)]
     meeting = threading.Barrier(1)
     parts.clear()
-    shared(loop, 100, 51, parts)
+    parallel_for(loop, 100, 51, parts)
     assert parts == [(0, 100)]
 
 
@@ -166,7 +166,7 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     threads(2)
 
     def use_both():
-        shared(lambda start, end: meeting.wait(), 2, 1)
+        parallel_for(lambda start, end: meeting.wait(), 2, 1)
 
     meeting = threading.Barrier(2, timeout=20)
     use_both()
@@ -179,7 +179,7 @@ def test_a_forked_process_has_threads_of_its_own(threads):
 def test_a_later_process_compiles_only_what_has_changed(tmp_path):
     """A change of any file of the CPU path counts: a loop may call what stands there."""
     (tmp_path / "loops.py").write_text(
-        "from fmkernels.cpu.compiled import compiled\n\n@compiled\ndef double(x):\n    return 2 * x\n"
+        "from fmkernels.cpu.compiled import njit\n\n@njit\ndef double(x):\n    return 2 * x\n"
     )
     code = "import loops; print(loops.double(3), sum(loops.double.stats.cache_misses.values()))"
     changed = f"import fmkernels.cpu.compiled as c; c._STAMP = (); {code}"
@@ -202,7 +202,7 @@ def test_compiles_where_nothing_can_be_kept():
     """A function without a file has no place in Numba's cache, as have those of a folder that cannot be written."""
     names = {}
     exec("def double(x):\n    return 2 * x", names)
-    assert compiled(names["double"])(3) == 6
+    assert njit(names["double"])(3) == 6
 
 
 def test_a_missing_numba_is_said_in_one_line(monkeypatch):
@@ -215,7 +215,7 @@ def test_a_missing_numba_is_said_in_one_line(monkeypatch):
 
 
 def loop_of(function):
-    @compiled
+    @njit
     def loop(x, out):
         for i in range(x.size):
             out[i] = function(x[i])
@@ -258,7 +258,7 @@ def test_float64_functions_are_those_of_the_c_library(name):
         np.testing.assert_allclose(result, getattr(np, name)(x), rtol=4e-16)
 
 
-@compiled
+@njit
 def convert(source, target):
     for i in range(source.size):
         arithmetic.store(target, i, arithmetic.load(source, i))
@@ -306,7 +306,7 @@ def test_an_interrupted_call_leaves_before_its_helpers_and_they_keep_its_tensors
     x = torch.ones(3)
     alive = weakref.ref(x)
     with pytest.raises(KeyboardInterrupt):
-        shared(loop, 2, 1, x, x.numpy())
+        parallel_for(loop, 2, 1, x, x.numpy())
     assert began.is_set() and not ended.is_set()
     del x
     release.set()
@@ -321,7 +321,7 @@ def test_an_interrupted_call_leaves_before_its_helpers_and_they_keep_its_tensors
 
 def test_tensors_are_addresses_with_dtype_codes():
     x, taken = torch.ones(3, dtype=torch.int16), []
-    shared(lambda start, end, *args: taken.append(args), 1, 1, x, 7)
+    parallel_for(lambda start, end, *args: taken.append(args), 1, 1, x, 7)
     assert taken == [((x.data_ptr(), INT16), 7)]
 
 
@@ -338,7 +338,7 @@ def pool(monkeypatch):
 def test_without_threads_the_caller_runs_all_ranges(pool, monkeypatch):
     done = []
     monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start")))
-    shared(lambda start, end: done.append((start, end)), 9, 1)
+    parallel_for(lambda start, end: done.append((start, end)), 9, 1)
     assert done == [(0, 3), (3, 6), (6, 9)] and pool.tasks.empty() and not pool.threads
 
 
@@ -346,7 +346,7 @@ def test_helpers_busy_for_another_caller_are_not_waited_for(pool):
     """The task that remains in the queue holds no tensor, and does nothing later."""
     release, done, x = threading.Event(), [], torch.ones(3)
     pool.help(1, deque([lambda: release.wait(20)]), SimpleQueue())
-    shared(lambda start, end, x: done.append((start, end)), 9, 1, x)
+    parallel_for(lambda start, end, x: done.append((start, end)), 9, 1, x)
     assert done == [(0, 3), (3, 6), (6, 9)] and not pool.tasks.empty() and not release.is_set()
     alive = weakref.ref(x)
     del x
@@ -376,7 +376,7 @@ def test_after_an_error_no_range_is_begun(in_caller, monkeypatch):
     monkeypatch.setattr("fmkernels.cpu.compiled.deque", Ranges)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ZeroDivisionError):
-        shared(loop, 2, 1)
+        parallel_for(loop, 2, 1)
     assert len(begun) <= 2
 
 
@@ -394,7 +394,7 @@ def test_an_error_leaves_no_cycle_that_holds_tensors(monkeypatch):
     gc.disable()
     try:
         with suppress(ZeroDivisionError):
-            shared(loop, 2, 1, x)
+            parallel_for(loop, 2, 1, x)
         del x
         for _ in range(100):  # until the helper has left
             if alive() is None:
@@ -426,7 +426,7 @@ def test_interrupts_at_any_time(monkeypatch):
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 6e-4))
-                shared(loop, 3, 1, done)
+                parallel_for(loop, 3, 1, done)
                 armed = False
                 assert sorted(done) == [(0, 1), (1, 2), (2, 3)]
             except KeyboardInterrupt:
@@ -437,5 +437,5 @@ def test_interrupts_at_any_time(monkeypatch):
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 100
     done = []
-    shared(loop, 3, 1, done)
+    parallel_for(loop, 3, 1, done)
     assert sorted(done) == [(0, 1), (1, 2), (2, 3)]

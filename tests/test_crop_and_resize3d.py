@@ -608,7 +608,7 @@ def test_volumes_may_change_before_the_backward_where_they_are_not_needed(path):
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     """Parts begin within a crop, and within a volume."""
-    monkeypatch.setattr("fmkernels.cpu.crop_and_resize3d.LEAST", 1)
+    monkeypatch.setattr("fmkernels.cpu.crop_and_resize3d.GRAIN_SIZE", 1)
     volumes, boxes = (
         make((2, 2, 5, 6, 7)).requires_grad_(),
         boxes_of([*BOXES, *BOXES[::-1], [0, math.nan, *[0.0] * 5]]),

@@ -598,7 +598,7 @@ def test_in_place_is_out_of_place_for_large_objects_of_any_layout():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
 def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
     """Parts begin within a volume and within a target, and targets overlap."""
-    monkeypatch.setattr("fmkernels.cpu.object_mixup3d.LEAST", 1)
+    monkeypatch.setattr("fmkernels.cpu.object_mixup3d.GRAIN_SIZE", 1)
     volumes = make((2, 2, 9, 8, 7), dtype)
     boxes = draw(9, volumes.shape)
     threads, results = torch.get_num_threads(), []

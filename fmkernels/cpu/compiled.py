@@ -20,7 +20,7 @@ import numba
 import torch
 from torch import Tensor
 
-FREEDOM = {"contract"}
+FASTMATH = {"contract"}
 """Fast-math flags: contraction only. `reassoc` turned the mean of two infinities into NaN, and
 `arcp` resampled what identity crops should copy."""
 
@@ -42,9 +42,9 @@ _STAMP = tuple(
 """Cache key: all files of this package; Numba only checks the file that defines a function."""
 
 
-def compiled(function: Callable) -> Callable:
+def njit(function: Callable) -> Callable:
     """The function compiled by Numba for any argument types, cached where that is possible."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": FREEDOM}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH}
     try:
         loop = numba.njit(function, cache=True, **options)
         loop._cache._cache_file._source_stamp = _STAMP
@@ -53,14 +53,14 @@ def compiled(function: Callable) -> Callable:
     return loop
 
 
-def shared(loop: Callable, size: int, least: int, *args: Any) -> None:
+def parallel_for(loop: Callable, size: int, grain_size: int, *args: Any) -> None:
     """Call ``loop(start, end, *args)`` on ranges that make up range(size), in several threads.
 
-    There are at most as many ranges as torch may use threads, each of at least ``least``. The
+    There are at most as many ranges as torch may use threads, each of at least ``grain_size``. The
     result must not depend on their number. The loop gets a tensor as (address, dtype code). Ranges
     keep the tensors alive: an interrupted call may return before its last ranges end.
     """
-    count = min(torch.get_num_threads(), size // max(least, 1))
+    count = min(torch.get_num_threads(), size // max(grain_size, 1))
     if count <= 1:
         _run(loop, args, 0, size)
         return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import njit, parallel_for
 from fmkernels.cpu.sampling import (
     axis_of,
     boxes_as_array,
@@ -29,10 +29,10 @@ from fmkernels.cpu.voxels import (
     zero_of,
 )
 
-LEAST = 1 << 15  # minimum samples per thread
+GRAIN_SIZE = 1 << 15  # minimum samples per thread
 
 
-@compiled
+@njit
 def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_box, window, zero):
     """Compute layers ``first`` to ``last`` of all crops.
 
@@ -64,7 +64,7 @@ def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_b
             store_block(layers.reshape(-1), out[0], out[1], at)
 
 
-@compiled
+@njit
 def _gather_layers(grad_output, start, z, voxel, layer, block):
     """layer = the gradient of a crop to a plane of voxels; whether any sample uses the plane."""
     one = layer.dtype.type(1)
@@ -83,7 +83,7 @@ def _gather_layers(grad_output, start, z, voxel, layer, block):
     return used
 
 
-@compiled
+@njit
 def _scatter_rows(layer, y, x, row, total):
     """total [H, W] += the gradient of a layer of samples to its plane of voxels."""
     one = total.dtype.type(1)
@@ -104,7 +104,7 @@ def _scatter_rows(layer, y, x, row, total):
                 total[above, i] += row[i] * weight
 
 
-@compiled
+@njit
 def _backward_planes(
     first, last, grad_output, boxes, size, volumes, strides, out, shape, clamp_box, window, zero,
 ):  # fmt: skip
@@ -158,8 +158,8 @@ def crop_and_resize3d(
     if not crops.numel():
         return
     d, h, w = crops.shape[2:]
-    shared(
-        _crop_layers, crops.numel() // (h * w), LEAST // (h * w), located(volumes),
+    parallel_for(
+        _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), located(volumes),
         tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), located(crops), (d, h, w),
         clamp_box, window_of(window), zero_of(volumes),
     )  # fmt: skip
@@ -179,8 +179,8 @@ def crop_and_resize3d_backward(
         return
     planes = out.numel() // (out.shape[3] * out.shape[4])
     source = out if volumes is None else volumes  # only read to apply the window
-    shared(
-        _backward_planes, planes, LEAST * planes // (grad_output.numel() + out.numel()),
+    parallel_for(
+        _backward_planes, planes, GRAIN_SIZE * planes // (grad_output.numel() + out.numel()),
         located(grad_output), boxes_as_array(boxes), tuple(grad_output.shape[2:]),
         located(source), source.stride(), located(out), tuple(out.shape),
         clamp_box, window_of(window), zero_of(out),

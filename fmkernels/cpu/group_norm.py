@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import load, store, stored
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import njit, parallel_for
 
-_LEAST = 1 << 15  # elements for which a thread of their own pays
+GRAIN_SIZE = 1 << 15  # elements for which a thread of their own pays
 _SPAN = 256  # elements of an inner loop, about
 
 
@@ -37,8 +37,8 @@ def normalize(
         moments: float32 [N, 2, groups], the means and the inverse standard deviations.
     """
     out, moments = torch.empty_like(x), x.new_empty((len(x), 2, groups), dtype=torch.float32)
-    shared(
-        _normalize, len(x), 1 + _LEAST // x[0].numel(),
+    parallel_for(
+        _normalize, len(x), 1 + GRAIN_SIZE // x[0].numel(),
         _memory(x), _memory(out), _memory(x if residual is None else residual), residual is not None,
         weight.numpy(), bias.numpy(), moments.numpy(), eps, relu,
     )  # fmt: skip
@@ -58,8 +58,8 @@ def differentiate(
     """
     passed = upstream if out is None else torch.empty_like(x)  # by the ReLU
     to_x, sums = torch.empty_like(x), x.new_empty((2, len(x), len(weight)), dtype=torch.float32)
-    shared(
-        _differentiate, len(x), 1 + _LEAST // x[0].numel(),
+    parallel_for(
+        _differentiate, len(x), 1 + GRAIN_SIZE // x[0].numel(),
         _memory(upstream), _memory(x), _memory(x if out is None else out), out is not None,
         _memory(passed), _memory(to_x), weight.numpy(), moments.numpy(), sums.numpy(),
     )  # fmt: skip
@@ -72,7 +72,7 @@ def _memory(x: Tensor) -> np.ndarray:
     return stored(x.permute(0, 2, 3, 4, 1)).reshape(len(x), -1)
 
 
-@compiled
+@njit
 def _tiled(values, size):
     """Values of the channels, again and again: loops over channels alone are too short to fill vectors."""
     tiled = np.empty(size, np.float32)
@@ -81,7 +81,7 @@ def _tiled(values, size):
     return tiled
 
 
-@compiled
+@njit
 def _folded(values, channels):
     """The sums over all places of each channel."""
     total = np.zeros(channels)
@@ -90,7 +90,7 @@ def _folded(values, channels):
     return total
 
 
-@compiled
+@njit
 def _normalize(first, last, x, out, residual, has_residual, weight, bias, moments, eps, relu):
     channels, groups, size = weight.size, moments.shape[2], x.shape[1]
     width, places, least = channels // groups, size // channels, np.float32(0 if relu else -np.inf)
@@ -137,7 +137,7 @@ def _normalize(first, last, x, out, residual, has_residual, weight, bias, moment
                 _apply(x[n, i : i + step], scales, shifts, least, out[n, i : i + step])
 
 
-@compiled
+@njit
 def _differentiate(first, last, upstream, x, out, has_relu, passed, to_x, weight, moments, sums):
     channels, groups, size = weight.size, moments.shape[2], x.shape[1]
     width = channels // groups
@@ -184,7 +184,7 @@ def _differentiate(first, last, upstream, x, out, has_relu, passed, to_x, weight
 # What follows goes over a few places of all channels; functions of their own, so that the compiler fills vectors.
 
 
-@compiled
+@njit
 def _add_moments(x, pivot, sums, squares):
     for i in range(x.size):
         value = load(x, i) - pivot[i]
@@ -192,27 +192,27 @@ def _add_moments(x, pivot, sums, squares):
         squares[i] += value * value
 
 
-@compiled
+@njit
 def _apply(x, scale, shift, least, out):
     for i in range(x.size):
         value = load(x, i) * scale[i] + shift[i]
         store(out, i, least if value < least else value)
 
 
-@compiled
+@njit
 def _apply_and_add(x, scale, shift, residual, least, out):
     for i in range(x.size):
         value = load(x, i) * scale[i] + shift[i] + load(residual, i)
         store(out, i, least if value < least else value)
 
 
-@compiled
+@njit
 def _pass(upstream, out, passed):
     for i in range(out.size):
         store(passed, i, load(upstream, i) if load(out, i) > 0 else np.float32(0))
 
 
-@compiled
+@njit
 def _add_products(gradient, x, mean, sums, products):
     for i in range(x.size):
         value = load(gradient, i)
@@ -220,7 +220,7 @@ def _add_products(gradient, x, mean, sums, products):
         products[i] += value * (load(x, i) - mean[i])
 
 
-@compiled
+@njit
 def _combine(gradient, by_gradient, x, mean, by_x, rest, out):
     for i in range(x.size):
         store(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import stored
-from fmkernels.cpu.compiled import INT16, compiled, shared
+from fmkernels.cpu.compiled import INT16, njit, parallel_for
 from fmkernels.cpu.voxels import (
     elements,
     load_block,
@@ -26,19 +26,19 @@ from fmkernels.dtypes import compute_dtype
 BOX = 1024  # voxels of a box, at most
 SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too small
 MIN_BOX = 64
-LEAST = 1 << 16  # voxels of all samples
+GRAIN_SIZE = 1 << 16  # voxels of all samples
 
 _DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a copy
 _NO_MASKS = np.zeros(0, np.uint8)
 
 
-@compiled
+@njit
 def _flip(masks, row):
     """The flip mask of a volume."""
     return np.int64(masks[row]) if masks.size else 0
 
 
-@compiled
+@njit
 def _box(number, sizes, longest):
     """The first voxel of box ``number`` on each axis, and its lengths along the last two.
 
@@ -51,7 +51,7 @@ def _box(number, sizes, longest):
     return (i0, i1, i2, i3), (min(longest[0], sizes[2] - i2), min(longest[1], sizes[3] - i3))
 
 
-@compiled
+@njit
 def _offset(row, corner, sizes):
     """Number of a voxel among those of all volumes."""
     offset = row
@@ -60,7 +60,7 @@ def _offset(row, corner, sizes):
     return offset
 
 
-@compiled
+@njit
 def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
     """A box of the flipped volume."""
     address, dtype_code = volumes
@@ -81,7 +81,7 @@ def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
         load_block(address, dtype_code, first, step, block[j * n : (j + 1) * n])
 
 
-@compiled
+@njit
 def _mix(own, other, lam, window, block):
     """block = lam * own + (1 - lam) * other, both windowed; no trace of one of weight 0."""
     dtype = block.dtype.type
@@ -98,7 +98,7 @@ def _mix(own, other, lam, window, block):
             block[i] = (lam * a if lam != zero else zero) + (weight * b if weight != zero else zero)
 
 
-@compiled
+@njit
 def _mix_boxes(
     first, last, volumes, donors, separate, out, lam, index, flips, donor_flips, num_donors, cut,
     copied, window,
@@ -149,7 +149,7 @@ def _mix_boxes(
                 store_block(block, out[0], out[1], start)
 
 
-@compiled
+@njit
 def _differentiate_boxes(
     first, last, grad_output, input, grad_input, lam, index, flips, rows, cut, window,
     as_volumes, as_donors,
@@ -238,8 +238,8 @@ def mixup3d(
     flipped = flips is not None or donor_flips is not None
     aliased = in_place or out.data_ptr() == volumes.data_ptr()  # else mixing is not vectorized
     cut, boxes = _cut(out, axes, flipped)
-    shared(
-        _mix_boxes, boxes, LEAST * boxes // voxels, volumes, donors, separate, out,
+    parallel_for(
+        _mix_boxes, boxes, GRAIN_SIZE * boxes // voxels, volumes, donors, separate, out,
         stored(lam.to(compute_dtype(volumes.dtype))), stored(index), _masks(flips),
         _masks(donor_flips), num_donors, cut, flipped or aliased or volumes.dtype not in _DIRECT,
         window_of(window),
@@ -264,8 +264,8 @@ def mixup3d_backward(
         return
     low, high = window or (0.0, 1.0)
     cut, boxes = _cut(grad_input, axes, flips is not None)
-    shared(
-        _differentiate_boxes, boxes, LEAST * boxes // voxels, grad_output,
+    parallel_for(
+        _differentiate_boxes, boxes, GRAIN_SIZE * boxes // voxels, grad_output,
         grad_output if input is None else input, grad_input,
         stored(lam.to(compute_dtype(grad_input.dtype))), stored(index), _masks(flips),
         grad_input.shape[0], cut, (input is not None, low, high, 1 / (high - low)), as_volumes,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import njit, parallel_for
 from fmkernels.cpu.sampling import boxes_as_array, new_axis, sample, sample_positions
 from fmkernels.cpu.voxels import (
     elements,
@@ -25,10 +25,10 @@ from fmkernels.cpu.voxels import (
 )
 
 BLOCK = 1 << 12  # voxels outside of boxes per block
-LEAST = 1 << 15  # minimum voxels per thread
+GRAIN_SIZE = 1 << 15  # minimum voxels per thread
 
 
-@compiled
+@njit
 def _clip(box, shape, clipped):
     """Clip a box [7] to its volume of [B, C, D, H, W]; whether anything is left."""
     usable = 0 <= box[0] < shape[0]
@@ -42,7 +42,7 @@ def _clip(box, shape, clipped):
     return usable
 
 
-@compiled
+@njit
 def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights):
     """Fill targets, sources and weights; return the number of voxels of all patches.
 
@@ -70,14 +70,14 @@ def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights
     return voxels
 
 
-@compiled
+@njit
 def _row_of(target, c, z, y):
     """The start of a row in the patch of a target."""
     d, h, w = target[4] - target[1], target[5] - target[2], target[6] - target[3]
     return target[7] + ((c * d + z - target[1]) * h + y - target[2]) * w
 
 
-@compiled
+@njit
 def _layers(patches, target, c, first, last):
     """Planes ``first`` to ``last`` of the patch of a target, [last - first, h * w]."""
     h, w = target[5] - target[2], target[6] - target[3]
@@ -85,7 +85,7 @@ def _layers(patches, target, c, first, last):
     return patches[start : start + n * h * w].reshape(n, h * w)
 
 
-@compiled
+@njit
 def _load_box(volumes, start, strides, window, line, box):
     """box [d, h, w] = the voxels from element ``start`` on, windowed."""
     (address, kind), (windowed, low, scale, _) = volumes, window
@@ -104,7 +104,7 @@ def _load_box(volumes, start, strides, window, line, box):
         window_block(box.reshape(-1), low, scale)
 
 
-@compiled
+@njit
 def _store_box(box, out, start, strides, line):
     """The voxels from element ``start`` on = box [d, h, w], rounded."""
     address, kind = out
@@ -124,7 +124,7 @@ def _store_box(box, out, start, strides, line):
                     store_block(line[n : n + 1], address, kind, row + n * strides[4])
 
 
-@compiled
+@njit
 def _load_earlier(targets, k, first, c, patches, box):
     """Overwrite a box, the target from plane ``first`` on, with the voxels of earlier patches."""
     d, h, w = box.shape
@@ -140,7 +140,7 @@ def _load_earlier(targets, k, first, c, patches, box):
                         box[i - first, row - y, n - x] = patches[at + n]
 
 
-@compiled
+@njit
 def _mix_block(weight, target, donor):
     """donor = weight * target + (1 - weight) * donor; a factor of 0 hides NaN and infinities."""
     rest = donor.dtype.type(1) - weight
@@ -151,14 +151,14 @@ def _mix_block(weight, target, donor):
             donor[i] = weight * target[i] + rest * donor[i]
 
 
-@compiled
+@njit
 def _start(target, c, z, strides):
     """The element at the first voxel of plane z of a target."""
     plane = target[0] * strides[0] + c * strides[1] + z * strides[2]
     return plane + target[2] * strides[3] + target[3] * strides[4]
 
 
-@compiled
+@njit
 def _mix(
     first, last, volumes, shape, strides, window, donors, donor_shape, donor_strides, donor_window,
     targets, sources, weights, patches,
@@ -192,7 +192,7 @@ def _mix(
             _mix_block(weights[k], target.reshape(-1), layers.reshape(-1))
 
 
-@compiled
+@njit
 def _write(first, last, out, shape, strides, targets, patches):
     """Write the patches into planes ``first`` to ``last`` of all volumes."""
     C, D = shape[1], shape[2]
@@ -208,7 +208,7 @@ def _write(first, last, out, shape, strides, targets, patches):
             _store_box(layers, out, start, strides, line[: x2 - x1])
 
 
-@compiled
+@njit
 def _copy(first, last, volumes, out, window, size, block, zero):
     """out = volumes, windowed and rounded: blocks ``first`` to ``last`` in memory order."""
     values = np.full(block, zero)
@@ -248,8 +248,8 @@ def object_mixup3d(
         raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {weights[-1 - voxels]}")
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
-    grain_size = LEAST * planes // max(voxels, 1)
-    shared(
+    grain_size = GRAIN_SIZE * planes // max(voxels, 1)
+    parallel_for(
         _mix, planes, grain_size, source, shape, volumes.stride(), window_of(window),
         located(donors), donor_shape, donors.stride(), window_of(donor_window), targets, sources,
         weights, patches,
@@ -257,7 +257,7 @@ def object_mixup3d(
     if window is not None or volumes.dtype != out.dtype:
         blocks = -(-out.numel() // BLOCK)
         copied = source, target, window_of(window), out.numel(), BLOCK, zero
-        shared(_copy, blocks, LEAST // BLOCK, *copied)
+        parallel_for(_copy, blocks, GRAIN_SIZE // BLOCK, *copied)
     elif not in_place:
         out.copy_(volumes)
-    shared(_write, planes, grain_size, target, shape, out.stride(), targets, patches)
+    parallel_for(_write, planes, grain_size, target, shape, out.stride(), targets, patches)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import exp, load, log, stored
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import njit, parallel_for
 
 BLOCK = 1024  # elements; a few float32 blocks stay in the L1 cache
-LEAST = 8  # minimum blocks per thread
+GRAIN_SIZE = 8  # minimum blocks per thread
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-@compiled
+@njit
 def _gather(x, origin, shape, strides, flip, first, logit):
     """Load elements first, first + 1, ... of the sample [D, H, W, I] at an origin, unflipped."""
     depth, height, width, inner = shape
@@ -53,14 +53,14 @@ def _gather(x, origin, shape, strides, flip, first, logit):
             d, h = d + 1, 0
 
 
-@compiled
+@njit
 def _add_view(logit, total):
     """total += sigmoid(logit)."""
     for i in range(logit.size):
         total[i] += ONE / (ONE + exp(-logit[i]))
 
 
-@compiled
+@njit
 def _sharpen(total, views, inverse_temperature, target):
     """y^(1/T) / (y^(1/T) + (1 - y)^(1/T)) for y = total / views."""
     for i in range(target.size):
@@ -68,7 +68,7 @@ def _sharpen(total, views, inverse_temperature, target):
         target[i] = ONE / (ONE + exp(log(odds) * inverse_temperature))
 
 
-@compiled
+@njit
 def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
     """Compute blocks ``start`` to ``end``, numbered through all samples, of one level.
 
@@ -111,4 +111,4 @@ def predict_targets(
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         memory = stored(x.as_strided((span,), (1,)))
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)
-        shared(_run, blocks, LEAST, memory, tuple(x.shape), x.stride(), masks, inverse, stored(out))
+        parallel_for(_run, blocks, GRAIN_SIZE, memory, tuple(x.shape), x.stride(), masks, inverse, stored(out))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import compiled
+from fmkernels.cpu.compiled import njit
 from fmkernels.cpu.voxels import elements, load_block, own_kind, window_block
 
 
@@ -25,19 +25,19 @@ class Axis(NamedTuple):
     weight: np.ndarray
 
 
-@compiled
+@njit
 def new_axis(shape, zero):
     """An axis of ``shape`` samples, [n] or [K, n], to be filled by `sample_positions`."""
     return Axis(np.empty(shape, np.int32), np.empty(shape, np.int32), np.full(shape, zero))
 
 
-@compiled
+@njit
 def axis_of(axes, k):
     """Row ``k`` of axes of [K, n] samples."""
     return Axis(axes.below[k], axes.above[k], axes.weight[k])
 
 
-@compiled
+@njit
 def sample_positions(start, end, size, clamp_box, axis):
     """Fill an axis with the samples of a box along ``size`` voxels with centers at 0, 1, 2 ..."""
     start, end, n = np.float64(start), np.float64(end), axis.weight.size
@@ -60,7 +60,7 @@ def boxes_as_array(boxes: Tensor) -> np.ndarray:
     return (boxes.detach() if boxes.requires_grad else boxes).numpy()
 
 
-@compiled
+@njit
 def is_usable(box, shape):
     """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and has finite extents."""
     usable = 0 <= box[0] < shape[0]
@@ -69,7 +69,7 @@ def is_usable(box, shape):
     return usable
 
 
-@compiled
+@njit
 def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
     """plane [h, w] = samples of the plane of voxels that begins with element ``start``."""
     (address, kind), (windowed, low, scale, _) = volumes, window
@@ -101,7 +101,7 @@ def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
             plane[j, i] = between if weight > 0 else rows[below, i]
 
 
-@compiled
+@njit
 def sample(volumes, start, strides, window, z, y, x, first, last, layers):
     """layers [last - first, h * w] = samples ``first`` to ``last`` along z.
 

@@ -14,7 +14,7 @@ from numba.extending import register_jitable
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import STRICT, exp, load, log, log1p, store, stored
-from fmkernels.cpu.compiled import compiled, shared
+from fmkernels.cpu.compiled import njit, parallel_for
 from fmkernels.dtypes import compute_dtype
 
 BLOCK = 4096  # elements: the arrays between two passes stay in the caches of a core
@@ -59,7 +59,7 @@ def _soft_target_focal(x, y, alpha0, alpha1, gamma, gamma_is_2):
     return ZERO if y < ZERO else loss, ZERO if y < ZERO else gradient
 
 
-@compiled
+@njit
 def _focal(x, y, alpha0, alpha1, gamma, factor, loss, gradient):
     """Write the losses of a block, and its gradients times ``factor``."""
     if gamma == TWO:
@@ -74,7 +74,7 @@ def _focal(x, y, alpha0, alpha1, gamma, factor, loss, gradient):
             store(gradient, i, slope * factor)
 
 
-@compiled
+@njit
 def _count(y):
     """The numbers of targets that are not ignored, and of targets above 1."""
     count, too_large = np.int32(0), np.int32(0)  # twice as many fill a vector as of int64
@@ -84,7 +84,7 @@ def _count(y):
     return count, too_large
 
 
-@compiled
+@njit
 def _mix_targets(y, lam, index, first, target):
     """Write mixed targets from element ``first`` on; -1 where one of the two is ignored."""
     rows, inner = lam.size, y.size // lam.size
@@ -102,7 +102,7 @@ def _mix_targets(y, lam, index, first, target):
         done += size
 
 
-@compiled
+@njit
 def _weigh(weight, inner, first, target, values):
     """values *= weight where the target is not ignored; a weight holds for ``inner`` elements."""
     done = 0
@@ -119,7 +119,7 @@ def _weigh(weight, inner, first, target, values):
         done += size
 
 
-@compiled
+@njit
 def _run(
     start, end, x, y, weight, lam, index, grad_output, factor, alpha0, alpha1, gamma, output, out,
     sums,
@@ -181,7 +181,7 @@ def _sum(values):
     return total
 
 
-@compiled
+@njit
 def _add(sums):
     """The sums over all blocks, in order."""
     total, count, too_large = 0.0, 0.0, 0.0
@@ -236,7 +236,7 @@ def _run_levels(
             converted = out[level].to(loop_dtype)  # out itself, unless that is float16
             result = stored(converted)
         sums = np.empty((-(-x.size // BLOCK), 3), np.float64)
-        shared(
+        parallel_for(
             _run, len(sums), GRAIN_SIZE, x, y, weight, lambdas, partners, grad_output,
             factor / divisor, *alphas_gamma, output, result, sums,
         )  # fmt: skip

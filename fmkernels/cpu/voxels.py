@@ -29,7 +29,7 @@ from fmkernels.cpu.compiled import (
     INT16,
     KINDS,
     UINT8,
-    compiled,
+    njit,
 )
 
 ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
@@ -62,25 +62,25 @@ def _pointer(_, address):
     return types.voidptr(types.intp), generate
 
 
-@compiled
+@njit
 def elements(address, size, dtype):
     """An array of ``size`` elements of a NumPy dtype at an address."""
     return numba.carray(_pointer(address), (size,), dtype)
 
 
-@compiled
+@njit
 def own_kind(block):
     """The dtype code of an array of float32 or float64."""
     return FLOAT64 if block.itemsize == 8 else FLOAT32
 
 
-@compiled
+@njit
 def _decode_bfloat16(block):
     for i in range(block.size):
         block[i] = float_of(np.uint32(block[i]) << 16)
 
 
-@compiled
+@njit
 def _decode_float16(block):
     for i in range(block.size):
         bits = np.uint32(block[i])
@@ -90,7 +90,7 @@ def _decode_float16(block):
         block[i] = float_of(sign | (normal if magnitude >= 1 << 23 else subnormal))
 
 
-@compiled
+@njit
 def _copy(source, step, block):
     if step == 1:  # only this loop and the next vectorize
         for i in range(block.size):
@@ -105,7 +105,7 @@ def _copy(source, step, block):
             block[i] = source[np.uint64(first + i * step)]
 
 
-@compiled
+@njit
 def load_block(address, kind, start, step, block):
     """block[i] = voxel start + i * step of the volume at an address; step may be negative."""
     way = (block.size - 1) * step
@@ -126,13 +126,13 @@ def load_block(address, kind, start, step, block):
             _decode_float16(block)
 
 
-@compiled
+@njit
 def _encode_bfloat16(block, target):
     for i in range(block.size):
         target[i] = to_bfloat16(block[i])
 
 
-@compiled
+@njit
 def _encode_float16(block, target):
     for i in range(block.size):
         bits = bits_of(block[i])
@@ -145,7 +145,7 @@ def _encode_float16(block, target):
         target[i] = ((bits >> 16) & 0x8000) | (finite if magnitude < 0x47800000 else special)
 
 
-@compiled
+@njit
 def _round(block, low, high, target):
     dtype = block.dtype.type
     for i in range(block.size):
@@ -153,7 +153,7 @@ def _round(block, low, high, target):
         target[i] = value if block[i] == block[i] else 0
 
 
-@compiled
+@njit
 def store_block(block, address, kind, start):
     """Voxel start + i = block[i], rounded to nearest even; integers saturate, NaN becomes 0."""
     if kind == FLOAT32:
@@ -170,14 +170,14 @@ def store_block(block, address, kind, start):
         _round(block, 0, 255, elements(address + start, block.size, np.uint8))
 
 
-@compiled
+@njit
 def window_voxel(value, low, scale):
     """clamp((value - low) * scale, 0, 1), all of one dtype; NaN stays NaN."""
     value = (value - low) * scale
     return type(value)(0) if value < 0 else type(value)(1) if value > 1 else value
 
 
-@compiled
+@njit
 def window_block(block, low, scale):
     """window_voxel of every voxel of a block."""
     low, scale = block.dtype.type(low), block.dtype.type(scale)

@@ -6,7 +6,7 @@ makes a graph for each set of boxes.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
+from benchmarks.common import (
+    DEVICE,
+    LARGE_ROWS,
+    OURS,
+    Comparison,
+    Provider,
+    Sweep,
+    large_volume,
+    on_one_thread,
+    rows,
+    wall_time,
+)
 from fmkernels import crop_and_resize3d
+from tests.support.tolerance import assert_close
 
 WINDOW = (-1200.0, 600.0)
 
@@ -418,6 +430,63 @@ EVERY = [
     *(each for whole in UNCOMPILED for each in [*wall_time(whole), *on_one_thread(whole)]),
     *(comparison(workload, compiled=False) for workload in OTHERS),
 ]
+
+SECONDS = 30
+BF16, I16 = torch.bfloat16, torch.int16
+ONE = comparison(Workload(1, 1, (1, 2), edge=4))
+SMALL = [
+    comparison(Workload(5, 8, whole=True)),
+    comparison(Workload(5, 8, dtype=BF16, result=BF16)),
+    comparison(Workload(5, 8, dtype=I16, result=BF16, gradient=False)),
+]
+
+
+def tuned() -> list[tuple[Comparison, str]]:
+    workloads = (
+        Workload(16, 32, edge=128, gradient=False),
+        Workload(256, 32, edge=128, dtype=BF16, result=BF16, gradient=False),
+        Workload(64, 64, edge=128, dtype=I16, result=BF16, gradient=False),
+    )
+    return [(comparison(workload), "forward") for workload in workloads]
+
+
+def tuned_backward() -> list[tuple[Comparison, str]]:
+    workloads = (
+        Workload(16, 32, edge=128),
+        Workload(256, 32, edge=128, dtype=BF16, result=BF16),
+    )
+    return [(comparison(workload), "backward") for workload in workloads]
+
+
+SWEEPS = [
+    Sweep("crop_and_resize3d", {256: (2, 4), 512: (2, 4), 1024: (2, 4), 2048: (4,)}, tuned),
+    Sweep(
+        "crop_and_resize3d_backward", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, tuned_backward
+    ),
+]
+
+
+def growth() -> Iterator[tuple[Workload, int]]:
+    yield Workload(1, 1, (1, 2), edge=4, whole=True, gradient=False), 1
+    for size in (4, 16, 64, 128) if DEVICE.type == "cuda" else (2, 4, 8, 16, 32):
+        extents = min(size, 32), min(2 * size, 64)
+        edge = 2 * extents[1]
+        yield Workload(16, size, extents, edge=edge, whole=True, gradient=False), 16 * size**3
+
+
+LARGE_BYTES = 3
+
+
+def large(elements: int, part: int) -> None:
+    volumes = large_volume(elements, torch.uint8)
+    planes, planes_of_part = volumes.shape[2], part // LARGE_ROWS
+    boxes = torch.tensor([[0, 2, 3, 4, 6, 19, 36]], dtype=torch.float32, device=DEVICE)
+    shift = planes - planes_of_part
+    moved = boxes + torch.tensor([0, shift, 0, 0, shift, 0, 0], device=DEVICE)
+    last = volumes[:, :, -planes_of_part:].contiguous()
+    size = 8, 8, 64  # samples on quarters of a voxel, which float32 has there
+    expected = crop_and_resize3d(last, boxes, size, dtype=torch.float32)
+    assert_close(crop_and_resize3d(volumes, moved, size, dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

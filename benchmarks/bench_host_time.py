@@ -10,14 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    bench_crop_and_resize3d,
-    bench_mixup3d,
-    bench_object_mixup3d,
-    bench_predict_targets,
-    bench_soft_target_focal_loss,
-)
-from benchmarks.common import OURS, Comparison, Provider, rows
+from benchmarks.common import OURS, Comparison, Provider, op_suites, rows
 
 LIBRARY = torch.library.Library("fmkernels_benchmarks", "DEF")
 LIBRARY.define("copy(Tensor x) -> Tensor")
@@ -58,16 +51,7 @@ def comparison(whole: Comparison) -> Comparison:
     )  # fmt: skip
 
 
-EVERY = [
-    comparison(suite.comparison(workload))
-    for suite, workload in (
-        (bench_soft_target_focal_loss, bench_soft_target_focal_loss.Workload(1)),
-        (bench_predict_targets, bench_predict_targets.Workload(1, 1, kinds=1)),
-        (bench_mixup3d, bench_mixup3d.Workload(1, 1, gradient=True)),
-        (bench_crop_and_resize3d, bench_crop_and_resize3d.Workload(1, 1, (1, 2), edge=4)),
-        (bench_object_mixup3d, bench_object_mixup3d.Workload(1, 1, 1, 1, 1, donors=True)),
-    )
-]
+EVERY = [comparison(suite.ONE) for suite in op_suites().values()]
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

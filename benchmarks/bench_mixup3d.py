@@ -5,7 +5,7 @@ call. Partners are the mirror image of the batch, as in timm; torchvision takes 
 kornia takes slices of images below one another. The copy moves the bytes of the floor, at whatever type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
+from benchmarks.common import (
+    DEVICE,
+    LARGE_ROWS,
+    OURS,
+    Comparison,
+    Provider,
+    Sweep,
+    large_volume,
+    on_one_thread,
+    rows,
+)
 from fmkernels import mixup3d
 
 WINDOW = (-1200.0, 600.0)
@@ -364,6 +374,58 @@ EVERY = [
     *(alone for workload in TARGETS for alone in on_one_thread(comparison(workload))),
     *map(comparison, OTHERS),
 ]
+
+SECONDS = 45
+ONE = comparison(Workload(1, 1, gradient=True))
+SMALL = [
+    comparison(Workload(3, 12, gradient=True)),
+    comparison(Workload(3, 12, in_place=True)),
+    comparison(Workload(3, 12, flips=True, in_place=True)),
+    comparison(Workload(3, 12, flips=True, gradient=True)),
+    comparison(Workload(3, 12, I16, BF16, flips=True)),
+]
+
+
+def tuned() -> list[tuple[Comparison, str]]:
+    return [
+        (comparison(Workload(8, 128, gradient=True)), "forward"),
+        (comparison(Workload(8, 128, gradient=True)), "backward"),
+        (comparison(Workload(16, 160, I16, BF16, flips=True)), "forward"),
+    ]
+
+
+def tuned_in_place() -> list[tuple[Comparison, str]]:
+    workloads = (
+        Workload(8, 64, in_place=True),
+        Workload(8, 160, in_place=True),
+        Workload(16, 160, BF16, BF16, in_place=True),
+    )
+    return [(comparison(workload), "forward") for workload in workloads]
+
+
+_VECTORS = {128: (1, 2, 4), 256: (2, 4, 8), 512: (2, 4, 8), 1024: (4, 8)}
+SWEEPS = [
+    Sweep("mixup3d", _VECTORS, tuned),
+    Sweep("mixup3d_in_place", _VECTORS, tuned_in_place),
+]
+
+
+def growth() -> Iterator[tuple[Workload, int]]:
+    yield Workload(1, 1), 1
+    for edge in (4, 16, 64, 256) if DEVICE.type == "cuda" else (2, 4, 8, 16, 32, 64):
+        yield Workload(8, edge), 8 * edge**3
+
+
+LARGE_BYTES = 5
+
+
+def large(elements: int, part: int) -> None:
+    volumes = large_volume(2 * elements, torch.uint8)
+    volumes = volumes.view(2, 1, -1, *volumes.shape[3:])
+    lam, index = torch.tensor([0.75, 0.5], device=DEVICE), torch.tensor([1, 0], device=DEVICE)
+    last = volumes[:, :, -part // LARGE_ROWS :].clone()
+    mixed = mixup3d(volumes, lam, index, out=volumes)[:, :, -part // LARGE_ROWS :]
+    assert torch.equal(mixup3d(last, lam, index), mixed)
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

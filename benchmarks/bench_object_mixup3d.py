@@ -4,7 +4,7 @@ The peers are given the boxes as Python numbers, whole ones, for free; ours read
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
@@ -15,7 +15,18 @@ from torch import Tensor
 
 import reference
 from benchmarks.bench_crop_and_resize3d import voxels_taken
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
+from benchmarks.common import (
+    DEVICE,
+    LARGE_ROWS,
+    OURS,
+    Comparison,
+    Provider,
+    Sweep,
+    large_volume,
+    on_one_thread,
+    rows,
+    wall_time,
+)
 from fmkernels import object_mixup3d
 
 MOST_FOR_LIBRARIES = 16  # boxes, each of which takes them a millisecond or more
@@ -264,6 +275,52 @@ EVERY = [
     *(each for whole in AIMS for each in [*wall_time(whole), *on_one_thread(whole)]),
     *map(comparison, OTHERS),
 ]
+
+SECONDS = 25
+ONE = comparison(Workload(1, 1, 1, 1, 1, donors=True))
+SMALL = [
+    comparison(Workload(2, 32, 5, 4, 8, donors=True)),
+    comparison(Workload(2, 32, 5, 4, 8)),
+    comparison(Workload(2, 32, 5, 4, 8, torch.bfloat16, in_place=False)),
+]
+
+
+def tuned() -> list[tuple[Comparison, str]]:
+    workloads = (
+        Workload(16, 160, 16, 8, 24, donors=True),
+        Workload(16, 160, 64, 8, 40, torch.bfloat16),
+        Workload(16, 160, 256, 8, 40, donors=True, in_place=False),
+    )
+    return [(comparison(workload), "forward") for workload in workloads]
+
+
+SWEEPS = [Sweep("object_mixup3d", {256: (2, 4), 512: (2, 4), 1024: (4, 8), 2048: (4, 8)}, tuned)]
+
+
+def growth() -> Iterator[tuple[Workload, int]]:
+    """A box in each of 16 volumes, of half its edge at most."""
+    sizes = (4, 16, 64) if DEVICE.type == "cuda" else (2, 4, 8, 16)
+    for batch, size in [(1, 1), *((16, size) for size in sizes)]:
+        workload = Workload(batch, 2 * size, batch, (size + 1) // 2, size, donors=True)
+        yield workload, workload.voxels
+
+
+LARGE_BYTES = 5
+
+
+def large(elements: int, part: int) -> None:
+    volumes = large_volume(elements, torch.uint8)
+    planes, planes_of_part = volumes.shape[2], part // LARGE_ROWS
+    boxes = torch.tensor(
+        [[0, 2, 3, 4, planes_of_part - 1, 30, 60]], dtype=torch.float32, device=DEVICE
+    )
+    lam, shift = torch.tensor([0.5], device=DEVICE), planes - planes_of_part
+    moved = boxes + torch.tensor([0, shift, 0, 0, shift, 0, 0], device=DEVICE)
+    last = volumes[:, :, -planes_of_part:].contiguous()
+    expected = object_mixup3d(last, boxes, boxes, lam)
+    for out in (None, volumes):
+        result = object_mixup3d(volumes, moved, moved, lam, out=out)
+        assert torch.equal(result[:, :, -planes_of_part:], expected)
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

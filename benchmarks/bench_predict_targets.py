@@ -1,5 +1,6 @@
 """predict_targets against plain PyTorch, its best eager form, and torch.compile of both."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -7,8 +8,18 @@ import torch
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows
+from benchmarks.common import (
+    DEVICE,
+    LARGE_ROWS,
+    OURS,
+    Comparison,
+    Provider,
+    Sweep,
+    on_one_thread,
+    rows,
+)
 from fmkernels import predict_targets
+from tests.support.tolerance import assert_close
 
 TEMPERATURE = 0.7
 MASKS = (0, 1, 2, 4)  # of the K = 4 views, as 1 = D, 2 = H, 4 = W
@@ -101,6 +112,42 @@ EVERY = [
     *on_one_thread(comparison(Workload(40, 2))),
     *map(comparison, OTHERS),
 ]
+
+SECONDS = 25
+ONE = comparison(Workload(1, 1, kinds=1))
+SMALL = [comparison(Workload(8, 2)), comparison(Workload(7, 2, torch.bfloat16))]
+
+
+def tuned() -> list[tuple[Comparison, str]]:
+    workloads = Workload(20, 4), Workload(80, 8), Workload(80, 8, torch.bfloat16)
+    return [(comparison(workload), "forward") for workload in workloads]
+
+
+SWEEPS = [Sweep("predict_targets", {512: (2, 4), 1024: (2, 4, 8), 2048: (4, 8)}, tuned)]
+
+
+def growth() -> Iterator[tuple[Workload, int]]:
+    yield Workload(1, 1, kinds=1), 1
+    for size in (4, 16, 64, 256) if DEVICE.type == "cuda" else (2, 4, 8, 16, 32, 64):
+        workload = Workload(size, 2)
+        yield workload, workload.anchors
+
+
+LARGE_BYTES = 8
+
+
+def large(elements: int, part: int) -> None:
+    """One flipped view: the first planes come from the last ones."""
+    logits = torch.empty(
+        1, 1, 1, elements // LARGE_ROWS, LARGE_ROWS // 32, 32, dtype=torch.bfloat16, device=DEVICE
+    ).normal_()
+    flips = torch.tensor([1], dtype=torch.uint8, device=DEVICE)
+    targets = predict_targets(logits, flips)
+    planes = part // LARGE_ROWS
+    for own in (slice(planes), slice(-planes, None)):
+        mirror = slice(-planes, None) if own.start is None else slice(planes)
+        expected = predict_targets(logits[:, :, :, mirror].contiguous(), flips)
+        assert_close(expected, targets[:, :, own])
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

@@ -5,7 +5,7 @@ rounded to 0 and 1, where the formulas agree (alpha0 = 1 - alpha, alpha1 = alpha
 say so. The losses of apex and mmcv need a GPU and have one class index per anchor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
-from benchmarks.common import DEVICE, OURS, Comparison, Provider, on_one_thread, rows, wall_time
+from benchmarks.common import (
+    DEVICE,
+    OURS,
+    Comparison,
+    Provider,
+    Sweep,
+    on_one_thread,
+    rows,
+    wall_time,
+)
 from fmkernels import soft_target_focal_loss
+from tests.support.tolerance import assert_close
 
 CLASSES = 8  # per anchor, for apex and mmcv
 BLOCK = 2**17  # elements per thread of the best eager form: its buffers stay in the caches
@@ -302,6 +312,80 @@ EVERY = [
     *on_one_thread(comparison(Workload(4_000_000))),
     *map(comparison, OTHERS),
 ]
+
+
+def three_levels() -> Comparison:
+    """The loss of every element, some ignored, with mixed targets."""
+
+    def inputs() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        logits = [torch.randn(2, n, device=DEVICE, requires_grad=True) for n in (1000, 130, 17)]
+        targets = [torch.rand_like(x) - 0.1 for x in logits]
+        return logits, targets, torch.rand(2, device=DEVICE), torch.tensor([1, 0], device=DEVICE)
+
+    def losses(function: Callable) -> Callable:
+        return lambda xs, ys, lam, index: function(xs, ys, mix=(lam, index), reduction="none")
+
+    return Comparison(
+        op="soft_target_focal_loss",
+        workload="three levels, mixed targets, no reduction",
+        inputs=inputs,
+        reference=losses(reference.soft_target_focal_loss),
+        floor=dict.fromkeys(("forward", "backward", "both")),
+        providers=[Provider(OURS, losses(soft_target_focal_loss))],
+    )
+
+
+SECONDS = 55
+ONE = comparison(Workload(1))
+SMALL = [
+    comparison(Workload(5003)),
+    comparison(Workload(5003, BF16, torch.uint8, scale=1024)),
+    comparison(Workload(5003, torch.float16, torch.float16, scale=1024)),
+    three_levels(),
+]
+
+
+def tuned() -> list[tuple[Comparison, str]]:
+    workloads = (
+        Workload(100_000),
+        Workload(10_000_000, scale=1024),
+        Workload(100_000_000, BF16, BF16),
+    )
+    return [(comparison(workload), "both") for workload in workloads]
+
+
+SWEEPS = [
+    Sweep(
+        "soft_target_focal_loss",
+        {512: (2, 4), 1024: (2, 4, 8), 2048: (4, 8), 4096: (8, 16)},
+        tuned,
+        max_tiles=(1, 4, 8, 32),
+    )
+]
+
+
+def growth() -> Iterator[tuple[Workload, int]]:
+    for power in range(0, 9, 2) if DEVICE.type == "cuda" else range(7):
+        yield Workload(10**power), 10**power
+
+
+LARGE_BYTES = 14
+
+
+def large(elements: int, part: int) -> None:
+    """The loss is added up from pieces; the end of each has the gradient of the piece alone."""
+    logits = torch.empty(elements, dtype=BF16, device=DEVICE).normal_().requires_grad_()
+    targets = torch.empty(elements, dtype=torch.uint8, device=DEVICE).random_(2)
+    loss = soft_target_focal_loss(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    total = 0.0
+    pieces = (tensor.split(elements // 8) for tensor in (logits.detach(), targets, gradient))
+    for x, y, expected in zip(*pieces, strict=True):
+        piece = x.requires_grad_()
+        loss_of_piece = soft_target_focal_loss(piece, y, reduction="sum")
+        assert_close(torch.autograd.grad(loss_of_piece, piece)[0][-part:], expected[-part:])
+        total += loss_of_piece.item()
+    assert abs(loss.item() - total) <= 1e-5 * abs(total), (loss.item(), total)
 
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows(EVERY))

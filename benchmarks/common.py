@@ -7,6 +7,8 @@ test replays its own samples to pytest-benchmark. A provider that is wrong fails
 imported is skipped.
 """
 
+import itertools
+import math
 import statistics
 import time
 import traceback
@@ -14,12 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fmkernels import functional
+from fmkernels.kernels.tuning import Launch
 from tests.support.tolerance import assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,6 +36,8 @@ _COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}[
     DEVICE.type
 ]  # read and written: more than any cache holds
 _FLUSH_BYTES = 512 << 20
+_REGISTERS = 65536  # limit for all threads of a program
+LARGE_ROWS = 2**11  # rows times columns of a plane of large volumes
 _MOST_ROUNDS = 1000  # more would only fill the JSON
 
 
@@ -181,6 +190,64 @@ class Comparison:
                 )
         run.round()
         return run
+
+
+def op_suites() -> dict[str, ModuleType]:
+    """The suite of every op that launches kernels, by the name of the op.
+
+    Beside its tests, a suite has
+
+    ONE: the comparison on a single element, for the host's time;
+    SMALL: comparisons which together launch every kernel of the op, once each;
+    SWEEPS: what to tune;
+    SECONDS: its share of a GPU run;
+    growth(gpu): workloads, each with its number of elements, from one element up;
+    large(elements, part): a check on so many elements against the op on their last ``part``;
+    LARGE_BYTES: what the check takes, per element.
+    """
+    paths = sorted(Path(__file__).parent.glob("bench_*.py"))
+    names = [path.stem.removeprefix("bench_") for path in paths]
+    return {
+        name: import_module(f"benchmarks.bench_{name}")
+        for name in names
+        if name in functional.__all__
+    }
+
+
+def large_volume(elements: int, dtype: torch.dtype) -> Tensor:
+    """[1, 1, planes, 32, 64]: so many voxels."""
+    shape = 1, 1, elements // LARGE_ROWS, 32, LARGE_ROWS // 32
+    return torch.empty(shape, dtype=dtype, device=DEVICE).random_(120)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The settings to try for an op: warps for each block, and tiles per program.
+
+    `cases` makes the workloads, each with the phase to time.
+    """
+
+    op: str
+    shapes: dict[int, tuple[int, ...]]
+    cases: Callable[[], list[tuple[Comparison, str]]]
+    max_tiles: tuple[int, ...] = (1,)
+
+    def settings(self, default: Launch) -> list[Launch]:
+        """All settings but the default, the most similar to it first."""
+        shapes = [(block, warps) for block, counts in self.shapes.items() for warps in counts]
+        every = [
+            replace(default, block=block, num_warps=warps, max_tiles=tiles)
+            for (block, warps), tiles in itertools.product(shapes, self.max_tiles)
+            if 32 * warps * (default.max_registers or 0) <= _REGISTERS
+        ]
+
+        def distance(launch: Launch) -> float:
+            names = ("block", "num_warps", "max_tiles")
+            return sum(
+                abs(math.log2(getattr(launch, name) / getattr(default, name))) for name in names
+            )
+
+        return sorted((launch for launch in every if launch != default), key=distance)
 
 
 @contextmanager

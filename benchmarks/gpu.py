@@ -29,6 +29,8 @@ from typing import TextIO
 
 import torch
 
+from benchmarks.common import op_suites
+
 ROOT = Path(__file__).parents[1]
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
 # exit codes of timeout(1), which also kills itself after it killed a stage
@@ -37,11 +39,7 @@ SHORTEST = 5  # seconds; a stage with less time left is not started
 GRACE = 10  # seconds between SIGINT and SIGKILL
 SUITES = {  # seconds per benchmark
     "focalmix_step": 30,
-    "soft_target_focal_loss": 55,
-    "mixup3d": 45,
-    "predict_targets": 25,
-    "crop_and_resize3d": 30,
-    "object_mixup3d": 25,
+    **{op: suite.SECONDS for op, suite in op_suites().items()},
     "growth": 40,
     "host_time": 10,
 }

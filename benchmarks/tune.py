@@ -8,15 +8,13 @@ fastest setting becomes the row of this architecture if it beats the default bey
 """
 
 import argparse
-import itertools
 import json
-import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from unittest import mock
 
@@ -24,136 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    bench_crop_and_resize3d,
-    bench_mixup3d,
-    bench_object_mixup3d,
-    bench_predict_targets,
-    bench_soft_target_focal_loss,
-)
-from benchmarks.common import DEVICE, OURS, Comparison, Run, seconds
+from benchmarks.common import DEVICE, OURS, Comparison, Run, Sweep, op_suites, seconds
 from fmkernels.kernels import tuning
 from fmkernels.kernels.tuning import DEFAULT, TABLE, Launch
 from tests.support.tolerance import assert_close
 
 MARGIN = 0.02  # a setting must be faster than the default by this, and on no workload slower by it
 ROUNDS = 50
-REGISTERS = 65536  # limit for all threads of a program
-F32, BF16, I16 = torch.float32, torch.bfloat16, torch.int16
 
-
-@dataclass(frozen=True)
-class Sweep:
-    """The settings to try for an op: warps for each block, and tiles per program.
-
-    `cases` makes the workloads, each with the phase to time.
-    """
-
-    op: str
-    shapes: dict[int, tuple[int, ...]]
-    cases: Callable[[], list[tuple[Comparison, str]]]
-    max_tiles: tuple[int, ...] = (1,)
-
-    def settings(self, default: Launch) -> list[Launch]:
-        """All settings but the default, the most similar to it first."""
-        shapes = [(block, warps) for block, counts in self.shapes.items() for warps in counts]
-        every = [
-            replace(default, block=block, num_warps=warps, max_tiles=tiles)
-            for (block, warps), tiles in itertools.product(shapes, self.max_tiles)
-            if 32 * warps * (default.max_registers or 0) <= REGISTERS
-        ]
-
-        def distance(launch: Launch) -> float:
-            names = ("block", "num_warps", "max_tiles")
-            return sum(
-                abs(math.log2(getattr(launch, name) / getattr(default, name))) for name in names
-            )
-
-        return sorted((launch for launch in every if launch != default), key=distance)
-
-
-def _loss() -> list[tuple[Comparison, str]]:
-    suite = bench_soft_target_focal_loss
-    workloads = (
-        suite.Workload(100_000),
-        suite.Workload(10_000_000, scale=1024),
-        suite.Workload(100_000_000, BF16, BF16),
-    )
-    return [(suite.comparison(workload), "both") for workload in workloads]
-
-
-def _targets() -> list[tuple[Comparison, str]]:
-    suite = bench_predict_targets
-    workloads = suite.Workload(20, 4), suite.Workload(80, 8), suite.Workload(80, 8, BF16)
-    return [(suite.comparison(workload), "forward") for workload in workloads]
-
-
-def _mixup() -> list[tuple[Comparison, str]]:
-    suite = bench_mixup3d
-    return [
-        (suite.comparison(suite.Workload(8, 128, gradient=True)), "forward"),
-        (suite.comparison(suite.Workload(8, 128, gradient=True)), "backward"),
-        (suite.comparison(suite.Workload(16, 160, I16, BF16, flips=True)), "forward"),
-    ]
-
-
-def _mixup_in_place() -> list[tuple[Comparison, str]]:
-    suite = bench_mixup3d
-    workloads = (
-        suite.Workload(8, 64, in_place=True),
-        suite.Workload(8, 160, in_place=True),
-        suite.Workload(16, 160, BF16, BF16, in_place=True),
-    )
-    return [(suite.comparison(workload), "forward") for workload in workloads]
-
-
-def _crop() -> list[tuple[Comparison, str]]:
-    suite = bench_crop_and_resize3d
-    workloads = (
-        suite.Workload(16, 32, edge=128, gradient=False),
-        suite.Workload(256, 32, edge=128, dtype=BF16, result=BF16, gradient=False),
-        suite.Workload(64, 64, edge=128, dtype=I16, result=BF16, gradient=False),
-    )
-    return [(suite.comparison(workload), "forward") for workload in workloads]
-
-
-def _crop_gradient() -> list[tuple[Comparison, str]]:
-    suite = bench_crop_and_resize3d
-    workloads = (
-        suite.Workload(16, 32, edge=128),
-        suite.Workload(256, 32, edge=128, dtype=BF16, result=BF16),
-    )
-    return [(suite.comparison(workload), "backward") for workload in workloads]
-
-
-def _objects() -> list[tuple[Comparison, str]]:
-    suite = bench_object_mixup3d
-    workloads = (
-        suite.Workload(16, 160, 16, 8, 24, donors=True),
-        suite.Workload(16, 160, 64, 8, 40, BF16),
-        suite.Workload(16, 160, 256, 8, 40, donors=True, in_place=False),
-    )
-    return [(suite.comparison(workload), "forward") for workload in workloads]
-
-
-_VECTORS = {128: (1, 2, 4), 256: (2, 4, 8), 512: (2, 4, 8), 1024: (4, 8)}
-
-SWEEPS = (
-    Sweep("object_mixup3d", {256: (2, 4), 512: (2, 4), 1024: (4, 8), 2048: (4, 8)}, _objects),
-    Sweep("predict_targets", {512: (2, 4), 1024: (2, 4, 8), 2048: (4, 8)}, _targets),
-    Sweep(
-        "soft_target_focal_loss",
-        {512: (2, 4), 1024: (2, 4, 8), 2048: (4, 8), 4096: (8, 16)},
-        _loss,
-        max_tiles=(1, 4, 8, 32),
-    ),
-    Sweep("crop_and_resize3d", {256: (2, 4), 512: (2, 4), 1024: (2, 4), 2048: (4,)}, _crop),
-    Sweep(
-        "crop_and_resize3d_backward", {256: (2, 4), 512: (2, 4, 8), 1024: (4, 8)}, _crop_gradient
-    ),
-    Sweep("mixup3d", _VECTORS, _mixup),
-    Sweep("mixup3d_in_place", _VECTORS, _mixup_in_place),
-)
+SWEEPS = [sweep for suite in op_suites().values() for sweep in suite.SWEEPS]
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import fmkernels.kernels
-from benchmarks import (
-    bench_crop_and_resize3d,
-    bench_growth,
-    bench_host_time,
-    bench_mixup3d,
-    bench_object_mixup3d,
-    bench_predict_targets,
-    bench_soft_target_focal_loss,
-    common,
-    device_checks,
-    plot,
-)
-from benchmarks.common import OURS, Comparison, Provider
+from benchmarks import bench_growth, bench_host_time, common, device_checks, plot
+from benchmarks.common import OURS, Comparison, Provider, op_suites
 from tests.conftest import launches
 from tests.support import on_gpu
 
@@ -148,7 +137,7 @@ def test_the_wall_clock_waits_for_a_gpu(monkeypatch):
 @pytest.mark.parametrize("suite", [bench_growth, bench_host_time])
 def test_every_series_begins_with_one_element(suite):
     smallest = {c.op if c.elements else c.workload: c for c in reversed(suite.EVERY)}
-    assert len(smallest) == 5
+    assert len(smallest) == len(SUITES)
     for first in smallest.values():
         assert first.elements in (1, None)
         results = first.checked(first.providers[0]).forward()
@@ -163,13 +152,7 @@ def test_sizes_grow():
         assert all(len(c.providers) >= 2 and c.providers[0].name == OURS for c in series)
 
 
-SUITES = (
-    bench_crop_and_resize3d,
-    bench_mixup3d,
-    bench_object_mixup3d,
-    bench_predict_targets,
-    bench_soft_target_focal_loss,
-)
+SUITES = tuple(op_suites().values())
 SUITE = """
 import pytest, torch
 from benchmarks import common
@@ -405,7 +388,7 @@ def test_the_calls_for_a_sanitizer_launch_every_kernel(monkeypatch):
         for name, value in vars(importlib.import_module(f"fmkernels.kernels.{module.name}")).items()
         if name.endswith("_kernel")
     }
-    assert len(kernels) >= 9 and launched == kernels
+    assert launched == kernels
 
 
 def test_a_graph_is_held_to_the_op_on_new_inputs(monkeypatch, capsys):
@@ -423,26 +406,22 @@ def test_a_graph_is_held_to_the_op_on_new_inputs(monkeypatch, capsys):
         device_checks.graphs()
 
 
-def test_large_checks_hold_and_notice(monkeypatch, capsys):
+def test_large_checks_hold(monkeypatch, capsys):
     monkeypatch.setattr(device_checks, "PART", 2**14)
-    monkeypatch.setattr(device_checks, "PIECE", 2**14)
     device_checks.large(2**16 + 2**14)
-    assert capsys.readouterr().out.count("81,920 elements") == len(device_checks.LARGE) == 5
-    names = [
-        "soft_target_focal_loss",
-        "predict_targets",
-        "mixup3d",
-        "crop_and_resize3d",
-        "object_mixup3d",
-    ]
-    for check, name in zip(device_checks.LARGE, names, strict=True):
-        function = getattr(device_checks, name)
+    assert capsys.readouterr().out.count("81,920 elements") == len(SUITES)
 
-        def beyond(x, *args, function=function, **kwargs):
-            """Wrong where there is more than in a part."""
-            result = function(x, *args, **kwargs)
-            return result + (x.numel() > 2**15) * torch.ones_like(result)
 
-        monkeypatch.setattr(device_checks, name, beyond)
-        with pytest.raises(AssertionError):
-            check(2**16 + 2**14)
+@pytest.mark.parametrize("op", op_suites())
+def test_large_checks_notice(op, monkeypatch):
+    suite = op_suites()[op]
+    function = getattr(suite, op)
+
+    def beyond(x, *args, **kwargs):
+        """Wrong where there is more than in a part."""
+        result = function(x, *args, **kwargs)
+        return result + (x.numel() > 2**15) * torch.ones_like(result)
+
+    monkeypatch.setattr(suite, op, beyond)
+    with pytest.raises(AssertionError):
+        suite.large(2**16 + 2**14, 2**14)

@@ -1,5 +1,6 @@
 """benchmarks.tune without a GPU: made-up times, real choices, and kernels that take its rows."""
 
+import importlib
 import math
 
 import numpy as np
@@ -7,13 +8,12 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-import fmkernels
 from benchmarks import bench_predict_targets, tune
-from benchmarks.tune import MARGIN, SWEEPS, Sweep, Timing, choose
+from benchmarks.common import Sweep
+from benchmarks.tune import MARGIN, SWEEPS, Timing, choose
 from fmkernels.kernels import tuning
 from fmkernels.kernels.tuning import DEFAULT, TABLE, Launch
-from tests.conftest import launches
-from tests.support import on_gpu
+from tests.support import floor, on_gpu
 
 DEFAULT_ROW, OTHER, THIRD = Launch(1024, 4), Launch(512, 4), Launch(2048, 8)
 
@@ -67,7 +67,7 @@ def test_drift_that_all_settings_share_decides_nothing():
 
 
 def test_every_sweep_is_a_row_and_holds_the_default():
-    assert [sweep.op for sweep in SWEEPS] == list(TABLE)
+    assert {sweep.op for sweep in SWEEPS} == TABLE.keys() == TUNED.keys()
     for sweep in SWEEPS:
         default = TABLE[sweep.op][DEFAULT]
         settings = sweep.settings(default)
@@ -138,41 +138,11 @@ def test_without_a_gpu_one_line_says_so(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def _calls():
-    """For each row: a call, and the constants whose product, times a factor, is the block."""
-    volumes, boxes = torch.zeros(2, 1, 16, 16, 16), torch.tensor([[0, 1, 1, 1, 9, 9, 9.0]])
-    lam, index = torch.tensor([0.9, 0.6]), torch.tensor([1, 0])
-    flips = torch.zeros(2, dtype=torch.uint8)
-
-    def loss():
-        logits = torch.zeros(5000, requires_grad=True)
-        fmkernels.soft_target_focal_loss(logits, torch.zeros(5000), reduction="sum").backward()
-
-    def crop(gradient: bool):
-        result = fmkernels.crop_and_resize3d(
-            volumes.clone().requires_grad_(gradient), boxes, (16, 16, 16)
-        )
-        if gradient:
-            result.sum().backward()
-
-    def mixup(**options):
-        fmkernels.mixup3d(volumes, lam, index, **options)
-
-    def objects():
-        fmkernels.object_mixup3d(volumes, boxes, boxes, lam[:1])
-
-    def targets():
-        fmkernels.predict_targets(torch.zeros(2, 1, 1, 16, 16, 16), flips)
-
-    return {
-        "object_mixup3d": (objects, ("DEPTH", "LANES"), 1),
-        "predict_targets": (targets, ("BLOCK",), 1),
-        "soft_target_focal_loss": (loss, ("BLOCK",), 1),
-        "crop_and_resize3d": (lambda: crop(False), ("DEPTH", "LANES"), 1),
-        "crop_and_resize3d_backward": (lambda: crop(True), ("Z", "Y", "X"), 1),
-        "mixup3d": (mixup, ("VECTORS",), 1),
-        "mixup3d_in_place": (lambda: mixup(out=volumes), ("VECTORS", "SAMPLES"), 1),
-    }
+TUNED = {
+    row: tuned
+    for op in floor.plans()
+    for row, tuned in importlib.import_module(f"tests.plans.{op}").tuned().items()
+}
 
 
 @pytest.mark.skipif(on_gpu(), reason="compiled kernels must not run")
@@ -182,15 +152,13 @@ def test_a_kernel_takes_every_setting_of_its_row(sweep, monkeypatch):
     taken = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **options: taken.append(options))
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    for cpu, name, launch in launches():
-        monkeypatch.setattr(cpu, name, launch)
-    call, names, factor = _calls()[sweep.op]
+    call, names = TUNED[sweep.op]
     for setting in sweep.settings(TABLE[sweep.op][DEFAULT]):
         taken.clear()
         monkeypatch.setitem(TABLE, sweep.op, {**TABLE[sweep.op], "sm_90": setting})
         call()
         found = [
-            (factor * math.prod(o[n] for n in names), o.get("num_warps"), o.get("maxnreg"))
+            (math.prod(o[n] for n in names), o.get("num_warps"), o.get("maxnreg"))
             for o in taken
             if o.keys() >= set(names)
         ]

@@ -111,4 +111,14 @@ def predict_targets(
         span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         memory = stored(x.as_strided((span,), (1,)))
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)
-        parallel_for(_run, blocks, GRAIN_SIZE, memory, tuple(x.shape), x.stride(), masks, inverse, stored(out))
+        parallel_for(
+            _run,
+            blocks,
+            GRAIN_SIZE,
+            memory,
+            tuple(x.shape),
+            x.stride(),
+            masks,
+            inverse,
+            stored(out),
+        )

@@ -1,4 +1,11 @@
-"""Launches of production, one module per op. Recordings use the tuning rows of their target."""
+"""Launches of production, one module per op. Recordings use the tuning rows of their target.
+
+A module has
+
+cases(): the launches, with the least bytes per element that they must move;
+EXTRA_BYTES: bytes per element above that, by case, where the minimum cannot be reached;
+tuned(): for each row of the launch table, a call and the constants whose product is the block.
+"""
 
 from unittest import mock
 

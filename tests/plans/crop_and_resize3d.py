@@ -3,7 +3,7 @@
 The box is the volume and has as many samples as voxels, so that each must be moved once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -71,3 +71,10 @@ def cases() -> Iterator[Case]:
         "gradient, clamped at the volume, window float16", F16, window=WINDOW, clamp_box=False
     )
     yield gradient("gradient, window float64", F64, window=WINDOW, size=(16, 16, 8))
+
+
+def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
+    return {
+        "crop_and_resize3d": (crop("crop", F32).call, ("DEPTH", "LANES")),
+        "crop_and_resize3d_backward": (gradient("gradient", F32).call, ("Z", "Y", "X")),
+    }

@@ -1,6 +1,6 @@
 """Launches of mixup3d: in and out of place, flips, window, every type, both gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -103,3 +103,11 @@ def cases() -> Iterator[Case]:
     yield case(
         "backward to donors float32", Mixup(F32, donors=8).backward(False, True), min_bytes=8
     )
+
+
+def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
+    mixup = Mixup(F32)
+    return {
+        "mixup3d": (mixup.out_of_place(F32), ("VECTORS",)),
+        "mixup3d_in_place": (mixup.in_place(), ("VECTORS", "SAMPLES")),
+    }

@@ -3,7 +3,7 @@
 In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -67,3 +67,10 @@ def cases() -> Iterator[Case]:
     yield Objects(U8, shape=(3, 1, 1024, 1024, 1024), pairs=3, donors=CUBES).in_place(
         "past 2^31 uint8"
     )
+
+
+def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
+    return {"object_mixup3d": (Objects(F32).new("new", F32).call, ("DEPTH", "LANES"))}
+
+
+EXTRA_BYTES = {"in place float32": 4}  # donors are copied before they are overwritten

@@ -1,6 +1,6 @@
 """Launches of predict_targets: types, levels, channels last, sizes that forbid vectors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,3 +29,7 @@ def cases() -> Iterator[Case]:
     yield Case(
         "4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20
     )
+
+
+def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
+    return {"predict_targets": (call(torch.float32, 16), ("BLOCK",))}

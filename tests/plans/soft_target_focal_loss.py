@@ -1,6 +1,6 @@
 """Production launches of soft_target_focal_loss: dtypes, levels, mix, weights, both directions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -87,3 +87,13 @@ def cases() -> Iterator[Case]:
     yield Case("weighted", step(F32, F32, weight="element"), N, 16)
     yield Case("losses", elementwise(F32, F32), N, 12)
     yield Case("gradient of losses", backward(F32, F32), N, 16)
+
+
+def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
+    return {"soft_target_focal_loss": (step(F32, F32), ("BLOCK",))}
+
+
+EXTRA_BYTES = {
+    # the number of anchors is known only after the forward, so the backward scales the gradient
+    "mean of those not ignored": 8
+}

@@ -1,4 +1,4 @@
-"""Packaging of fmkernels. Tool settings are in pyproject.toml, exact versions in constraints.txt."""
+"""Packaging of fmkernels. pyproject.toml holds tool settings, constraints.txt versions."""
 
 import re
 from pathlib import Path

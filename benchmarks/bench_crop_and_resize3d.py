@@ -1,8 +1,8 @@
-"""crop_and_resize3d against loops over F.interpolate and F.grid_sample, torch.compile, and other libraries' crops.
+"""crop_and_resize3d against F.interpolate, F.grid_sample, torch.compile and other libraries.
 
-Boxes of whole voxels are clamped at the box, as a crop followed by a resize does; others at the volume, as grid_sample
-does. Libraries are given for free what a user makes once: transforms, images. Loops over crops are not compiled: that
-makes a graph for each set of boxes.
+Boxes of whole voxels are clamped at the box, like a crop followed by a resize. Others are clamped
+at the volume, like grid_sample. Libraries get transforms and images ready made. Loops over crops
+are not compiled, because every set of boxes would need its own graph.
 """
 
 import itertools
@@ -38,9 +38,9 @@ WINDOW = (-1200.0, 600.0)
 class Workload:
     """Crops of ``size``^3 out of 8 volumes of ``edge``^3; integers are windowed.
 
-    Edges are powers of 2, boxes begin on quarters of a voxel, and the steps between their samples are binary fractions:
-    so float32 has every coordinate, in whatever way a provider computes it, and what is compared is the work. Faces are
-    a voxel away from all boxes: kornia takes zeros from beyond.
+    Edges are powers of 2, boxes begin on quarters of a voxel, and samples are a binary fraction of
+    a voxel apart. So every coordinate is exact in float32 and providers agree. Boxes keep one voxel
+    away from the faces of a volume, because kornia reads zeros beyond them.
     """
 
     boxes: int
@@ -63,7 +63,8 @@ class Workload:
             else ", without gradient"
         )
         low, high = self.extents
-        return f"{types.replace('torch.', '')} {self.boxes} boxes of {low}-{high} to {self.size}^3, {kind}{window}"
+        sizes = f"{self.boxes} boxes of {low}-{high} to {self.size}^3"
+        return f"{types.replace('torch.', '')} {sizes}, {kind}{window}"
 
     @property
     def clamp(self) -> str:
@@ -126,7 +127,7 @@ class Workload:
 
 
 def voxels_taken(start: float, end: float, samples: int, low: float, high: float) -> Tensor:
-    """The voxels along an axis that the samples of [start, end) lie on or between, clamped to those of [low, high)."""
+    """Voxels along an axis that samples of [start, end) read, clamped to [low, high)."""
     middles = 2 * torch.arange(samples, dtype=torch.float64) + 1
     positions = (middles * (end - start) + samples * (2 * start - 1)) / (
         2 * samples
@@ -223,7 +224,7 @@ def _positions(workload: Workload, boxes: Tensor) -> Tensor:
 
 
 def _grid(positions: Tensor, extents: int | Tensor) -> Tensor:
-    """What grid_sample takes for positions [K, 3, n] in volumes of these extents, [K, n, n, n, 3]."""
+    """The grid of F.grid_sample, [K, n, n, n, 3], for positions [K, 3, n] in these volumes."""
     z, y, x = ((2 * positions + 1) / extents - 1).unbind(1)
     n = positions.shape[2]
     axes = x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]
@@ -291,7 +292,7 @@ def formula(workload: Workload) -> Callable[..., Tensor]:
 
 
 def kornia(workload: Workload) -> Provider:
-    """crop_and_resize3d, for which each box has a copy of its volume; with its corners on the outermost samples."""
+    """kornia's crop of the same name, on a copy of the volume per box; corners are samples."""
 
     def inputs():
         crop = pytest.importorskip(
@@ -352,7 +353,7 @@ def monai(workload: Workload) -> Provider:
 
 
 def simple_itk(workload: Workload) -> Provider:
-    """ResampleImageFilter for each box, or for its region, which computes coordinates in double precision."""
+    """ResampleImageFilter per box, or on its region; it computes in double precision."""
 
     def inputs():
         sitk = pytest.importorskip("SimpleITK", exc_type=Exception)
@@ -382,9 +383,9 @@ def simple_itk(workload: Workload) -> Provider:
 
 
 def providers(workload: Workload, compiled: bool) -> list[Provider]:
-    """Resizing takes boxes of whole voxels, grid_sample clamps at the volume; SimpleITK is for the CPU.
+    """Resizing needs boxes of whole voxels, grid_sample clamps at the volume; SimpleITK: CPU.
 
-    kornia solves equations in float32 for its coordinates: results in 16 bits are right, those in 32 are not.
+    kornia solves float32 equations for coordinates; only its 16-bit results are precise enough.
     """
     functions = {OURS: ours}
     if workload.whole:

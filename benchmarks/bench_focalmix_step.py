@@ -1,7 +1,7 @@
-"""A whole training step of FocalMix, with our operations and with the same ones in plain PyTorch (``--ops plain``).
+"""A whole training step of FocalMix, with our ops and with plain PyTorch (``--ops plain``).
 
-"networks alone" is what no operation can change: the teacher on all views, the detector forward and backward. What a
-step takes beyond it is the operations' share, the matching of anchors included.
+The row "networks alone" is what no op can change: the teacher on all views, and the detector
+forward and backward. The rest of a step is ops and the matching of anchors.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from fmkernels.focalmix.training.step import focalmix_loss, sample_draws
 
 @dataclass(frozen=True)
 class Workload:
-    """The step of a preset, of its labelled and its unlabelled patches."""
+    """The step of a preset, with its numbers of labeled and unlabeled patches."""
 
     preset: str
 
@@ -29,11 +29,12 @@ class Workload:
 
     def __str__(self) -> str:
         config = self.config
-        patches = f"{config.batch_size} + {config.unlabeled_batch_size} patches of {config.patch_size[0]}^3"
+        sizes = f"{config.batch_size} + {config.unlabeled_batch_size}"
+        patches = f"{sizes} patches of {config.patch_size[0]}^3"
         return f"{self.preset}, {patches}, K = {config.views}"
 
     def inputs(self) -> tuple:
-        """Model, teacher, labelled and unlabelled patches, draws, and the parameters that get gradients."""
+        """Model, teacher, labeled and unlabeled patches, draws, and trained parameters."""
         config = self.config
         model, teacher = build_model(config).to(DEVICE), build_model(config).to(DEVICE)
         labels, others = config.batch_size, config.unlabeled_batch_size

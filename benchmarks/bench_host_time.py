@@ -1,7 +1,7 @@
-"""How long the host is busy with one element, beside the cheapest way to call any registered op.
+"""Host time of one element, next to the cheapest call of any registered op.
 
-That is one without a gradient of its own whose implementation makes a single call; for forward and backward, an
-autograd.Function around two such calls. sample_mixup is no registered op: it draws by calls of PyTorch.
+The cheapest op makes one copy and has no gradient; for forward and backward, an autograd.Function
+wraps two of them. sample_mixup is not a registered op.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ def copy(x: Tensor) -> Tensor:
 
 
 def comparison(whole: Comparison) -> Comparison:
-    """Ours on a workload of one element, and the copy of one."""
+    """Our op on a workload of one element, next to the copy of one element."""
     ours = next(provider for provider in whole.providers if provider.name == OURS)
     cheapest = Provider(
         "cheapest registered op",
@@ -46,9 +46,13 @@ def comparison(whole: Comparison) -> Comparison:
         reference=lambda x: x.double(),
     )
     return replace(
-        whole, op="host time of one element", workload=whole.op, providers=[ours, cheapest], host=True,
+        whole,
+        op="host time of one element",
+        workload=whole.op,
+        providers=[ours, cheapest],
+        host=True,
         floor=dict.fromkeys(whole.floor),
-    )  # fmt: skip
+    )
 
 
 EVERY = [comparison(suite.ONE) for suite in op_suites().values()]

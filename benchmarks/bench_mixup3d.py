@@ -1,8 +1,8 @@
-"""mixup3d against plain PyTorch, the leanest PyTorch, torch.compile, a copy, and the mixup of other libraries.
+"""mixup3d against plain and the best PyTorch, torch.compile, a copy, and other libraries.
 
-Those neither flip nor window and draw lam and the partners themselves; here they are told, by what is made before the
-call. Partners are the mirror image of the batch, as in timm; torchvision takes one lam for all and the neighbour;
-kornia takes slices of images below one another. The copy moves the bytes of the floor, at whatever type.
+Other libraries neither flip nor window. They draw lam and partners themselves; here they get them.
+Partners are the reversed batch, as in timm. torchvision takes one lam and the next sample; kornia
+takes 2D images, so slices are stacked. The copy moves the minimum number of bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ BF16, I16 = torch.bfloat16, torch.int16
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of volumes [batch, 1, edge, edge, edge]; integers are windowed, and all are flipped where ``flips``."""
+    """Volumes [batch, 1, edge, edge, edge]; integers are windowed, ``flips`` flips all."""
 
     batch: int
     edge: int
@@ -159,7 +159,7 @@ def gather_and_lerp(workload: Workload) -> Callable[..., Tensor]:
 
 
 def lerp_by_sample(workload: Workload) -> Callable[..., Tensor]:
-    """The least that eager PyTorch moves; the host reads lam, index and flips."""
+    """The least traffic that eager PyTorch allows; reads lam, index and flips on the host."""
 
     def run(volumes, lam, index, flips):
         own = (
@@ -203,7 +203,7 @@ class _BySample(torch.autograd.Function):
 
 @torch.library.custom_op("fmkernels_benchmarks::as_float", mutates_args=())
 def _as_float(x: Tensor) -> Tensor:
-    """What torch.compile is not to fuse: for a CPU it vectorises nothing that reads int16."""
+    """An op that torch.compile does not fuse: its CPU code does not vectorize int16 loads."""
     return x.float()
 
 
@@ -211,7 +211,7 @@ _as_float.register_fake(lambda x: x.float())
 
 
 def _flipped_at_once(volumes: Tensor, flips: Tensor, rows: Tensor) -> Tensor:
-    """These volumes, each flipped by its mask, by one choice of voxels."""
+    """The volumes of these rows, each flipped by its mask, in one indexing operation."""
     place = torch.arange(volumes.shape[-1], device=DEVICE)
     z, y, x = (
         torch.where((flips[rows] & bit).bool()[:, None], place.flip(0), place) for bit in (1, 2, 4)
@@ -223,7 +223,7 @@ def _flipped_at_once(volumes: Tensor, flips: Tensor, rows: Tensor) -> Tensor:
 
 
 def to_compile(workload: Workload) -> Callable[..., Tensor]:
-    """The best for torch.compile, which makes one pass of it: voxels are chosen first, each once."""
+    """The best form for torch.compile, which fuses it into one pass."""
 
     def run(volumes, lam, index, flips):
         x = _as_float(volumes) if DEVICE.type == "cpu" and volumes.dtype == I16 else volumes
@@ -255,7 +255,7 @@ class _Copy(torch.autograd.Function):
 
 
 def copy(workload: Workload) -> Provider:
-    """What a copy of as many bytes takes, in the same rounds and the same caches."""
+    """A copy of as many bytes, in the same rounds with the same caches."""
 
     def inputs():
         source = torch.randn(workload.floor()["forward"] // 8, device=DEVICE).requires_grad_(
@@ -309,7 +309,7 @@ def monai(workload: Workload) -> Provider:
 
 
 def kornia(workload: Workload) -> Provider:
-    """Its lambda is the partner's share."""
+    """Its lambda is the weight of the partner."""
 
     def inputs():
         mixup = pytest.importorskip("kornia.augmentation", exc_type=Exception).RandomMixUpV2()
@@ -331,7 +331,7 @@ def kornia(workload: Workload) -> Provider:
 
 
 def providers(workload: Workload) -> list[Provider]:
-    """Other libraries mix float32 without flips, each either in place or not."""
+    """Other libraries mix float32 without flips, either in place or not."""
     functions = {
         OURS: ours,
         "eager": plain,

@@ -1,6 +1,6 @@
-"""object_mixup3d against PyTorch box by box, with the resizing of PyTorch or of other libraries, and torch.compile.
+"""object_mixup3d against PyTorch box by box, torch.compile, and resizing by other libraries.
 
-The peers are given the boxes as Python numbers, whole ones, for free; ours reads them where they are.
+Peers get whole-voxel boxes as Python numbers; ours reads them on the device.
 """
 
 import math
@@ -36,7 +36,7 @@ Resize = Callable[[Tensor, tuple[int, ...]], Tensor]  # of a crop [1, 1, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """Boxes of ``low`` to ``high`` voxels a side, apart from each other, in volumes [batch, 1, edge, edge, edge]."""
+    """Separate boxes of ``low`` to ``high`` voxels a side in volumes of ``edge``^3."""
 
     batch: int
     edge: int
@@ -51,19 +51,18 @@ class Workload:
         source = "donors" if self.donors else "no donors"
         place = "in place" if self.in_place else "new"
         sizes = f"{self.boxes} boxes of {self.low} to {self.high}"
-        return f"{str(self.dtype).removeprefix('torch.')} {self.batch} x {self.edge}^3, {sizes}, {source}, {place}"
+        volumes = f"{str(self.dtype).removeprefix('torch.')} {self.batch} x {self.edge}^3"
+        return f"{volumes}, {sizes}, {source}, {place}"
 
     @cached_property
     def pairs(self) -> list[tuple[Box, Box]]:
-        """Target and donor boxes, on a grid of places so that none overlap; donors are the targets, shuffled."""
+        """Target and donor boxes on a grid, so that none overlap; donors are shuffled targets."""
         generator = torch.Generator().manual_seed(0)
         side = self.edge // self.high
         places = torch.randperm(self.batch * side**3, generator=generator)[: self.boxes]
         targets = []
-        for place, size in zip(
-            places.tolist(), torch.randint(self.low, self.high + 1, (self.boxes, 3), generator=generator).tolist(),
-            strict=True,
-        ):  # fmt: skip
+        sizes = torch.randint(self.low, self.high + 1, (self.boxes, 3), generator=generator)
+        for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
             start = [place // side**axis % side * self.high for axis in range(3)]
             targets.append(
                 (place // side**3, *start, *(s + n for s, n in zip(start, size, strict=True)))
@@ -84,13 +83,13 @@ class Workload:
 
     @property
     def voxels(self) -> int:
-        """Of all targets."""
+        """Voxels of all targets."""
         return sum(math.prod(_size(target)) for target, _ in self.pairs)
 
     def floor(self) -> dict[str, int]:
-        """Targets, or out of place all voxels, read and written once, and what donors apart give, read once.
+        """Targets, or out of place all voxels, are read and written once, donor voxels read once.
 
-        Without donors apart that is in the targets, which are each other's donors.
+        Without separate donors, the donor voxels lie in the targets.
         """
         written = self.voxels if self.in_place else self.batch * self.edge**3
         taken = sum(
@@ -143,7 +142,7 @@ def _region(volumes: Tensor, box: Box) -> Tensor:
 
 
 def box_by_box(workload: Workload) -> Callable[..., Tensor]:
-    """Resize all donors, then blend each into its target; float32 shares."""
+    """Resize all donors, then blend each into its target, with float32 weights."""
 
     def run(volumes, boxes, donor_boxes, lam, donors, resize):
         wide, pool = (
@@ -235,9 +234,9 @@ def from_corner_to_corner(workload: Workload) -> Callable[..., Tensor]:
 
 
 def providers(workload: Workload) -> list[Provider]:
-    """One box is compiled: more are a graph of all, which takes minutes, and anew for other boxes.
+    """torch.compile runs on one box only: for more, one graph takes minutes per set of boxes.
 
-    kornia solves equations in float32 for its coordinates: results in 16 bits are right, those in 32 are not.
+    kornia solves float32 equations for coordinates; only its 16-bit results are precise enough.
     """
 
     def provider(name: str, make: Callable[[], Resize], **more) -> Provider:

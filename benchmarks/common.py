@@ -1,10 +1,10 @@
-"""What every suite shares: a comparison of providers on one workload, and what is recorded of each.
+"""What all suites share: a comparison of providers on one workload, and how it is recorded.
 
-A suite makes one `Comparison` per workload, of the providers that do it, and has one test for each of their `rows`,
-which calls `record(comparison, provider, phase)` (the fixture of conftest.py). The first of a comparison holds every
-provider to the reference and then times all in interleaved rounds, so that a neighbour's load falls on all alike; each
-test replays its own samples to pytest-benchmark. A provider that is wrong fails and is not timed; one that cannot be
-imported is skipped.
+A suite makes one `Comparison` per workload and one test per row of it (`rows`), which calls
+`record(comparison, provider, phase)`, a fixture of conftest.py. The first row of a comparison
+checks every provider against the reference and then times all in interleaved rounds, so that
+background load affects all alike. Each test replays its samples to pytest-benchmark. A wrong
+provider fails and is not timed; one that cannot be imported is skipped.
 """
 
 import itertools
@@ -43,7 +43,7 @@ _MOST_ROUNDS = 1000  # more would only fill the JSON
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of every round, and what goes into the JSON beside them."""
+    """Seconds of every round, and the fields that the JSON holds beside them."""
 
     samples: list[float]
     info: dict[str, str | float | bool | None]
@@ -53,12 +53,12 @@ class Row:
 class Provider:
     """One way to compute an op.
 
-    function: called with the inputs, returns a tensor or a list of tensors. It may work in place: its first call is the
-        one that is checked.
-    inputs: makes its arguments, where they are not the workload's: hard labels, or what a user makes once. Both may
-        import with pytest.importorskip, which takes microseconds each time: in the function only if it is cached.
-    compile: time torch.compile of the function.
-    reference: what it is held to, where that is not the workload's.
+    function: takes the inputs, returns a tensor or a list of tensors. It may work in place: only
+        its first call is checked.
+    inputs: makes its arguments, if they differ from the workload's: hard labels, or objects that a
+        user makes once. It may call pytest.importorskip; so may the function, with a cache.
+    compile: whether to time torch.compile of the function.
+    reference: its oracle, if it differs from the workload's.
     """
 
     name: str
@@ -72,19 +72,20 @@ class Provider:
 class Comparison:
     """All providers of an op on one workload.
 
-    op, workload: names, as they stand in the table.
-    inputs: makes the arguments on DEVICE, from torch's default generator; gradients go to those that require one.
+    op, workload: names in the table.
+    inputs: makes the arguments on DEVICE from torch's default generator; gradients are computed
+        for those that require one.
     reference: the float64 oracle, called with the inputs of a provider.
-    floor: bytes that must move between memory and processor in each phase; None where a provider may have moved them
-        in another phase. The phases are "forward", without a graph; with a gradient, "backward", what follows a forward
-        that made one, and "both", that and its forward.
-    providers: one of them named OURS.
-    precision: the row of the tolerances that results are held to; that of their own type where None.
-    scale: gradient that arrives at a 0-d result, as a GradScaler's; other results get random ones.
-    elements: how many the workload has, where it is one of a series that grows.
-    host: time how long the host is busy, which does not wait for a GPU.
-    wall: time from the call until a GPU has done what was called, with its caches as they are.
-    threads: of the CPU; None for as many as torch uses by itself.
+    floor: the minimum traffic of each phase in bytes; None if a provider may move it in another
+        phase. The phases are "forward" (without a graph) and, with a gradient, "backward" and
+        "both" (forward with a graph, then backward).
+    providers: one of them is named OURS.
+    precision: the dtype whose tolerances apply; by default that of the result.
+    scale: the gradient of a 0-d result, like that of a GradScaler; others get random gradients.
+    elements: the size of the workload, in a series that grows.
+    host: time the host alone, without waiting for a GPU.
+    wall: time from the call until the GPU has finished, with warm caches.
+    threads: number of CPU threads; torch's default if None.
     """
 
     op: str
@@ -109,7 +110,7 @@ class Comparison:
         return f"{self.op}, {self.workload}"
 
     def row(self, provider: str, phase: str, *, min_rounds: int, max_time: float) -> "Row":
-        """The samples of one row and what follows from them; the first call measures all rows."""
+        """Samples and statistics of one row; the first call measures all rows."""
         if not self.measured:
             self.measured = True
             try:
@@ -132,16 +133,29 @@ class Comparison:
         return Row(
             samples,
             {
-                "op": self.op, "workload": self.workload, "provider": provider, "phase": phase, "device": DEVICE.type,
-                "median_s": median, "p20_s": p20, "p80_s": p80, "floor_bytes": floor,
-                "bytes_per_s": speed, "copy_bytes_per_s": copy, "share_of_copy": speed and speed / copy,
-                "peak_extra_bytes": self._memory[provider].get(phase), "launches": self._launches[provider].get(phase),
-                "elements": self.elements, "host": self.host, "compiled": compiled, "threads": threads,
+                "op": self.op,
+                "workload": self.workload,
+                "provider": provider,
+                "phase": phase,
+                "device": DEVICE.type,
+                "median_s": median,
+                "p20_s": p20,
+                "p80_s": p80,
+                "floor_bytes": floor,
+                "bytes_per_s": speed,
+                "copy_bytes_per_s": copy,
+                "share_of_copy": speed and speed / copy,
+                "peak_extra_bytes": self._memory[provider].get(phase),
+                "launches": self._launches[provider].get(phase),
+                "elements": self.elements,
+                "host": self.host,
+                "compiled": compiled,
+                "threads": threads,
             },
-        )  # fmt: skip
+        )
 
     def _measure(self, min_rounds: int, max_time: float) -> None:
-        """Interleaved rounds: `min_rounds`, and up to 1000 that fit into `max_time` seconds per provider."""
+        """Interleaved rounds: `min_rounds`, then up to 1000 within `max_time` s a provider."""
         torch.compiler.reset()
         runs: dict[str, Run] = {}
         for provider in self.providers:
@@ -162,7 +176,7 @@ class Comparison:
                     samples[phase].append(seconds(*span))
 
     def ready(self, provider: Provider) -> tuple["Run", list[Tensor]]:
-        """The provider, ready to be timed, and the results of its first call; always with the same inputs."""
+        """The provider, ready to be timed, and the results of its first call on fixed inputs."""
         torch.manual_seed(0)
         run = Run(provider, (provider.inputs or self.inputs)(), self.floor, self.host, self.wall)
         results = run.forward()
@@ -172,7 +186,7 @@ class Comparison:
         return run, results
 
     def checked(self, provider: Provider) -> "Run":
-        """The provider, ready to be timed, once its result and its gradients agree with the reference."""
+        """The provider, ready to be timed, after its results and gradients were checked."""
         run, results = self.ready(provider)
         torch.manual_seed(0)
         inputs = (provider.inputs or self.inputs)()
@@ -252,7 +266,7 @@ class Sweep:
 
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Within it, torch uses so many threads; as many as before where None."""
+    """Make torch use this many threads in a block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -262,19 +276,19 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
 
 def on_one_thread(comparison: Comparison) -> list[Comparison]:
-    """The same on one thread of the CPU; nothing on a GPU."""
+    """The same comparison on one CPU thread; none on a GPU."""
     workload = f"{comparison.workload}, one thread"
     return [replace(comparison, workload=workload, threads=1)] if DEVICE.type == "cpu" else []
 
 
 def wall_time(comparison: Comparison) -> list[Comparison]:
-    """The same from the call until a GPU is done; nothing on a CPU, where every time is that."""
+    """The same comparison from call to completion on a GPU; none on a CPU."""
     op, floor = f"{comparison.op}, wall time", dict.fromkeys(comparison.floor)
     return [replace(comparison, op=op, floor=floor, wall=True)] if DEVICE.type == "cuda" else []
 
 
 def rows(comparisons: Iterable[Comparison]) -> list:
-    """What to parametrize ("comparison", "provider", "phase") with: each provider in each phase."""
+    """Parameters ("comparison", "provider", "phase") for pytest: each provider in each phase."""
     return [
         pytest.param(
             comparison, provider.name, phase, id=f"{comparison.workload}-{provider.name}-{phase}"
@@ -316,7 +330,7 @@ class Run:
         return results, middle, torch.autograd.grad(results, self.leaves, self.upstream)
 
     def round(self) -> dict[str, tuple["Mark", "Mark"]]:
-        """Each phase once: when it began and when it ended."""
+        """Run each phase once. Returns when it began and when it ended."""
         begin = self._begin()
         self.forward()
         spans = {"forward": (begin, self._end())}
@@ -328,9 +342,9 @@ class Run:
         return spans
 
     def _begin(self) -> "Mark":
-        """Empty a GPU's L2 cache, which also gives the host a head start on the launches that follow.
+        """Flush a GPU's L2 cache, which also gives the host a head start on the launches.
 
-        Where the host's clock counts, let the GPU come to rest, so that no launch has to wait for a place in its queue.
+        To time the host, wait until the GPU is idle, so that no launch blocks on a full queue.
         """
         if DEVICE.type == "cuda":
             if self.host:
@@ -345,7 +359,7 @@ class Run:
         return _mark(self.host)
 
     def _calls(self) -> dict[str, Callable]:
-        """What a GPU is asked about: the phases that can be called by themselves."""
+        """The phases that a GPU is profiled in."""
         if DEVICE.type == "cpu":
             return {}
         return {"forward": self.forward} | (
@@ -353,7 +367,7 @@ class Run:
         )
 
     def peak_memory(self) -> dict[str, int]:
-        """Bytes that a GPU's allocator handed out beyond what the inputs hold."""
+        """Peak bytes that a GPU's allocator handed out beyond the inputs."""
         peak = {}
         for phase, call in self._calls().items():
             torch.cuda.synchronize()
@@ -364,7 +378,7 @@ class Run:
         return peak
 
     def launches(self) -> dict[str, int]:
-        """Kernels that a GPU ran, copies and fills by its copy engine aside."""
+        """Number of kernels that a GPU ran, without copies and fills."""
         count = {}
         for phase, call in self._calls().items():
             with torch.profiler.profile(
@@ -385,7 +399,7 @@ Mark = float | torch.cuda.Event
 
 
 def _mark(host: bool = False) -> Mark:
-    """A point in time: on the GPU's stream, or on the host's clock."""
+    """A point in time, on the GPU's stream or on the host's clock."""
     if host or DEVICE.type == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -394,7 +408,7 @@ def _mark(host: bool = False) -> Mark:
 
 
 def seconds(begin: Mark, end: Mark) -> float:
-    """From one point in time to another, once the GPU has reached it."""
+    """Time between two points, once the GPU has reached the second."""
     if isinstance(end, float):
         return end - begin
     end.synchronize()
@@ -408,7 +422,7 @@ def _flush_buffer() -> Tensor:
 
 @cache
 def copy_bandwidth(threads: int) -> float:
-    """Bytes per second, read and written, of copying a large tensor: median of 9 copies on DEVICE."""
+    """Bytes per second, read plus written, of a large copy: the median of 9 on DEVICE."""
     source = torch.ones(_COPY_BYTES // 2, dtype=torch.uint8, device=DEVICE)
     target = source.clone()
     spans = []

@@ -1,4 +1,4 @@
-"""How a row gets into pytest-benchmark, and what the JSON says of the machine beside what the plugin itself says."""
+"""How a row gets into pytest-benchmark, and what its JSON says about the machine."""
 
 import importlib.metadata
 import math
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 class _Replay:
-    """A timer that shows pytest-benchmark samples already taken, one per pair of calls."""
+    """A timer that replays recorded samples to pytest-benchmark, one per pair of calls."""
 
     times: Iterator[float]
 
@@ -85,7 +85,7 @@ def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], Non
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What times depend on, without what names the machine."""
+    """Keep what affects times; drop what identifies the machine."""
     of_cpu = (
         "arch",
         "brand_raw",
@@ -114,13 +114,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    """Without the names of the folder and of the branch."""
+    """Drop the names of the folder and of the branch."""
     for name in ("project", "branch"):
         commit_info.pop(name, None)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """What was left out; and of each row no more than says what it is and sums it up, without the times of rounds."""
+    """Add what was left out. Keep the statistics of each row, drop its samples."""
     output_json["left_out"] = _left_out
     for entry in output_json["benchmarks"]:
         del entry["options"], entry["params"], entry["param"]

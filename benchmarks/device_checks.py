@@ -1,10 +1,11 @@
-"""What only a GPU can show of every op, beside the tests and the benchmarks.
+"""Checks of every op that need a GPU, beside the tests and the benchmarks.
 
-    python -m benchmarks.device_checks calls     every kernel once, small: for compute-sanitizer to look at
-    python -m benchmarks.device_checks graphs    capture every op in a CUDA graph, replay it with other inputs
-    python -m benchmarks.device_checks large     more than 2^31 elements, held to the same op on their last part
+    python -m benchmarks.device_checks calls     run every kernel once, for compute-sanitizer
+    python -m benchmarks.device_checks graphs    replay every op in a CUDA graph with new inputs
+    python -m benchmarks.device_checks large     more than 2^31 elements, checked on their last part
 
-Results are held to the float64 reference, to the op outside of a graph, and to the op on a part.
+Results are compared with the float64 reference, with the op outside a graph, and with the op on the
+last part alone.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def calls() -> None:
 
 
 def _results(run: Run) -> list[Tensor]:
-    """Results and gradients, in tensors of their own where the op works in place."""
+    """Results and gradients; results are copied where the op works in place."""
     if run.backward:
         results, _, gradients = run.forward_backward()
         return [*(result.detach() for result in results), *gradients]
@@ -45,7 +46,7 @@ def _results(run: Run) -> list[Tensor]:
 
 
 def captured(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """The results of a call, captured in a CUDA graph, and what computes them anew."""
+    """The results of a call captured in a CUDA graph, and a function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()

@@ -1,9 +1,9 @@
-"""The table and the picture of a benchmark run, from its JSON: nothing in them is typed by hand.
+"""Make the table and the figure of a benchmark run from its JSON.
 
     python -m benchmarks.plot benchmarks/results/cpu/benchmarks.json
 
-writes benchmarks.md and benchmarks.png beside it and prints the table; the same for every further JSON. With
-`--readme README.md`, also a short table, of the workloads in `SPEED`, where that file has the markers for the JSON.
+writes benchmarks.md and benchmarks.png beside each JSON and prints the table. `--readme README.md`
+also writes a short table of the workloads in `SPEED` between the markers for that JSON.
 """
 
 import argparse
@@ -20,12 +20,24 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.common import OURS
 
-HEADER = ("op", "workload", "phase", "provider", "median ms", "p20 - p80", "GB/s at the floor", "% of a copy",
-          f"time / {OURS}", "extra MB", "launches")  # fmt: skip
+HEADER = (
+    "op",
+    "workload",
+    "phase",
+    "provider",
+    "median ms",
+    "p20 - p80",
+    "GB/s at the floor",
+    "% of a copy",
+    f"time / {OURS}",
+    "extra MB",
+    "launches",
+)
 
 
 CROPS = "float32 64 boxes of 8-48 to 24^3, {}, without gradient"
-SPEED = (  # of the short table: operation, workload, phase, and the PyTorch that one would write first
+# of the short table: operation, workload, phase, and the PyTorch that one would write first
+SPEED = (
     ("soft_target_focal_loss", "float32/float32 4,000,000", "both", "eager"),
     ("predict_targets", "float32 384,000", "forward", "eager"),
     ("mixup3d", "float32 8 x 96^3", "forward", "eager"),
@@ -39,8 +51,18 @@ SPEED = (  # of the short table: operation, workload, phase, and the PyTorch tha
         "interpolate",
     ),
 )
-SPEED_HEADER = ("operation", "workload", "phase", "threads", "ms", "plain PyTorch", "best of eager PyTorch",
-                "torch.compile", "best of other libraries", "% of a copy")  # fmt: skip
+SPEED_HEADER = (
+    "operation",
+    "workload",
+    "phase",
+    "threads",
+    "ms",
+    "plain PyTorch",
+    "best of eager PyTorch",
+    "torch.compile",
+    "best of other libraries",
+    "% of a copy",
+)
 LIBRARIES = (
     "apex",
     "kornia",
@@ -83,7 +105,7 @@ def rows_of(run: dict) -> list[dict]:
 
 
 def report(run: dict) -> str:
-    """The whole table, with what it is of above and what it lacks below."""
+    """The whole table, with machine and versions above and what was left out below."""
     return "\n\n".join(filter(None, [caption(run), table(rows_of(run)), left_out(run)])) + "\n"
 
 
@@ -103,8 +125,8 @@ def caption(run: dict) -> str:
         for threads, speed in sorted(speeds.items())
     )
     return (
-        f"{name}, {machine['threads']} CPU threads; {versions}; commit {commit['id'][:10]} ({state}), "
-        f"{run['datetime'][:10]}. A copy moves {copies}."
+        f"{name}, {machine['threads']} CPU threads; {versions}; commit {commit['id'][:10]} "
+        f"({state}), {run['datetime'][:10]}. A copy moves {copies}."
     )
 
 
@@ -126,11 +148,16 @@ def table(rows: list[dict]) -> str:
     for row in sorted(rows, key=lambda row: (*key(row), row["provider"] != OURS)):
         relative = f"{row['median_s'] / ours[key(row)]:.2f}" if key(row) in ours else ""
         cells = (
-            *key(row), row["provider"], f"{row['median_s'] * 1e3:.3f}",
-            f"{row['p20_s'] * 1e3:.3f} - {row['p80_s'] * 1e3:.3f}", number(row["bytes_per_s"], 1e-9),
-            number(row["share_of_copy"], 100), relative, number(row["peak_extra_bytes"], 1e-6),
+            *key(row),
+            row["provider"],
+            f"{row['median_s'] * 1e3:.3f}",
+            f"{row['p20_s'] * 1e3:.3f} - {row['p80_s'] * 1e3:.3f}",
+            number(row["bytes_per_s"], 1e-9),
+            number(row["share_of_copy"], 100),
+            relative,
+            number(row["peak_extra_bytes"], 1e-6),
             "" if row["launches"] is None else str(row["launches"]),
-        )  # fmt: skip
+        )
         lines.append(cells)
     return markdown(HEADER, lines)
 
@@ -146,7 +173,7 @@ def number(value: float | None, factor: float) -> str:
 
 
 def speed(run: dict) -> str:
-    """The short table: how many times faster ours is than others, on those workloads of SPEED that the run has."""
+    """The short table: speedups over other providers, on the workloads of SPEED in the run."""
     rows, lines = rows_of(run), []
     for op, workload, phase, first in SPEED:
         for threads in ("", ", one thread"):
@@ -164,10 +191,17 @@ def speed(run: dict) -> str:
             eager = [row for row in at.values() if row not in compiled and row not in libraries]
             plain = [row for row in eager if row["provider"] == first]
             others = (faster(ours, several) for several in (plain, eager, compiled, libraries))
-            lines.append((
-                f"`{op}`", workload, _phase(ours), str(ours["threads"]), number(ours["median_s"], 1e3), *others,
-                number(ours["share_of_copy"], 100),
-            ))  # fmt: skip
+            lines.append(
+                (
+                    f"`{op}`",
+                    workload,
+                    _phase(ours),
+                    str(ours["threads"]),
+                    number(ours["median_s"], 1e3),
+                    *others,
+                    number(ours["share_of_copy"], 100),
+                )
+            )
     return "\n\n".join(
         filter(None, [markdown(SPEED_HEADER, lines), host_time(rows), caption(run), left_out(run)])
     )
@@ -207,7 +241,7 @@ def write_speed(readme: Path, path: Path, text: str) -> None:
 
 
 def whole(rows: list[dict]) -> list[dict]:
-    """Of each workload what there is of it: forward and backward together where it has both, or the forward."""
+    """The rows of each workload's longest phase: forward and backward, else forward."""
     both = {key(row)[:2] for row in rows if row["phase"] == "both"}
     return [row for row in rows if row["phase"] == ("both" if key(row)[:2] in both else "forward")]
 
@@ -217,9 +251,9 @@ def key(row: dict) -> tuple[str, str, str]:
 
 
 def figure(rows: list[dict], title: str) -> Figure:
-    """One panel per op, of whole workloads: time against size where it grows, else each workload's providers.
+    """One panel per op: time against size in a series that grows, else a line per workload.
 
-    Those are compared by the share of a copy's speed that they reach, or by their time where no bytes are counted.
+    Providers are compared by their share of copy bandwidth, or by time where no bytes are counted.
     """
     panels: dict[str, list[dict]] = {}
     for row in sorted(whole(rows), key=lambda row: row["op"]):

@@ -1,4 +1,4 @@
-"""Sphinx's settings. `make docs` builds the site in site/; it needs no network, neither then nor when it is read."""
+"""Settings of Sphinx. `make docs` builds the site in site/, without the network."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The pictures of the documentation: what each operation does to slices of two phantoms, by the code as it is."""
+"""The pictures of the docs: each op applied to slices of two phantoms."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

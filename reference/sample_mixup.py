@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sample_mixup(batch_size, *, eta=0.2, generator=None, device=None) -> tuple[Tensor, Tensor]:
-    """lam = max(l, 1 - l) with l ~ Beta(eta, eta), the first of two Gamma(eta) draws over their sum; a permutation."""
+    """lam = max(l, 1 - l), l ~ Beta(eta, eta) as a ratio of Gamma(eta) draws; a permutation."""
     shape = torch.full((2, batch_size), eta, dtype=torch.float64, device=device)
     first, second = torch._standard_gamma(shape, generator=generator)
     l = first / (first + second)  # noqa: E741

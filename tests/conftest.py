@@ -1,7 +1,8 @@
-"""Every op is tested on two paths: "cpu", and "kernel".
+"""Every op is tested on two paths: "cpu" and "kernel".
 
-Kernels run on a GPU where FMKERNELS_TEST_DEVICE=cuda says so; else on CPU tensors in the checked interpreter, which
-takes the place of the CPU path below torch's dispatcher, so that autograd and validation are tested with the kernels.
+With FMKERNELS_TEST_DEVICE=cuda, kernels run on a GPU. Otherwise the checked interpreter runs them
+on CPU tensors in place of the CPU path, below the dispatcher, so that the tests cover autograd and
+checks as well.
 """
 
 import importlib.util

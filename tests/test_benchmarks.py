@@ -1,4 +1,4 @@
-"""What benchmarks stand on: the comparison of providers, the table and pictures, what `make gpu` checks of every op."""
+"""The benchmarks' own tests: comparisons, tables and figures, checks for `make gpu`."""
 
 import importlib
 import json
@@ -164,9 +164,16 @@ def absent(x):
     return pytest.importorskip("absent_rival")
 
 small = Comparison(
-    op="double", workload="small", inputs=lambda: (torch.ones(5),), reference=lambda x: x.double() * 2,
+    op="double",
+    workload="small",
+    inputs=lambda: (torch.ones(5),),
+    reference=lambda x: x.double() * 2,
     floor={"forward": 40},
-    providers=[Provider(OURS, lambda x: x * 2), Provider("wrong", lambda x: x * 3), Provider("absent", absent)],
+    providers=[
+        Provider(OURS, lambda x: x * 2),
+        Provider("wrong", lambda x: x * 3),
+        Provider("absent", absent),
+    ],
 )
 
 @pytest.mark.parametrize(("comparison", "provider", "phase"), rows([small]))
@@ -177,11 +184,23 @@ def test_small(record, comparison, provider, phase):
 
 def row(op: str, workload: str, provider: str, milliseconds: float, **more) -> dict:
     return {
-        "op": op, "workload": workload, "provider": provider, "phase": "forward", "median_s": milliseconds / 1e3,
-        "p20_s": milliseconds / 1.1e3, "p80_s": milliseconds / 0.9e3, "bytes_per_s": 5e9, "share_of_copy": 0.25,
-        "copy_bytes_per_s": 2e10, "peak_extra_bytes": None, "elements": None, "host": False,
-        "threads": 2, "launches": None, "compiled": False,
-    } | more  # fmt: skip
+        "op": op,
+        "workload": workload,
+        "provider": provider,
+        "phase": "forward",
+        "median_s": milliseconds / 1e3,
+        "p20_s": milliseconds / 1.1e3,
+        "p80_s": milliseconds / 0.9e3,
+        "bytes_per_s": 5e9,
+        "share_of_copy": 0.25,
+        "copy_bytes_per_s": 2e10,
+        "peak_extra_bytes": None,
+        "elements": None,
+        "host": False,
+        "threads": 2,
+        "launches": None,
+        "compiled": False,
+    } | more
 
 
 UNCOUNTED = {"bytes_per_s": None, "share_of_copy": None}
@@ -206,10 +225,16 @@ def run_of(rows: list[dict]) -> dict:
 
 
 ROWS = [
-    row("counted", "one", OURS, 2.0, launches=1), row("counted", "one", "rival", 8.0, launches=7),
-    row("uncounted", "one", OURS, 3.0, **UNCOUNTED), row("uncounted", "two", "rival", 9.0, **UNCOUNTED),
-    *(row("growing", f"of {n}", p, t * n, elements=n) for n in (1000, 1, 10) for p, t in ((OURS, 1.0), ("rival", 2.0))),
-]  # fmt: skip
+    row("counted", "one", OURS, 2.0, launches=1),
+    row("counted", "one", "rival", 8.0, launches=7),
+    row("uncounted", "one", OURS, 3.0, **UNCOUNTED),
+    row("uncounted", "two", "rival", 9.0, **UNCOUNTED),
+    *(
+        row("growing", f"of {n}", p, t * n, elements=n)
+        for n in (1000, 1, 10)
+        for p, t in ((OURS, 1.0), ("rival", 2.0))
+    ),
+]
 
 
 def test_each_kind_of_op_has_its_panel():
@@ -267,12 +292,14 @@ def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
 
 
 RIVALS = [
-    row("mixup3d", "float32 8 x 96^3", OURS, 2.0), row("mixup3d", "float32 8 x 96^3", "eager", 9.0),
-    row("mixup3d", "float32 8 x 96^3", "best eager", 5.0), row("mixup3d", "float32 8 x 96^3", "monai", 7.0),
+    row("mixup3d", "float32 8 x 96^3", OURS, 2.0),
+    row("mixup3d", "float32 8 x 96^3", "eager", 9.0),
+    row("mixup3d", "float32 8 x 96^3", "best eager", 5.0),
+    row("mixup3d", "float32 8 x 96^3", "monai", 7.0),
     row("mixup3d", "float32 8 x 96^3", "torch.compile", 4.0, compiled=True),
     row("host time of one element", "mixup3d", OURS, 0.02, host=True, **UNCOUNTED),
     row("host time of one element", "mixup3d", "cheapest", 0.01, host=True, **UNCOUNTED),
-]  # fmt: skip
+]
 
 
 def test_the_short_table_holds_ours_to_the_best_of_each_kind(tmp_path):

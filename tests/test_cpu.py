@@ -1,4 +1,4 @@
-"""What all operations share on the CPU: threads, forked and concurrent callers, compiled code kept, its arithmetic."""
+"""What ops share on the CPU: threads, forks, concurrent callers, caches, arithmetic."""
 
 import gc
 import multiprocessing
@@ -199,7 +199,7 @@ def test_a_later_process_compiles_only_what_has_changed(tmp_path):
 
 
 def test_compiles_where_nothing_can_be_kept():
-    """A function without a file has no place in Numba's cache, as have those of a folder that cannot be written."""
+    """Numba cannot cache functions without a file or in a read-only folder."""
     names = {}
     exec("def double(x):\n    return 2 * x", names)
     assert njit(names["double"])(3) == 6

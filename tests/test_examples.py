@@ -27,7 +27,7 @@ def falls(losses: list[float]) -> bool:
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """Examples take a GPU where they find one: its kernels cannot run beside the interpreted ones of these tests."""
+    """Examples would use a GPU, but its kernels cannot run beside interpreted ones."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -128,7 +128,7 @@ def test_monai_focalmix():
 
 
 def test_the_diff_of_the_readme_is_the_example():
-    """Its lines that stay or are new are lines of the example, in this order; the new ones are marked there."""
+    """Kept and added lines are lines of the example, in order; added ones are marked."""
     (diff,) = re.findall(
         r"^```diff\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )

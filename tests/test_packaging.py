@@ -1,4 +1,4 @@
-"""The source distribution builds the wheel, and the wheel works from an empty folder, without the repository."""
+"""The sdist builds the wheel, and the wheel works from an empty folder."""
 
 import os
 import re
@@ -158,7 +158,10 @@ def test_what_is_required_is_what_the_code_imports(wheel):
 
 def test_importing_the_package_is_quick(tmp_path):
     """CPU time beyond torch."""
-    code = "import time, torch; before = time.process_time(); import fmkernels; print(time.process_time() - before)"
+    code = (
+        "import time, torch; before = time.process_time(); import fmkernels; "
+        "print(time.process_time() - before)"
+    )
     assert (
         min(float(python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)) < 0.1
     )

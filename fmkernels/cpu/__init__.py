@@ -1,4 +1,4 @@
-"""How the CPU does it: the names and signatures of ``launch_*`` in fmkernels.kernels, in loops that Numba compiles."""
+"""How the CPU does it: the launchers of fmkernels.kernels as loops that Numba compiles."""
 
 try:
     import numba

@@ -1,1 +1,1 @@
-"""How the GPU does it: Triton kernels, the functions that launch them, and their launch parameters."""
+"""How the GPU does it: Triton kernels, one launcher per op, launch parameters."""

@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements per tile (vectors of 16 bytes for mixup3d), warps per program and tiles per program.
+    """Elements per tile (16-byte vectors for mixup3d), warps per program and tiles per program.
 
-    ``max_registers`` per thread keeps NVIDIA's compiler from a lower limit of its own, at which it would spill.
+    ``max_registers`` per thread overrides NVIDIA's compiler, whose own lower limit would spill.
     """
 
     block: int

@@ -1,1 +1,1 @@
-"""What an op is: its schema, its shapes and types, its gradient; one implementation registered per device."""
+"""One file per op: public function, checks, schema, fake, gradient."""

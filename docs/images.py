@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
 import fmkernels
@@ -166,6 +166,35 @@ def sample_mixup(path: Path) -> None:
         axes.legend(loc="upper left")
 
 
+def sample_donors(path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(12, 3, generator=generator) * 14
+    end = start + 3 + 3 * torch.rand(12, 3, generator=generator)
+    volume = torch.arange(12).float()[:, None] // 4
+    boxes, labels = torch.cat([volume, start, end], 1), torch.arange(12) % 2
+    donors = fmkernels.sample_donors(boxes, labels=labels, generator=generator)
+    with figure(path, 8, 3) as drawn:
+        panels = drawn.subplots(1, 3)
+        for index, axes in enumerate(panels):
+            axes.set(title=f"volume {index}", xlim=(0, 20), ylim=(20, 0), aspect="equal")
+        for box, donor, label in zip(boxes, donors, labels.tolist(), strict=True):
+            color = (GREEN, ORANGE)[label]
+            (b, _, y1, x1, _, y2, x2), (c, _, v1, u1, _, v2, u2) = box.tolist(), donor.tolist()
+            outline(panels[int(b)], box[None], color)
+            arrow = ConnectionPatch(
+                ((u1 + u2) / 2, (v1 + v2) / 2),
+                ((x1 + x2) / 2, (y1 + y2) / 2),
+                "data",
+                "data",
+                axesA=panels[int(c)],
+                axesB=panels[int(b)],
+                arrowstyle="->",
+                color=color,
+                alpha=0.6,
+            )
+            drawn.add_artist(arrow)
+
+
 def mixup3d(path: Path) -> None:
     volumes = torch.cat([scan(OWN).volumes, scan(OTHER).volumes])
     lam, index = torch.tensor([0.7, 0.7]), torch.tensor([1, 0])
@@ -222,6 +251,7 @@ PICTURES: Sequence[Callable[[Path], None]] = (
     soft_target_focal_loss,
     predict_targets,
     sample_mixup,
+    sample_donors,
     mixup3d,
     crop_and_resize3d,
     object_mixup3d,

@@ -264,6 +264,16 @@ def _sample_mixup(device: torch.device) -> Iterator[_Comparison]:
         raise ValueError(f"expected lam with a mean of 0.75, got {lam.mean().item():.3f}")
 
 
+def _sample_donors(device: torch.device) -> Iterator[_Comparison]:
+    boxes = _tensor([[k % 2, k, 0, 0, k + 2, 3, 4] for k in range(6)])
+    labels = _tensor([0, 1, 0, 2, 1, 0]).long()
+    donors = functional.sample_donors(boxes.to(device), labels=labels.to(device)).cpu()
+    found = (donors[:, None] == boxes).all(2)
+    other = (labels[:, None] == labels) & ~torch.eye(6, dtype=torch.bool, device="cpu")
+    yield "labels", (found & other).any(1), _tensor([1, 1, 1, 0, 1, 1]).double()
+    yield "no donor", donors.isnan().all(1), (~other.any(1)).double()
+
+
 def _mixup3d(device: torch.device) -> Iterator[_Comparison]:
     scans = _scans(3, 2, 4, 5, 16)
     lam, index, flips = (
@@ -329,6 +339,7 @@ _TESTS: dict[str, Callable[[torch.device], Iterator[_Comparison]]] = {
     "soft_target_focal_loss": _soft_target_focal_loss,
     "predict_targets": _predict_targets,
     "sample_mixup": _sample_mixup,
+    "sample_donors": _sample_donors,
     "mixup3d": _mixup3d,
     "crop_and_resize3d": _crop_and_resize3d,
     "object_mixup3d": _object_mixup3d,

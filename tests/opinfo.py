@@ -470,6 +470,56 @@ DRAW_ERRORS = (
 )
 
 
+# sample_donors
+
+
+def donor_samples(_: torch.dtype) -> dict[str, Arguments]:
+    generator = torch.Generator().manual_seed(3)
+    boxes = donor_boxes(7)
+    boxes[2, 3] = NAN
+    return {
+        "one label": {"boxes": donor_boxes(5), "generator": generator},
+        "labels": {
+            "boxes": boxes,
+            "labels": torch.tensor([0, 1, 0, 2, 1, 0, 0]),
+            "generator": generator,
+        },
+    }
+
+
+def donor_boxes(count: int) -> Tensor:
+    k = torch.arange(count, dtype=torch.float32)[:, None]
+    return torch.cat([k % 3, k, k, k, k + 4, k + 5, k + 6], 1)
+
+
+LABELS = torch.zeros(2, dtype=torch.int64)
+DONOR_ERRORS = (
+    *errors(
+        TypeError,
+        {
+            "boxes must be a tensor, got a list of 7": {"boxes": [0.0] * 7},
+            "boxes must be float32, got float64": {"boxes": BOXES.double()},
+            "labels must be a tensor, got a list of 2": {"labels": [0, 1]},
+            "labels must be int64 .*, got float32": {"labels": LABELS.float()},
+            "generator must be a torch.Generator, got int": {"generator": 3},
+        },
+    ),
+    *errors(
+        ValueError,
+        {
+            r"boxes must be \[K, 7\], .*, got shape \(2, 6\)": {"boxes": BOXES[:, :6]},
+            "no gradient to boxes is offered": {"boxes": BOXES.clone().requires_grad_()},
+            r"labels must have shape \(2,\), got \(1,\)": {"labels": LABELS[:1]},
+            "labels must be on cpu": {"labels": LABELS.to("meta")},
+            "generator must be on meta, got cpu": {
+                "boxes": BOXES.to("meta"),
+                "generator": torch.Generator(),
+            },
+        },
+    ),
+)
+
+
 # mixup3d
 
 
@@ -753,6 +803,18 @@ OPS = (
         result_dtype=lambda _: torch.float32,
         valid={"batch_size": 2},
         errors=DRAW_ERRORS,
+        not_finite={},
+        launches=False,
+    ),
+    OpInfo(
+        name="sample_donors",
+        dtypes=(torch.float32,),
+        samples=donor_samples,
+        sized=lambda n, _=None: {"boxes": donor_boxes(n)},
+        empty=lambda: {"no box": {"boxes": BOXES[:0]}},
+        result_dtype=lambda _: torch.float32,
+        valid={"boxes": BOXES},
+        errors=DONOR_ERRORS,
         not_finite={},
         launches=False,
     ),

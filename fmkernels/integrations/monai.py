@@ -458,8 +458,9 @@ class ObjectMixUpBoxd(_BatchTransform):
         \lambda = \max(l, 1 - l), \; l \sim \mathrm{Beta}(\eta, \eta)
 
     in one launch; see :func:`fmkernels.object_mixup3d`. Objects are all boxes, of any weight. The
-    donor of each is drawn from all others of its label in the batch and resized to its box. An
-    object without another of its label does not change. Boxes, labels and weights do not change.
+    donor of each is drawn from all others of its label in the batch by
+    :func:`fmkernels.sample_donors` and resized to its box. An object without another of its label
+    does not change. Boxes, labels and weights do not change.
 
     Args:
         image_key: as in :class:`MixUpBoxd`.
@@ -516,27 +517,21 @@ class ObjectMixUpBoxd(_BatchTransform):
         ]
         boxes = from_monai_boxes(rows, self.mode).to(images.device)
         lam, _ = functional.sample_mixup(len(boxes), eta=self.eta, generator=self._generator)
+        seed = int(torch.randint(_MAX_SEED, (), generator=self._generator, device="cpu"))
+        donor_boxes = functional.sample_donors(
+            boxes,
+            labels=torch.cat(labels).to(images.device),
+            generator=torch.Generator(images.device).manual_seed(seed),
+        )
         mixed = functional.object_mixup3d(
             images,
             boxes,
-            self._donors(boxes, torch.cat(labels).to(images.device)),
+            donor_boxes,
             lam.to(images.device),
             donors=donors,
             window=self.window,
         )
         return self._with_images(batch, mixed)
-
-    def _donors(self, boxes: Tensor, labels: Tensor) -> Tensor:
-        """For each box another box of its label at random; NaN if there is none."""
-        count, device = len(boxes), boxes.device
-        if not count:
-            return boxes
-        score = torch.rand(
-            count, count, dtype=torch.float32, device="cpu", generator=self._generator
-        ).to(device)
-        other = (labels[:, None] == labels) & ~torch.eye(count, dtype=torch.bool, device=device)
-        best, donor = score.masked_fill(~other, -1.0).max(1)
-        return boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,18 @@ def check_boxes(name: str, argument: str, boxes: Tensor, device: torch.device) -
     check_no_grad(name, argument, boxes)
 
 
+def check_generator(name: str, generator: object, device: torch.device | None) -> None:
+    """No device means that of the generator."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator, got {describe(generator)}")
+    own = generator.device
+    device = device or own
+    if device.type != own.type or device.index not in (None, own.index):
+        raise ValueError(f"{name}: generator must be on {device}, got {own}")
+
+
 def check_window(name: str, window: object) -> tuple[float, float] | None:
     """The window as a pair of floats."""
     if window is None:

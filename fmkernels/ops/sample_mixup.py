@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fmkernels.ops.checks import check_integer, check_number, describe
+from fmkernels.ops.checks import check_generator, check_integer, check_number
 
 
 def sample_mixup(
@@ -56,16 +56,7 @@ def sample_mixup(
     if eta <= 0:
         raise ValueError(f"{name}: eta must be > 0, got {eta}")
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"{name}: generator must be a torch.Generator, got {describe(generator)}"
-            )
-        device = generator.device if device is None else torch.device(device)
-        if device.type != generator.device.type or device.index not in (
-            None,
-            generator.device.index,
-        ):
-            raise ValueError(f"{name}: generator must be on {device}, got {generator.device}")
+        check_generator(name, generator, None if device is None else torch.device(device))
         device = generator.device
     # Devroye: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2), u and v uniform
     u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(

@@ -211,11 +211,11 @@ def op_suites() -> dict[str, ModuleType]:
 
     Beside its tests, a suite has
 
-    ONE: the comparison on a single element, for the host's time;
+    ONE: a comparison on one element or few, for the host's time;
     SMALL: comparisons which together launch every kernel of the op, once each;
     SWEEPS: what to tune;
     SECONDS: its share of a GPU run;
-    growth(gpu): workloads, each with its number of elements, from one element up;
+    growth(gpu): workloads, each with its number of elements, from few elements up;
     large(elements, part): a check on so many elements against the op on their last ``part``;
     LARGE_BYTES: what the check takes, per element.
     """

@@ -135,13 +135,12 @@ def test_the_wall_clock_waits_for_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("suite", [bench_growth, bench_host_time])
-def test_every_series_begins_with_one_element(suite):
+def test_every_series_begins_with_few_elements(suite):
     smallest = {c.op if c.elements else c.workload: c for c in reversed(suite.EVERY)}
     assert len(smallest) == len(SUITES)
     for first in smallest.values():
-        assert first.elements in (1, None)
         results = first.checked(first.providers[0]).forward()
-        assert [result.numel() for result in results] == [1] or "object_mixup3d" in f"{first}"
+        assert sum(result.numel() for result in results) < 1000
 
 
 def test_sizes_grow():

@@ -337,11 +337,11 @@ def test_backward_can_be_repeated(path, op, dtype):
         first = backward(results, arguments, retain_graph=True)
         kept = copy(first)
         second, third = (backward(results, arguments, retain_graph=True) for _ in range(2))
-        tripled = backward([3 * y for y in results], arguments)
+        doubled = backward([2 * y for y in results], arguments)  # a factor that rounds nothing
         assert same(first, kept), "a later backward changed a gradient already given away"
         assert same(second, third)
         compare(second, [x.double() for x in first], dtype)
-        compare(tripled, [3 * x.double() for x in first], dtype)
+        compare(doubled, [2 * x.double() for x in first], dtype)
 
 
 @each(DIFFERENTIABLE)
@@ -577,7 +577,7 @@ def test_what_is_not_finite_stays_where_it_belongs(path, op, place):
         size = arguments[name].numel() if isinstance(arguments.get(name), Tensor) else 0
         for element in {size // 2, size * 5 // 8} if size > 1 else ():
             given = copy(arguments, path.device)
-            given[name].view(-1)[element] = value
+            given[name][np.unravel_index(element, given[name].shape)] = value
             results = tree_leaves(op.function(**given))
             for ours, theirs in zip(results, exact(op, given), strict=True):
                 finite = theirs.isfinite()

@@ -13,7 +13,7 @@ import torch
 from numba.extending import register_jitable
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import STRICT, exp, load, log, log1p, store, stored
+from fmkernels.cpu.arithmetic import STRICT, exp, load, log, log1p, store, stored, sum_reordered
 from fmkernels.cpu.compiled import njit, parallel_for
 from fmkernels.dtypes import compute_dtype
 
@@ -169,16 +169,7 @@ def _run(
             elif output == GRADIENTS:
                 for i in range(size):
                     store(result, i, gradient[i] * factor)
-        sums[block, 0], sums[block, 1], sums[block, 2] = _sum(loss), count, too_large
-
-
-@register_jitable(fastmath={"reassoc"})
-def _sum(values):
-    """The sum in float64, reordered so that it is vectorized."""
-    total = 0.0
-    for i in range(values.size):
-        total += values[i]
-    return total
+        sums[block, 0], sums[block, 1], sums[block, 2] = sum_reordered(loss), count, too_large
 
 
 @njit

@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
 
 def memory_order(x: Tensor) -> list[int] | None:
     """The permutation that makes a channels-last tensor contiguous; None for any other tensor."""
-    if x.is_contiguous():
+    if x.is_contiguous() or x.dim() < 3:
         return None
-    layout = _CHANNELS_LAST.get(x.dim())
-    if layout is None or not x.is_contiguous(memory_format=layout):
-        return None
-    return [0, *range(2, x.dim()), 1]
+    order = [0, *range(2, x.dim()), 1]
+    return order if x.permute(order).is_contiguous() else None
 
 
 def arrange(x: Tensor, order: list[int] | None) -> Tensor:

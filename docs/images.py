@@ -227,6 +227,22 @@ def crop_and_resize3d(path: Path) -> None:
         show(fourth, crop[0, 0, 8], "x1 and x2 exchanged", (0, 1))
 
 
+def group_norm3d(path: Path) -> None:
+    volumes = scan(OWN).volumes.float() + 50_000
+    middle = DEPTH // 2
+    right = (volumes.double() - volumes.double().mean()) / volumes.double().std(correction=0)
+    naive = (volumes - volumes.mean()) * (volumes.square().mean() - volumes.mean() ** 2).rsqrt()
+    with figure(path, 8, 3) as drawn:
+        first, second, third = drawn.subplots(1, 3)
+        show(first, volumes[0, 0, middle] - 50_000, "HU, plus 50,000")
+        for axes, result, name in (
+            (second, naive, "mean of squares"),
+            (third, fmkernels.group_norm3d(volumes, 1), "group_norm3d"),
+        ):
+            error = (result - right)[0, 0, middle].abs()
+            show(axes, error, f"{name}: error {error.max():.0e}", (0, 0.01), "viridis")
+
+
 def object_mixup3d(path: Path) -> None:
     (own, target), (donors, source) = scan(OWN), scan(OTHER)
     share = torch.tensor([0.5])
@@ -254,6 +270,7 @@ PICTURES: Sequence[Callable[[Path], None]] = (
     sample_donors,
     mixup3d,
     crop_and_resize3d,
+    group_norm3d,
     object_mixup3d,
 )
 

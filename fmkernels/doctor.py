@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+from torch.nn.functional import binary_cross_entropy_with_logits, group_norm, interpolate
 
 from fmkernels import __version__, functional
 from fmkernels.kernels import tuning
@@ -314,6 +314,28 @@ def _crop_and_resize3d(device: torch.device) -> Iterator[_Comparison]:
     yield from _gradient(crop, plain, scans, device)
 
 
+def _group_norm3d(device: torch.device) -> Iterator[_Comparison]:
+    shape = (2, 24, 4, 5, 6)
+    tensors = (_randn(shape) + 5, _randn((24,), 1), _randn((24,), 2), _randn(shape, 3))
+    for name, layout in (
+        ("contiguous", torch.contiguous_format),
+        ("channels last", torch.channels_last_3d),
+    ):
+        ours = [t.to(device, copy=True).requires_grad_() for t in tensors]
+        x, weight, bias, residual = (
+            t.contiguous(memory_format=layout) if t.dim() == 5 else t for t in ours
+        )
+        actual = functional.group_norm3d(x, 6, weight, bias, residual=residual, activation="relu")
+        plain = [t.double().requires_grad_() for t in tensors]
+        expected = (group_norm(plain[0], 6, *plain[1:3]) + plain[3]).relu()
+        yield f"{name} forward", actual, expected
+        grad_output = _randn(shape, seed=4)
+        actual.backward(grad_output.to(device))
+        expected.backward(grad_output.double())
+        for leaf, exact in zip(ours, plain, strict=True):
+            yield f"{name} gradient", leaf.grad, exact.grad
+
+
 def _object_mixup3d(device: torch.device) -> Iterator[_Comparison]:
     scans = _scans(2, 2, 9, 8, 10)
     # the first two boxes overlap
@@ -342,6 +364,7 @@ _TESTS: dict[str, Callable[[torch.device], Iterator[_Comparison]]] = {
     "sample_donors": _sample_donors,
     "mixup3d": _mixup3d,
     "crop_and_resize3d": _crop_and_resize3d,
+    "group_norm3d": _group_norm3d,
     "object_mixup3d": _object_mixup3d,
 }
 

@@ -1,6 +1,7 @@
 """The public functions of fmkernels.ops."""
 
 from fmkernels.ops.crop_and_resize3d import crop_and_resize3d
+from fmkernels.ops.group_norm3d import group_norm3d
 from fmkernels.ops.mixup3d import mixup3d
 from fmkernels.ops.object_mixup3d import object_mixup3d
 from fmkernels.ops.predict_targets import predict_targets
@@ -10,6 +11,7 @@ from fmkernels.ops.soft_target_focal_loss import soft_target_focal_loss
 
 __all__ = [
     "crop_and_resize3d",
+    "group_norm3d",
     "mixup3d",
     "object_mixup3d",
     "predict_targets",

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmkernels import functional
-from fmkernels.ops.soft_target_focal_loss import check_hyperparameters
+from fmkernels.ops import group_norm3d, soft_target_focal_loss
 
-__all__ = ["SoftTargetFocalLoss"]
+__all__ = ["GroupNorm3d", "InstanceNorm3d", "SoftTargetFocalLoss"]
 
 
 class SoftTargetFocalLoss(nn.Module):
@@ -35,7 +36,7 @@ class SoftTargetFocalLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self.alpha0, self.alpha1, self.gamma = check_hyperparameters(
+        self.alpha0, self.alpha1, self.gamma = soft_target_focal_loss.check_hyperparameters(
             "SoftTargetFocalLoss", alpha0, alpha1, gamma, reduction
         )
         self.reduction = reduction
@@ -67,3 +68,115 @@ class SoftTargetFocalLoss(nn.Module):
             f"alpha0={self.alpha0}, alpha1={self.alpha1}, gamma={self.gamma}, "
             f"reduction={self.reduction!r}"
         )
+
+
+class GroupNorm3d(nn.GroupNorm):
+    """act(group normalization of x + residual); see :func:`fmkernels.group_norm3d`.
+
+    A drop-in for torch.nn.GroupNorm: same parameters, same state dict.
+
+    Args:
+        num_groups: divides num_channels.
+        num_channels: of x.
+        eps: added to the variances, >= 0.
+        affine: whether there are a weight and a bias per channel.
+        activation: None, "relu" or "leaky_relu".
+        negative_slope: slope of the leaky ReLU below 0, >= 0.
+        device: of the parameters.
+        dtype: likewise.
+
+    Example:
+        >>> import torch
+        >>> norm = GroupNorm3d(2, 8, activation="relu")
+        >>> x = torch.rand(1, 8, 4, 4, 4)
+        >>> norm(x, residual=x).min().item() >= 0
+        True
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        group_norm3d.check_hyperparameters(
+            type(self).__name__, num_groups, num_channels, eps, activation, negative_slope
+        )
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return functional.group_norm3d(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            residual=residual,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self._repr_of_options()}"
+
+    def _repr_of_options(self) -> str:
+        options = f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
+        if self.activation is not None:
+            options += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            options += f", negative_slope={self.negative_slope}"
+        return options
+
+
+class InstanceNorm3d(GroupNorm3d):
+    """act(instance normalization of x + residual): :class:`GroupNorm3d` with a group per channel.
+
+    A drop-in for torch.nn.InstanceNorm3d without running statistics: same parameters and state
+    dict.
+
+    Args:
+        num_features: channels of x.
+        eps: added to the variances, >= 0.
+        affine: whether there are a weight and a bias per channel.
+        activation: None, "relu" or "leaky_relu".
+        negative_slope: slope of the leaky ReLU below 0, >= 0.
+        device: of the parameters.
+        dtype: likewise.
+
+    Example:
+        >>> import torch
+        >>> InstanceNorm3d(8)(torch.rand(1, 8, 4, 4, 4)).mean().abs().item() < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = False,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            num_features,
+            eps,
+            affine,
+            activation=activation,
+            negative_slope=negative_slope,
+            device=device,
+            dtype=dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return self._repr_of_options()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 import fmkernels
 import reference
+from fmkernels.dtypes import compute_dtype
 from fmkernels.kernels.tuning import launch_parameters
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -677,6 +678,107 @@ CROP_ERRORS = (
 )
 
 
+# group_norm3d
+
+
+def norm_samples(dtype: torch.dtype) -> dict[str, Arguments]:
+    def sample(*shape: int, last: bool = False, **arguments: Any) -> Arguments:
+        x = make(shape, dtype) + 3
+        return {"x": x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x, **arguments}
+
+    own = compute_dtype(dtype)  # gradcheck needs float64
+    narrow = own if own == torch.float64 else torch.bfloat16
+
+    def affine(channels: int, weight_dtype: torch.dtype = own) -> Arguments:
+        bias = make((channels,), own, seed=2)
+        return {"weight": make((channels,), weight_dtype, seed=1), "bias": bias}
+
+    shape, small = (2, 24, 3, 4, 5), (2, 6, 3, 7)
+    return {
+        "plain": sample(*small, num_groups=2, residual=make(small, dtype, seed=3), eps=0.5),
+        "3 axes, leaky ReLU": sample(
+            3, 5, 17, num_groups=1, weight=rand(5).to(own), activation="leaky_relu", negative_slope=0.25
+        ),
+        "3 axes, channels last": sample(
+            2, 5, 17, last=True, num_groups=5, bias=rand(5).to(own), activation="relu"
+        ),
+        "instance norm, ReLU": sample(
+            *small, num_groups=6, **affine(6), residual=make(small, torch.float64, seed=3),
+            activation="relu",
+        ),
+        "channels last": sample(*shape, last=True, num_groups=8, **affine(24, narrow)),
+        "one element": sample(2, 9, 1, 1, num_groups=1, **affine(9), activation="leaky_relu"),
+        "channels last, residual, ReLU": sample(
+            *shape, last=True, num_groups=6, **affine(24), activation="relu",
+            residual=make(shape, dtype, seed=3),
+        ),
+    }  # fmt: skip
+
+
+def norm_sized(n: int, dtype: torch.dtype = torch.float32) -> Arguments:
+    shape = (2, 8, n, 4, 16)
+    residual = make(shape, dtype, seed=1)
+    return {"x": make(shape, dtype), "num_groups": 4, "residual": residual, "activation": "relu"}
+
+
+def norm_empty() -> dict[str, Arguments]:
+    shapes = [(0, 4, 2, 3, 4), (2, 0, 2, 3, 4), (2, 4, 0, 3, 4), (2, 4, 0)]
+    return {
+        f"x {shape}": {
+            "x": torch.zeros(shape),
+            "num_groups": 2,
+            "weight": torch.ones(shape[1]),
+            "bias": torch.ones(shape[1]),
+            "residual": torch.zeros(shape),
+            "activation": "relu",
+        }
+        for shape in shapes
+    }
+
+
+M = torch.zeros(2, 4, 2, 3, 4)
+NORM_ERRORS = (
+    *errors(
+        TypeError,
+        {
+            "x must be a tensor, got float": {"x": 1.0},
+            "x must be float16 .* got int64": {"x": M.long()},
+            "num_groups must be an int, got float": {"num_groups": 2.0},
+            "num_groups must be an int, got bool": {"num_groups": True},
+            "weight must be a tensor, got float": {"weight": 1.0},
+            "weight must be float16 .* got int64": {"weight": torch.ones(4, dtype=torch.int64)},
+            "bias must be a tensor, got a list of 4": {"bias": [0.0] * 4},
+            "residual must be a tensor, got int": {"residual": 0},
+            "residual must be float16 .* got uint8": {"residual": M.byte()},
+            "negative_slope must be a number, got str": {"negative_slope": "0.1"},
+            "eps must be a number, got a tensor": {"eps": torch.tensor(1e-5)},
+        },
+    ),
+    *errors(
+        ValueError,
+        {
+            r"x must be \[N, C, ...\] of 3 to 5 axes, got shape \(2, 4\)": {"x": M[..., 0, 0, 0]},
+            "x must be .* of 3 to 5 axes": {"x": M[None]},
+            "num_groups must divide the number of channels, 4, got 3": {"num_groups": 3},
+            "num_groups must divide .* got 0": {"num_groups": 0},
+            "num_groups must divide .* got -2": {"num_groups": -2},
+            r"weight must have shape \(4,\), .* got \(3,\)": {"weight": torch.ones(3)},
+            "weight must be on cpu": {"weight": torch.ones(4, device="meta")},
+            r"bias must have shape \(4,\), .* got \(1, 4\)": {"bias": torch.ones(1, 4)},
+            r"residual must have the shape of x, \(2, 4, 2, 3, 4\), got": {"residual": M[:1]},
+            "residual must be on cpu": {"residual": M.to("meta")},
+            "activation must be one of None, 'relu', 'leaky_relu', got 'gelu'": {
+                "activation": "gelu"
+            },
+            "negative_slope must be >= 0, got -0.1": {"negative_slope": -0.1},
+            "negative_slope must be finite": {"negative_slope": NAN},
+            "eps must be >= 0, got -1": {"eps": -1.0},
+            "eps must be finite, got inf": {"eps": INF},
+        },
+    ),
+)
+
+
 # object_mixup3d: coordinates as in crop_and_resize3d; targets overlap, and one pair is left out
 
 
@@ -844,6 +946,20 @@ OPS = (
         differentiable=("volumes",),
         not_finite={"volumes": ANY},
         interpreted_block=256,
+        functorch=True,
+    ),
+    OpInfo(
+        name="group_norm3d",
+        dtypes=FLOATS,
+        samples=norm_samples,
+        sized=norm_sized,
+        empty=norm_empty,
+        result_dtype=lambda arguments: arguments["x"].dtype,
+        valid={"x": M, "num_groups": 2},
+        errors=NORM_ERRORS,
+        differentiable=("x", "weight", "bias", "residual"),
+        not_finite={"x": ANY, "weight": (NAN,), "bias": ANY, "residual": ANY},
+        interpreted_block=256,  # also for several chunks of several tiles
         functorch=True,
     ),
     OpInfo(

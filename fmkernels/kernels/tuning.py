@@ -57,6 +57,12 @@ TABLE: dict[str, dict[str, Launch]] = {
         DEFAULT: Launch(block=512, num_warps=4, max_registers=128),
         "gfx942": Launch(block=512, num_warps=2),
     },
+    "group_norm3d": {
+        DEFAULT: Launch(
+            block=2048, num_warps=4, max_registers=160, max_tiles=64, enough_programs=2048
+        ),
+        "gfx942": Launch(block=2048, num_warps=4, max_tiles=64, enough_programs=2048),
+    },
     "mixup3d": {
         DEFAULT: Launch(block=512, num_warps=4),
     },

@@ -29,6 +29,9 @@ SWITCHES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "NUMBA_CACHE_DIR",
 )
 """Environment variables that affect the operations."""
 
@@ -151,6 +154,19 @@ def _versions() -> Iterator[str]:
         yield f"not installed: {', '.join(absent)}; training and scans need fmkernels[train]"
     if switches := [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]:
         yield f"environment: {', '.join(switches)}"
+    yield from _compiled_loops()
+
+
+def _compiled_loops() -> Iterator[str]:
+    try:
+        from fmkernels.cpu.compiled import cache_folders
+    except ImportError:  # the self-tests say why
+        return
+    for folder in cache_folders():
+        files = len(list(folder.glob("*.loop"))) if folder.is_dir() else 0
+        where = next(path for path in (folder, *folder.parents) if path.is_dir())
+        writable = "" if os.access(where, os.W_OK) else ", which cannot be written"
+        yield f"compiled loops of the CPU path: {files} in {folder}{writable}"
 
 
 def _version(module: str) -> str | None:
@@ -164,6 +180,8 @@ def _devices() -> Iterator[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     name, threads = platform.processor() or platform.machine(), torch.get_num_threads()
     yield f"cpu: {name}, {capability}, {threads} threads of torch"
+    if threads > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        yield "OMP_WAIT_POLICY is not set: if cores are shared, OMP_WAIT_POLICY=passive avoids stalls"
     for device in _usable_devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         gigabytes = properties.total_memory / 2**30

@@ -21,7 +21,7 @@ enable_interpreter()
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("numba") is None:  # a machine for kernels alone
-    collect_ignore = ["test_cpu.py", "test_doctor.py", "test_fuzz.py"]
+    collect_ignore = ["test_cache.py", "test_cpu.py", "test_doctor.py", "test_fuzz.py"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import random
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -174,28 +173,6 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     child.start()
     child.join(timeout=30)
     assert child.exitcode == 0
-
-
-def test_a_later_process_compiles_only_what_has_changed(tmp_path):
-    """A change of any file of the CPU path counts: a loop may call what stands there."""
-    (tmp_path / "loops.py").write_text(
-        "from fmkernels.cpu.compiled import njit\n\n@njit\ndef double(x):\n    return 2 * x\n"
-    )
-    code = "import loops; print(loops.double(3), sum(loops.double.stats.cache_misses.values()))"
-    changed = f"import fmkernels.cpu.compiled as c; c._STAMP = (); {code}"
-    paths = os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": paths}
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", line],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for line in (code, code, changed)
-    ]
-    assert printed == ["6 1\n", "6 0\n", "6 1\n"]
 
 
 def test_compiles_where_nothing_can_be_kept():

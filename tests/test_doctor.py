@@ -10,6 +10,7 @@ import torch
 import fmkernels
 import fmkernels.cpu.soft_target_focal_loss as loss
 from fmkernels import doctor, functional
+from fmkernels.cpu.compiled import cache_folders
 from fmkernels.focalmix.cli import main
 from fmkernels.kernels.tuning import TABLE
 from tests.conftest import launches
@@ -27,6 +28,7 @@ def only_the_cpu(monkeypatch):
 
 def test_report(capsys):
     assert main(["doctor"]) == 0
+    folder = cache_folders()[0]
     said = capsys.readouterr().out
     for words in (
         *(f"ok    {op} on cpu: " for op in OPS),
@@ -37,6 +39,7 @@ def test_report(capsys):
         "triton ",
         "SimpleITK ",
         "CPU path, ",
+        f"compiled loops of the CPU path: {len(list(folder.glob('*.loop')))} in {folder}",
         "forward",
         "gradient",
         f"all {len(OPS)} self-tests passed",

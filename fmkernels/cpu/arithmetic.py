@@ -9,16 +9,19 @@ Numba has neither bfloat16 nor float16. Loops get a bfloat16 tensor as uint16; `
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from numba import types
-from numba.extending import overload, register_jitable
+from numba.extending import intrinsic
 from torch import Tensor
 
-INLINE = {"forceinline": True}
+from fmkernels.cpu.compiled import subroutine
+
+INLINE: dict[str, Any] = {"forceinline": True}
 """Options of functions that must be inlined for the loop around them to be vectorized."""
-STRICT = {"forceinline": True, "fastmath": {"contract", "nsz"}}
+STRICT: dict[str, Any] = {"forceinline": True, "fastmath": {"contract", "nsz"}}
 """The same, for functions that must evaluate sums and products in the order written."""
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -49,47 +52,43 @@ def stored(x: Tensor) -> np.ndarray:
     return memory if memory.ndim == 1 else memory.reshape(-1)
 
 
-def load(array, i):
-    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, others unchanged."""
-    raise NotImplementedError("only for compiled loops")
+@intrinsic
+def float_of(_, bits):
+    """The float32 with these bits, which are cast to uint32."""
+    return types.float32(types.uint32), _bitcast
 
 
-def store(array, i, value):
-    """Element i = value, in a compiled loop.
-
-    Rounds to nearest, ties to even. Integers saturate, and NaN becomes 0.
-    """
-    raise NotImplementedError("only for compiled loops")
+@intrinsic
+def bits_of(_, value):
+    """The bits of a value cast to float32, as uint32."""
+    return types.uint32(types.float32), _bitcast
 
 
-@register_jitable
-def float_of(bits):
-    """The float32 with these bits."""
-    return np.uint32(bits).view(np.float32)
+def _bitcast(context, builder, signature, arguments):
+    return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
 
-@register_jitable
-def bits_of(value):
-    """The bits of a float32, as uint32."""
-    return np.float32(value).view(np.uint32)
-
-
-@register_jitable
+@subroutine(**INLINE)
 def to_bfloat16(value):
     """The bits of a float32 rounded to bfloat16, to nearest, ties to even."""
     bits = bits_of(value)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if value == value else 0x7FC0
 
 
-@overload(load, jit_options=INLINE)
-def _load(array, i):
+@subroutine(by_type=True, **INLINE)
+def load(array, i):
+    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, others unchanged."""
     if array.dtype == types.uint16:
         return lambda array, i: float_of(array[i] << 16)
     return lambda array, i: array[i]
 
 
-@overload(store, jit_options=INLINE)
-def _store(array, i, value):
+@subroutine(by_type=True, **INLINE)
+def store(array, i, value):
+    """Element i = value, in a compiled loop.
+
+    Rounds to nearest, ties to even. Integers saturate, and NaN becomes 0.
+    """
     if array.dtype == types.uint16:
 
         def write(array, i, value):
@@ -109,23 +108,9 @@ def _store(array, i, value):
     return write
 
 
+@subroutine(by_type=True, **STRICT)
 def exp(x):
     """e^x, in a compiled loop: float32 within 1.1 ulp, vectorized."""
-    raise NotImplementedError("only for compiled loops")
-
-
-def log(x):
-    """The natural logarithm, in a compiled loop: float32 within 1 ulp, vectorized."""
-    raise NotImplementedError("only for compiled loops")
-
-
-def log1p(x):
-    """log(1 + x) for x in [0, 1], in a compiled loop: float32 within 1 ulp, vectorized."""
-    raise NotImplementedError("only for compiled loops")
-
-
-@overload(exp, jit_options=STRICT)
-def _exp(x):
     if x == types.float64:
         return lambda x: math.exp(x)
 
@@ -144,7 +129,7 @@ def _exp(x):
     return exp_float32
 
 
-@register_jitable(**STRICT)
+@subroutine(**STRICT)
 def _log_series(f, correction):
     """log(1 + f) + correction, for f in [-0.3, 1]."""
     s = f / (np.float32(2) + f)
@@ -153,15 +138,17 @@ def _log_series(f, correction):
     return f - (s * (f - z * series) - correction)
 
 
-@overload(log1p, jit_options=STRICT)
-def _log1p(x):
+@subroutine(by_type=True, **STRICT)
+def log1p(x):
+    """log(1 + x) for x in [0, 1], in a compiled loop: float32 within 1 ulp, vectorized."""
     if x == types.float64:
         return lambda x: math.log1p(x)
     return lambda x: _log_series(x, np.float32(0))
 
 
-@overload(log, jit_options=STRICT)
-def _log(x):
+@subroutine(by_type=True, **STRICT)
+def log(x):
+    """The natural logarithm, in a compiled loop: float32 within 1 ulp, vectorized."""
     if x == types.float64:
         return lambda x: math.log(x)
 
@@ -180,7 +167,7 @@ def _log(x):
     return log_float32
 
 
-@register_jitable(fastmath={"reassoc"})
+@subroutine(fastmath={"reassoc"})
 def sum_reordered(values):
     """The sum of an array in float64, reordered so that the loop is vectorized."""
     total = 0.0

@@ -10,20 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import njit, parallel_for
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
 from fmkernels.cpu.sampling import (
     axis_of,
     boxes_as_array,
     is_usable,
+    load_row,
     new_axis,
     sample,
     sample_positions,
 )
 from fmkernels.cpu.voxels import (
     elements,
-    load_block,
+    empty,
     located,
     own_kind,
+    part,
+    read_block,
     store_block,
     window_of,
     zero_of,
@@ -42,15 +45,14 @@ def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_b
     d, h, w = size
     z, y, x = new_axis(d, zero), new_axis(h, zero), new_axis(w, zero)
     writable = out[1] == own_kind(z.weight)
-    buffer = np.empty((0 if writable else d, h * w), z.weight.dtype)
+    buffer = empty(0 if writable else d * h * w, zero)
     for crop in range(first // d, (last - 1) // d + 1):
         k, c = divmod(crop, C)
         begin, end = max(first - crop * d, 0), min(last - crop * d, d)
         at = (crop * d + begin) * h * w
-        layers = buffer[: end - begin]
+        layers = part(buffer, 0, (end - begin) * h * w)
         if writable:
-            flat = elements(out[0] + buffer.itemsize * at, (end - begin) * h * w, buffer.dtype)
-            layers = flat.reshape(end - begin, h * w)
+            layers = elements(out[0] + buffer.itemsize * at, layers.size, buffer.dtype)
         box = boxes[k]
         if is_usable(box, shape):
             sample_positions(box[1], box[4], D, clamp_box, z)
@@ -59,12 +61,13 @@ def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_b
             start = int(box[0]) * strides[0] + c * strides[1]
             sample(volumes, start, strides, window, z, y, x, begin, end, layers)
         else:
-            layers[:] = zero
+            for i in range(layers.size):
+                layers[i] = zero
         if not writable:
-            store_block(layers.reshape(-1), out[0], out[1], at)
+            store_block(layers, out[0], out[1], at)
 
 
-@njit
+@subroutine
 def _gather_layers(grad_output, start, z, voxel, layer, block):
     """layer = the gradient of a crop to a plane of voxels; whether any sample uses the plane."""
     one = layer.dtype.type(1)
@@ -76,32 +79,33 @@ def _gather_layers(grad_output, start, z, voxel, layer, block):
         elif z.above[i] == voxel:
             weight = z.weight[i]
         if weight > 0:
-            load_block(grad_output[0], grad_output[1], start + i * layer.size, 1, block)
+            gradient = read_block(grad_output, start + i * layer.size, block)
             for j in range(layer.size):
-                layer[j] = weight * block[j] + layer[j] if used else weight * block[j]
+                layer[j] = weight * gradient[j] + layer[j] if used else weight * gradient[j]
             used = True
     return used
 
 
-@njit
+@subroutine
 def _scatter_rows(layer, y, x, row, total):
-    """total [H, W] += the gradient of a layer of samples to its plane of voxels."""
+    """total [H * W] += the gradient of a layer of samples to its plane of voxels."""
     one = total.dtype.type(1)
-    w = x.weight.size
+    w, W = x.weight.size, row.size
     left, right = min(x.below[0], x.below[w - 1]), max(x.above[0], x.above[w - 1]) + 1
     for j in range(y.weight.size):
-        row[left:right] = one - one
+        for i in range(left, right):
+            row[i] = one - one
         for i in range(w):
             value, weight = layer[j * w + i], x.weight[i]
             row[x.below[i]] += value * (one - weight)
             if weight > 0:
                 row[x.above[i]] += value * weight
-        below, above, weight = y.below[j], y.above[j], y.weight[j]
+        below, above, weight = y.below[j] * W, y.above[j] * W, y.weight[j]
         for i in range(left, right):
-            total[below, i] += row[i] * (one - weight)
+            total[below + i] += row[i] * (one - weight)
         if weight > 0:
             for i in range(left, right):
-                total[above, i] += row[i] * weight
+                total[above + i] += row[i] * weight
 
 
 @njit
@@ -115,23 +119,24 @@ def _backward_planes(
     C, D, H, W = shape[1:]
     d, h, w = size
     K = len(boxes)
-    batch = np.full(K, -1)
+    batch = empty(K, np.int64)
     z, y, x = new_axis((K, d), zero), new_axis((K, h), zero), new_axis((K, w), zero)
     for k in range(K):
-        box = boxes[k]
+        box, batch[k] = boxes[k], -1
         if is_usable(box, shape):
             batch[k] = int(box[0])
             sample_positions(box[1], box[4], D, clamp_box, axis_of(z, k))
             sample_positions(box[2], box[5], H, clamp_box, axis_of(y, k))
             sample_positions(box[3], box[6], W, clamp_box, axis_of(x, k))
-    total, row = np.full((H, W), zero), np.full(W, zero)
-    layer, block = np.full(h * w, zero), np.full(h * w, zero)
+    total, row = empty(H * W, zero), empty(W, zero)
+    layer, block = empty(h * w, zero), empty(h * w, zero)
     windowed, low, scale, high = window
     low, high, scale = total.dtype.type(low), total.dtype.type(high), total.dtype.type(scale)
     for plane in range(first, last):
         volume, voxel = divmod(plane, D)
         b, c = divmod(volume, C)
-        total[:] = zero
+        for i in range(H * W):
+            total[i] = zero
         for k in range(K):
             start = (k * C + c) * d * h * w
             if batch[k] != b:
@@ -141,10 +146,11 @@ def _backward_planes(
         if windowed:
             start = b * strides[0] + c * strides[1] + voxel * strides[2]
             for j in range(H):
-                load_block(volumes[0], volumes[1], start + j * strides[3], strides[4], row)
+                load_row(volumes[0], volumes[1], start + j * strides[3], strides[4], row)
                 for i in range(W):
-                    total[j, i] = total[j, i] * scale if low <= row[i] <= high else zero
-        store_block(total.reshape(-1), out[0], out[1], plane * H * W)
+                    at = j * W + i
+                    total[at] = total[at] * scale if low <= row[i] <= high else zero
+        store_block(total, out[0], out[1], plane * H * W)
 
 
 def crop_and_resize3d(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import load, store, sum_reordered
-from fmkernels.cpu.compiled import njit, parallel_for
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
 from fmkernels.cpu.voxels import elements, zero_of
 
 SPAN = 512  # elements, unless a place has more
@@ -34,13 +34,13 @@ Cut = tuple[int, int, int, int, int]
 """How rows are cut: (elements of a row, channels, inner, span, elements of a chunk)."""
 
 
-@njit
+@subroutine
 def _memory(tensor, size, stored):
     """The elements of a dense tensor, which is given as (address, dtype code)."""
     return elements(tensor[0], size, type(stored))
 
 
-@njit
+@subroutine
 def _chunk(number, cut):
     """The row of a chunk, its first element and the one behind its last."""
     size, longest = cut[0], cut[4]
@@ -49,7 +49,7 @@ def _chunk(number, cut):
     return row, row * size + start, row * size + min(start + longest, size)
 
 
-@njit
+@subroutine
 def _tile(values, inner, tiled):
     """Write each value ``inner`` times: a place. Repeat the place."""
     if values.size == 1:
@@ -64,7 +64,7 @@ def _tile(values, inner, tiled):
             copy[i] = tiled[i]
 
 
-@njit
+@subroutine
 def _add_lanes(lanes, place, totals):
     """Write the sums of equal parts of a place; the lanes, several places, are overwritten."""
     size = lanes.size

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from fmkernels.cpu.arithmetic import stored
-from fmkernels.cpu.compiled import INT16, njit, parallel_for
+from fmkernels.cpu.compiled import INT16, njit, parallel_for, subroutine
 from fmkernels.cpu.voxels import (
     elements,
+    empty,
     load_block,
+    load_reversed,
     own_kind,
+    part,
     store_block,
     window_of,
     window_voxel,
@@ -32,13 +35,13 @@ _DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a 
 _NO_MASKS = np.zeros(0, np.uint8)
 
 
-@njit
+@subroutine
 def _flip(masks, row):
     """The flip mask of a volume."""
     return np.int64(masks[row]) if masks.size else 0
 
 
-@njit
+@subroutine
 def _box(number, sizes, longest):
     """The first voxel of box ``number`` on each axis, and its lengths along the last two.
 
@@ -51,7 +54,7 @@ def _box(number, sizes, longest):
     return (i0, i1, i2, i3), (min(longest[0], sizes[2] - i2), min(longest[1], sizes[3] - i3))
 
 
-@njit
+@subroutine
 def _offset(row, corner, sizes):
     """Number of a voxel among those of all volumes."""
     offset = row
@@ -60,7 +63,7 @@ def _offset(row, corner, sizes):
     return offset
 
 
-@njit
+@subroutine
 def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
     """A box of the flipped volume."""
     address, dtype_code = volumes
@@ -75,13 +78,15 @@ def _load_flipped(volumes, row, corner, lengths, sizes, axes, flip, block):
         i3 = sizes[3] - lengths[1] - i3
     start = _offset(row, (i0, i1, i2, i3), sizes)
     rows, n = lengths if flip & (axes[2] | axes[3]) else (1, block.size)
-    step = -1 if flip & axes[3] else 1
     for j in range(rows):
-        first = start + (rows - 1 - j if flip & axes[2] else j) * n + (n - 1 if step < 0 else 0)
-        load_block(address, dtype_code, first, step, block[j * n : (j + 1) * n])
+        first, row = start + (rows - 1 - j if flip & axes[2] else j) * n, part(block, j * n, n)
+        if flip & axes[3]:
+            load_reversed(address, dtype_code, first + n - 1, row)
+        else:
+            load_block(address, dtype_code, first, row)
 
 
-@njit
+@subroutine
 def _mix(own, other, lam, window, block):
     """block = lam * own + (1 - lam) * other, both windowed; no trace of one of weight 0."""
     dtype = block.dtype.type
@@ -113,32 +118,37 @@ def _mix_boxes(
     """
     sizes, axes, longest = cut
     batch, zero = index.size, lam.dtype.type(0)
-    needed = np.full(num_donors, not separate)
+    slots, count = empty(num_donors, np.int64), 0  # of donors that are used, else -1
+    for row in range(num_donors):
+        slots[row] = -1 if separate else 0
     for b in range(batch):
-        needed[index[b]] = True
-    slots = np.cumsum(needed) - 1
+        slots[index[b]] = 0
+    for row in range(num_donors):
+        if slots[row] == 0:
+            slots[row] = count
+            count += 1
     voxels = longest[0] * longest[1]
-    others = np.full((slots[-1] + 1 if copied else 0, voxels), zero)
-    own, mixed = np.full(voxels, zero), np.full(voxels, zero)
+    others = empty(count * voxels if copied else 0, zero)
+    own, mixed = empty(voxels, zero), empty(voxels, zero)
     dtype, itemsize = mixed.dtype, mixed.itemsize
     for number in range(first, last):
         corner, lengths = _box(number, sizes, longest)
         n = lengths[0] * lengths[1]
         if copied:
             for row in range(num_donors):
-                if needed[row]:
-                    flip, block = _flip(donor_flips, row), others[slots[row], :n]
+                if slots[row] >= 0:
+                    flip, block = _flip(donor_flips, row), part(others, slots[row] * voxels, n)
                     _load_flipped(donors, row, corner, lengths, sizes, axes, flip, block)
         for b in range(batch):
             start, donor = _offset(b, corner, sizes), _offset(index[b], corner, sizes)
             at_once = out[1] == own_kind(mixed)
-            block = elements(out[0] + itemsize * start, n, dtype) if at_once else mixed[:n]
+            block = elements(out[0] + itemsize * start, n, dtype) if at_once else part(mixed, 0, n)
             if copied:
                 if separate:
                     flip = _flip(flips, b)
-                    _load_flipped(volumes, b, corner, lengths, sizes, axes, flip, own[:n])
-                x = own[:n] if separate else others[b, :n]
-                _mix(x, others[slots[index[b]], :n], lam[b], window, block)
+                    _load_flipped(volumes, b, corner, lengths, sizes, axes, flip, part(own, 0, n))
+                x = part(own, 0, n) if separate else part(others, slots[b] * voxels, n)
+                _mix(x, part(others, slots[index[b]] * voxels, n), lam[b], window, block)
             elif volumes[1] == INT16:
                 x = elements(volumes[0] + 2 * start, n, np.int16)
                 _mix(x, elements(donors[0] + 2 * donor, n, np.int16), lam[b], window, block)
@@ -164,15 +174,15 @@ def _differentiate_boxes(
     dtype = lam.dtype.type
     zero = dtype(0)
     windowed, low, high, scale = window[0], dtype(window[1]), dtype(window[2]), dtype(window[3])
-    totals = np.full(longest[0] * longest[1], zero)
-    blocks = np.full_like(totals, zero)
+    totals, blocks = empty(longest[0] * longest[1], zero), empty(longest[0] * longest[1], zero)
     for number in range(first, last):
         corner, lengths = _box(number, sizes, longest)
         n = lengths[0] * lengths[1]
-        total, block = totals[:n], blocks[:n]
+        total, block = part(totals, 0, n), part(blocks, 0, n)
         for row in range(rows):
             flip = _flip(flips, row)
-            total[:] = zero
+            for i in range(n):
+                total[i] = zero
             for b in range(-1 if as_volumes else 0, index.size if as_donors else 0):
                 if b >= 0 and index[b] != row:
                     continue
@@ -184,7 +194,7 @@ def _differentiate_boxes(
                         total[i] += weight * block[i]
             start = _offset(row, corner, sizes)
             if windowed:
-                load_block(input[0], input[1], start, 1, block)
+                load_block(input[0], input[1], start, block)
                 for i in range(n):
                     total[i] = total[i] * scale if low <= block[i] <= high else zero
             store_block(total, grad_input[0], grad_input[1], start)

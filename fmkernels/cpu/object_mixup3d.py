@@ -11,24 +11,28 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import njit, parallel_for
-from fmkernels.cpu.sampling import boxes_as_array, new_axis, sample, sample_positions
+from fmkernels.cpu.arithmetic import stored
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
+from fmkernels.cpu.sampling import boxes_as_array, load_row, new_axis, sample, sample_positions
 from fmkernels.cpu.voxels import (
     elements,
+    empty,
     load_block,
     located,
     own_kind,
+    part,
     store_block,
     window_block,
     window_of,
     zero_of,
 )
+from fmkernels.dtypes import compute_dtype
 
 BLOCK = 1 << 12  # voxels outside of boxes per block
 GRAIN_SIZE = 1 << 15  # minimum voxels per thread
 
 
-@njit
+@subroutine
 def _clip(box, shape, clipped):
     """Clip a box [7] to its volume of [B, C, D, H, W]; whether anything is left."""
     usable = 0 <= box[0] < shape[0]
@@ -43,20 +47,15 @@ def _clip(box, shape, clipped):
 
 
 @njit
-def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights):
-    """Fill targets, sources and weights; return the number of voxels of all patches.
-
-    Return -1 - k instead if the weight of pair k is not in [0, 1].
+def _plan(boxes, donor_boxes, shape, donor_shape, targets, sources):
+    """Fill targets and sources; return the number of voxels of all patches.
 
     targets [K, 8]: batch index (-1 for a pair that changes nothing), first voxels along z, y and x,
-    end voxels, start of the patch. sources [K, 7]: the clipped donor boxes. weights [K]: lam.
+    end voxels, start of the patch. sources [K, 7]: the clipped donor boxes.
     """
     voxels = 0
-    clipped = np.empty(7)
-    load_block(lam[0], lam[1], 0, 1, weights)
+    clipped = empty(7, np.float64)
     for k in range(len(targets)):
-        if weights[k] < 0 or weights[k] > 1:
-            return -1 - k
         target = targets[k]
         usable = _clip(boxes[k], shape, clipped)
         n = shape[1]
@@ -70,22 +69,21 @@ def _plan(boxes, donor_boxes, lam, shape, donor_shape, targets, sources, weights
     return voxels
 
 
-@njit
+@subroutine
 def _row_of(target, c, z, y):
     """The start of a row in the patch of a target."""
     d, h, w = target[4] - target[1], target[5] - target[2], target[6] - target[3]
     return target[7] + ((c * d + z - target[1]) * h + y - target[2]) * w
 
 
-@njit
+@subroutine
 def _layers(patches, target, c, first, last):
-    """Planes ``first`` to ``last`` of the patch of a target, [last - first, h * w]."""
-    h, w = target[5] - target[2], target[6] - target[3]
-    start, n = _row_of(target, c, first, target[2]), last - first
-    return patches[start : start + n * h * w].reshape(n, h * w)
+    """Planes ``first`` to ``last`` of the patch of a target, [last - first, h, w]."""
+    shape = last - first, target[5] - target[2], target[6] - target[3]
+    return part(patches, _row_of(target, c, first, target[2]), shape)
 
 
-@njit
+@subroutine
 def _load_box(volumes, start, strides, window, line, box):
     """box [d, h, w] = the voxels from element ``start`` on, windowed."""
     (address, kind), (windowed, low, scale, _) = volumes, window
@@ -97,14 +95,14 @@ def _load_box(volumes, start, strides, window, line, box):
                 voxels = elements(address + line.itemsize * row, line.size, line.dtype)
             else:
                 voxels = line
-                load_block(address, kind, row, strides[4], line)
+                load_row(address, kind, row, strides[4], line)
             for n in range(box.shape[2]):
                 box[i, j, n] = voxels[n]
     if windowed:
-        window_block(box.reshape(-1), low, scale)
+        window_block(part(box, 0, box.size), low, scale)
 
 
-@njit
+@subroutine
 def _store_box(box, out, start, strides, line):
     """The voxels from element ``start`` on = box [d, h, w], rounded."""
     address, kind = out
@@ -121,10 +119,10 @@ def _store_box(box, out, start, strides, line):
                 store_block(line, address, kind, row)
             elif not writable:
                 for n in range(line.size):
-                    store_block(line[n : n + 1], address, kind, row + n * strides[4])
+                    store_block(part(line, n, 1), address, kind, row + n * strides[4])
 
 
-@njit
+@subroutine
 def _load_earlier(targets, k, first, c, patches, box):
     """Overwrite a box, the target from plane ``first`` on, with the voxels of earlier patches."""
     d, h, w = box.shape
@@ -140,18 +138,19 @@ def _load_earlier(targets, k, first, c, patches, box):
                         box[i - first, row - y, n - x] = patches[at + n]
 
 
-@njit
+@subroutine
 def _mix_block(weight, target, donor):
     """donor = weight * target + (1 - weight) * donor; a factor of 0 hides NaN and infinities."""
     rest = donor.dtype.type(1) - weight
     if weight == 1:
-        donor[:] = target
+        for i in range(donor.size):
+            donor[i] = target[i]
     elif weight != 0:
         for i in range(donor.size):
             donor[i] = weight * target[i] + rest * donor[i]
 
 
-@njit
+@subroutine
 def _start(target, c, z, strides):
     """The element at the first voxel of plane z of a target."""
     plane = target[0] * strides[0] + c * strides[1] + z * strides[2]
@@ -169,7 +168,7 @@ def _mix(
     """
     zero = patches.dtype.type(0)
     C, D = shape[1], shape[2]
-    line = np.full(shape[4], zero)
+    line = empty(shape[4], zero)
     for k in range(len(targets)):
         b, z1, y1, x1, z2, y2, x2, _ = targets[k]
         begin, end = max(first - b * D, z1), min(last - b * D, z2)
@@ -179,45 +178,46 @@ def _mix(
         sample_positions(sources[k, 1], sources[k, 4], donor_shape[2], True, z)
         sample_positions(sources[k, 2], sources[k, 5], donor_shape[3], True, y)
         sample_positions(sources[k, 3], sources[k, 6], donor_shape[4], True, x)
-        target = np.empty((end - begin, y2 - y1, x2 - x1), patches.dtype)
+        target = empty((end - begin, y2 - y1, x2 - x1), zero)
         for c in range(C):
             layers = _layers(patches, targets[k], c, begin, end)
+            flat = part(layers, 0, layers.size)
             start = int(sources[k, 0]) * donor_strides[0] + c * donor_strides[1]
-            sample(
-                donors, start, donor_strides, donor_window, z, y, x, begin - z1, end - z1, layers
-            )
+            sample(donors, start, donor_strides, donor_window, z, y, x, begin - z1, end - z1, flat)
             start = _start(targets[k], c, begin, strides)
-            _load_box(volumes, start, strides, window, line[: x2 - x1], target)
+            _load_box(volumes, start, strides, window, part(line, 0, x2 - x1), target)
             _load_earlier(targets, k, begin, c, patches, target)
-            _mix_block(weights[k], target.reshape(-1), layers.reshape(-1))
+            _mix_block(weights[k], part(target, 0, target.size), flat)
 
 
 @njit
 def _write(first, last, out, shape, strides, targets, patches):
     """Write the patches into planes ``first`` to ``last`` of all volumes."""
     C, D = shape[1], shape[2]
-    line = np.full(shape[4], patches.dtype.type(0))
-    for target in targets:
-        b, z1, y1, x1, z2, y2, x2, _ = target
+    line = empty(shape[4], patches.dtype.type(0))
+    for k in range(len(targets)):
+        target = targets[k]
+        b, z1, z2, x1, x2 = target[0], target[1], target[4], target[3], target[6]
         begin, end = max(first - b * D, z1), min(last - b * D, z2)
         if b < 0 or begin >= end:
             continue
         for c in range(C):
-            layers = _layers(patches, target, c, begin, end).reshape(end - begin, y2 - y1, x2 - x1)
+            layers = _layers(patches, target, c, begin, end)
             start = _start(target, c, begin, strides)
-            _store_box(layers, out, start, strides, line[: x2 - x1])
+            _store_box(layers, out, start, strides, part(line, 0, x2 - x1))
 
 
 @njit
 def _copy(first, last, volumes, out, window, size, block, zero):
     """out = volumes, windowed and rounded: blocks ``first`` to ``last`` in memory order."""
-    values = np.full(block, zero)
-    for start in range(first * block, min(last * block, size), block):
-        part = values[: min(block, size - start)]
-        load_block(volumes[0], volumes[1], start, 1, part)
+    values = empty(block, zero)
+    for number in range(first, last):
+        start = number * block
+        voxels = part(values, 0, min(block, size - start))
+        load_block(volumes[0], volumes[1], start, voxels)
         if window[0]:
-            window_block(part, window[1], window[2])
-        store_block(part, out[0], out[1], start)
+            window_block(voxels, window[1], window[2])
+        store_block(voxels, out[0], out[1], start)
 
 
 def object_mixup3d(
@@ -239,13 +239,13 @@ def object_mixup3d(
     K, shape, zero = boxes.shape[0], tuple(volumes.shape), zero_of(volumes)
     source, target = located(volumes), located(out)
     targets, sources = np.empty((K, 8), np.int64), np.empty((K, 7))
-    weights, donor_shape = np.empty(K, zero.dtype), tuple(donors.shape)
+    weights, donor_shape = stored(lam.to(compute_dtype(volumes.dtype))), tuple(donors.shape)
+    wrong = weights[(weights < 0) | (weights > 1)]  # NaN gives NaN
+    if wrong.size:
+        raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {wrong[0]}")
     voxels = _plan(
-        boxes_as_array(boxes), boxes_as_array(donor_boxes), located(lam), shape, donor_shape,
-        targets, sources, weights,
-    )  # fmt: skip
-    if voxels < 0:
-        raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {weights[-1 - voxels]}")
+        boxes_as_array(boxes), boxes_as_array(donor_boxes), shape, donor_shape, targets, sources
+    )
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
     grain_size = GRAIN_SIZE * planes // max(voxels, 1)
@@ -254,10 +254,10 @@ def object_mixup3d(
         located(donors), donor_shape, donors.stride(), window_of(donor_window), targets, sources,
         weights, patches,
     )  # fmt: skip
-    if window is not None or volumes.dtype != out.dtype:
+    if window is not None or not (out.is_floating_point() or volumes.dtype == out.dtype):
         blocks = -(-out.numel() // BLOCK)
         copied = source, target, window_of(window), out.numel(), BLOCK, zero
         parallel_for(_copy, blocks, GRAIN_SIZE // BLOCK, *copied)
     elif not in_place:
-        out.copy_(volumes)
+        out.copy_(volumes)  # which rounds to floats as we do, but not to integers
     parallel_for(_write, planes, grain_size, target, shape, out.stride(), targets, patches)

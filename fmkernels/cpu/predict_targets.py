@@ -8,20 +8,28 @@ digits, but only those that y, rounded to float32, cannot show.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import exp, load, log, stored
-from fmkernels.cpu.compiled import njit, parallel_for
+from fmkernels.cpu.arithmetic import exp, log, stored
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
+from fmkernels.cpu.voxels import (
+    empty,
+    load_block,
+    load_reversed,
+    load_strided,
+    part,
+    zero_of,
+)
 
 BLOCK = 1024  # elements; a few float32 blocks stay in the L1 cache
 GRAIN_SIZE = 8  # minimum blocks per thread
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-@njit
+@subroutine
 def _gather(x, origin, shape, strides, flip, first, logit):
     """Load elements first, first + 1, ... of the sample [D, H, W, I] at an origin, unflipped."""
+    address, kind = x
     depth, height, width, inner = shape
     stride_d, stride_h, stride_w, stride_i = strides
     line, at = divmod(first, width * inner)
@@ -32,35 +40,37 @@ def _gather(x, origin, shape, strides, flip, first, logit):
         row += (depth - 1 - d if flip & 1 else d) * stride_d
         row += (height - 1 - h if flip & 2 else h) * stride_h
         size = min(logit.size - done, width * inner - at)
-        # indices are unsigned: negative ones would count from the end
-        if inner == 1 and stride_w == 1 and flip & 4:
-            for i in range(size):
-                logit[done + i] = load(x, np.uint64(row + width - 1 - at - i))
+        if stride_w == inner and (inner == 1 or stride_i == 1) and not flip & 4:
+            load_block(address, kind, row + at, part(logit, done, size))
         elif inner == 1 and stride_w == 1:
-            for i in range(size):
-                logit[done + i] = load(x, np.uint64(row + at + i))
+            load_reversed(address, kind, row + width - 1 - at, part(logit, done, size))
+        elif inner == 1:
+            column, step = (width - 1 - at, -stride_w) if flip & 4 else (at, stride_w)
+            load_strided(address, kind, row + column * stride_w, step, part(logit, done, size))
         else:
             w, a = divmod(at, inner)
-            for i in range(size):
+            i = 0
+            while i < size:
                 column = width - 1 - w if flip & 4 else w
-                logit[done + i] = load(x, np.uint64(row + column * stride_w + a * stride_i))
-                a += 1
-                if a == inner:
-                    w, a = w + 1, 0
+                start = row + column * stride_w + a * stride_i
+                n = min(size - i, inner - a)
+                load_strided(address, kind, start, stride_i, part(logit, done + i, n))
+                i += n
+                w, a = w + 1, 0
         done += size
         at, h = 0, h + 1
         if h == height:
             d, h = d + 1, 0
 
 
-@njit
+@subroutine
 def _add_view(logit, total):
     """total += sigmoid(logit)."""
     for i in range(logit.size):
         total[i] += ONE / (ONE + exp(-logit[i]))
 
 
-@njit
+@subroutine
 def _sharpen(total, views, inverse_temperature, target):
     """y^(1/T) / (y^(1/T) + (1 - y)^(1/T)) for y = total / views."""
     for i in range(target.size):
@@ -73,7 +83,7 @@ def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
     """Compute blocks ``start`` to ``end``, numbered through all samples, of one level.
 
     Args:
-        x: logits [K, B, A, D, H, W, I], the memory from the first to the last.
+        x: (address, dtype code) of logits [K, B, A, D, H, W, I].
         shape, strides: those of x.
         flips: uint8 [K].
         inverse_temperature: a scalar of the compute dtype.
@@ -83,17 +93,18 @@ def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
     length = shape[3] * shape[4] * shape[5] * shape[6]
     blocks = (length + BLOCK - 1) // BLOCK
     dtype = type(inverse_temperature)
-    logits, totals = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
+    buffers = empty(2 * BLOCK, inverse_temperature)
     for block in range(start, end):
         sample, first = block // blocks, block % blocks * BLOCK
         size = min(BLOCK, length - first)
-        logit, total = logits[:size], totals[:size]
-        total[:] = ZERO
+        logit, total = part(buffers, 0, size), part(buffers, BLOCK, size)
+        for i in range(size):
+            total[i] = ZERO
         origin = sample // anchors * strides[1] + sample % anchors * strides[2]
         for k in range(views):
             _gather(x, origin + k * strides[0], shape[3:], strides[3:], flips[k], first, logit)
             _add_view(logit, total)
-        target = out[sample * length + first :][:size]
+        target = part(out, sample * length + first, size)
         _sharpen(total, dtype(views), inverse_temperature, target)
 
 
@@ -105,20 +116,8 @@ def predict_targets(
     for x, out in zip(view_logits, targets, strict=True):
         if not out.numel():
             continue
-        x = x.float() if x.dtype == torch.float16 else x
-        dtype = np.float64 if x.dtype == torch.float64 else np.float32
-        inverse = dtype(1 / temperature)
-        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-        memory = stored(x.as_strided((span,), (1,)))
+        inverse = zero_of(x) + 1 / temperature
         blocks = x.shape[1] * x.shape[2] * -(-x.shape[3:].numel() // BLOCK)
         parallel_for(
-            _run,
-            blocks,
-            GRAIN_SIZE,
-            memory,
-            tuple(x.shape),
-            x.stride(),
-            masks,
-            inverse,
-            stored(out),
+            _run, blocks, GRAIN_SIZE, x, tuple(x.shape), x.stride(), masks, inverse, stored(out)
         )

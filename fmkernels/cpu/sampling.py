@@ -10,8 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.compiled import njit
-from fmkernels.cpu.voxels import elements, load_block, own_kind, window_block
+from fmkernels.cpu.compiled import subroutine
+from fmkernels.cpu.voxels import (
+    elements,
+    empty,
+    load_block,
+    load_strided,
+    own_kind,
+    part,
+    window_block,
+)
 
 
 class Axis(NamedTuple):
@@ -25,19 +33,19 @@ class Axis(NamedTuple):
     weight: np.ndarray
 
 
-@njit
+@subroutine
 def new_axis(shape, zero):
     """An axis of ``shape`` samples, [n] or [K, n], to be filled by `sample_positions`."""
-    return Axis(np.empty(shape, np.int32), np.empty(shape, np.int32), np.full(shape, zero))
+    return Axis(empty(shape, np.int32), empty(shape, np.int32), empty(shape, zero))
 
 
-@njit
+@subroutine
 def axis_of(axes, k):
     """Row ``k`` of axes of [K, n] samples."""
     return Axis(axes.below[k], axes.above[k], axes.weight[k])
 
 
-@njit
+@subroutine
 def sample_positions(start, end, size, clamp_box, axis):
     """Fill an axis with the samples of a box along ``size`` voxels with centers at 0, 1, 2 ..."""
     start, end, n = np.float64(start), np.float64(end), axis.weight.size
@@ -60,7 +68,7 @@ def boxes_as_array(boxes: Tensor) -> np.ndarray:
     return (boxes.detach() if boxes.requires_grad else boxes).numpy()
 
 
-@njit
+@subroutine
 def is_usable(box, shape):
     """Whether a box [7] lies in one of the volumes [B, C, D, H, W], and has finite extents."""
     usable = 0 <= box[0] < shape[0]
@@ -69,14 +77,23 @@ def is_usable(box, shape):
     return usable
 
 
-@njit
+@subroutine
+def load_row(address, kind, start, step, block):
+    """block[i] = voxel start + i * step."""
+    if step == 1:
+        load_block(address, kind, start, block)
+    else:
+        load_strided(address, kind, start, step, block)
+
+
+@subroutine
 def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
-    """plane [h, w] = samples of the plane of voxels that begins with element ``start``."""
+    """plane [h * w] = samples of the plane of voxels that begins with element ``start``."""
     (address, kind), (windowed, low, scale, _) = volumes, window
     readable = kind == own_kind(line) and strides[4] == 1 and not windowed
     left = min(x.below[0], x.below[-1])
-    part = line[left:]
-    one = line.dtype.type(1)
+    read = part(line, left, line.size - left)
+    one, w = line.dtype.type(1), x.weight.size
     even = odd = -1
     for j in range(y.weight.size):
         for voxel in range(y.below[j], y.above[j] + 1):
@@ -88,39 +105,40 @@ def _sample_plane(volumes, start, strides, window, y, x, line, rows, plane):
                 voxels = elements(address + line.itemsize * begin, line.size, line.dtype)
             else:
                 voxels = line
-                load_block(address, kind, begin + left * strides[4], strides[4], part)
+                load_row(address, kind, begin + left * strides[4], strides[4], read)
                 if windowed:
-                    window_block(part, low, scale)
+                    window_block(read, low, scale)
             for i in range(x.weight.size):
                 near, weight = voxels[x.below[i]], x.weight[i]
                 between = near * (one - weight) + voxels[x.above[i]] * weight
-                rows[voxel & 1, i] = between if weight > 0 else near
-        below, above, weight = y.below[j] & 1, y.above[j] & 1, y.weight[j]
+                rows[(voxel & 1) * w + i] = between if weight > 0 else near
+        below, above, weight = (y.below[j] & 1) * w, (y.above[j] & 1) * w, y.weight[j]
         for i in range(x.weight.size):
-            between = rows[below, i] * (one - weight) + rows[above, i] * weight
-            plane[j, i] = between if weight > 0 else rows[below, i]
+            near = rows[below + i]
+            between = near * (one - weight) + rows[above + i] * weight
+            plane[j * w + i] = between if weight > 0 else near
 
 
-@njit
+@subroutine
 def sample(volumes, start, strides, window, z, y, x, first, last, layers):
-    """layers [last - first, h * w] = samples ``first`` to ``last`` along z.
+    """layers [(last - first) * h * w] = samples ``first`` to ``last`` along z.
 
     The channel that is sampled begins with element ``start``.
     """
     dtype, one = layers.dtype, layers.dtype.type(1)
     h, w = y.weight.size, x.weight.size
-    line = np.empty(max(x.above[0], x.above[-1]) + 1, dtype)
-    rows, planes = np.empty((2, w), dtype), np.empty((2, h, w), dtype)
-    flat = planes.reshape(2, h * w)
+    line = empty(max(x.above[0], x.above[-1]) + 1, dtype)
+    rows, planes = empty(2 * w, dtype), empty(2 * h * w, dtype)
     even = odd = -1
     for i in range(first, last):
         for voxel in range(z.below[i], z.above[i] + 1):
             if voxel == (odd if voxel & 1 else even):
                 continue
             odd, even = (voxel, even) if voxel & 1 else (odd, voxel)
-            plane, begin = planes[voxel & 1], start + voxel * strides[2]
+            plane, begin = part(planes, (voxel & 1) * h * w, h * w), start + voxel * strides[2]
             _sample_plane(volumes, begin, strides, window, y, x, line, rows, plane)
-        below, above, weight = z.below[i] & 1, z.above[i] & 1, z.weight[i]
+        below, above, weight = (z.below[i] & 1) * h * w, (z.above[i] & 1) * h * w, z.weight[i]
         for j in range(h * w):
-            between = flat[below, j] * (one - weight) + flat[above, j] * weight
-            layers[i - first, j] = between if weight > 0 else flat[below, j]
+            near = planes[below + j]
+            between = near * (one - weight) + planes[above + j] * weight
+            layers[(i - first) * h * w + j] = between if weight > 0 else near

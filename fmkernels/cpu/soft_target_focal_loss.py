@@ -10,29 +10,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba.extending import register_jitable
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import STRICT, exp, load, log, log1p, store, stored, sum_reordered
-from fmkernels.cpu.compiled import njit, parallel_for
+from fmkernels.cpu.arithmetic import STRICT, exp, log, log1p, stored, sum_reordered
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
+from fmkernels.cpu.voxels import elements, empty, own_kind, part, read_block, store_block
 from fmkernels.dtypes import compute_dtype
 
-BLOCK = 4096  # elements: the arrays between two passes stay in the caches of a core
-GRAIN_SIZE = 8  # minimum blocks per thread
+BLOCK = 2048  # elements: the arrays between two passes stay in the caches of a core
+GRAIN_SIZE = 16  # minimum blocks per thread
 LARGEST = np.finfo(np.float32).max
 NO_OUTPUT, LOSSES, GRADIENTS = range(3)  # what _run writes for each element
 ZERO, ONE, TWO = map(np.float32, range(3))
 EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 NO_INDEX = np.empty(0, np.int64)
-TARGETS = {
-    torch.float32: (torch.float32, torch.uint8, torch.bool),
-    torch.bfloat16: (torch.float32, torch.bfloat16, torch.uint8, torch.bool),
-    torch.float64: (torch.float64,),
-}
-"""Target dtypes that the loops take, for each dtype of the logits."""
 
 
-@register_jitable(**STRICT)
+@subroutine(**STRICT)
 def _soft_target_focal(x, y, alpha0, alpha1, gamma, gamma_is_2):
     """Loss and d loss / d x of one element, both 0 where the target is negative.
 
@@ -59,75 +53,76 @@ def _soft_target_focal(x, y, alpha0, alpha1, gamma, gamma_is_2):
     return ZERO if y < ZERO else loss, ZERO if y < ZERO else gradient
 
 
-@njit
+@subroutine
 def _focal(x, y, alpha0, alpha1, gamma, factor, loss, gradient):
     """Write the losses of a block, and its gradients times ``factor``."""
     if gamma == TWO:
         for i in range(x.size):
-            loss[i], slope = _soft_target_focal(load(x, i), load(y, i), alpha0, alpha1, gamma, True)
-            store(gradient, i, slope * factor)
+            loss[i], slope = _soft_target_focal(x[i], y[i], alpha0, alpha1, gamma, True)
+            gradient[i] = slope * factor
     else:
         for i in range(x.size):
-            loss[i], slope = _soft_target_focal(
-                load(x, i), load(y, i), alpha0, alpha1, gamma, False
-            )
-            store(gradient, i, slope * factor)
+            loss[i], slope = _soft_target_focal(x[i], y[i], alpha0, alpha1, gamma, False)
+            gradient[i] = slope * factor
 
 
-@njit
+@subroutine
 def _count(y):
     """The numbers of targets that are not ignored, and of targets above 1."""
     count, too_large = np.int32(0), np.int32(0)  # twice as many fill a vector as of int64
     for i in range(y.size):
-        count = np.int32(count + (not load(y, i) < 0))
-        too_large = np.int32(too_large + (load(y, i) > 1))
+        count = np.int32(count + (not y[i] < 0))
+        too_large = np.int32(too_large + (y[i] > 1))
     return count, too_large
 
 
-@njit
-def _mix_targets(y, lam, index, first, target):
-    """Write mixed targets from element ``first`` on; -1 where one of the two is ignored."""
-    rows, inner = lam.size, y.size // lam.size
+@subroutine
+def _mix_targets(y, inner, lam, index, first, own, buffer, target):
+    """Write mixed targets from element ``first`` on; -1 where one of the two is ignored.
+
+    ``own`` holds the targets of these elements, as they are.
+    """
     done = 0
     while done < target.size:
         row, column = divmod(first + done, inner)
-        if not 0 <= index[row] < rows:
+        if not 0 <= index[row] < lam.size:
             raise ValueError("soft_target_focal_loss: mix index must lie in [0, B)")
         size = min(target.size - done, inner - column)
-        own, partner = y[first + done :][:size], y[index[row] * inner + column :][:size]
-        mixed, lam_row = target[done:][:size], lam[row]
+        partner = read_block(y, index[row] * inner + column, part(buffer, 0, size))
+        x, mixed, lam_row = part(own, done, size), part(target, done, size), lam[row]
         for i in range(size):
-            a, b = load(own, i), load(partner, i)
+            a, b = x[i], partner[i]
             mixed[i] = -ONE if a < 0 or b < 0 else lam_row * a + (ONE - lam_row) * b
         done += size
 
 
-@njit
+@subroutine
 def _weigh(weight, inner, first, target, values):
     """values *= weight where the target is not ignored; a weight holds for ``inner`` elements."""
     done = 0
     while done < values.size:
         row, column = divmod(first + done, inner)
         size = values.size - done if inner == 1 else min(values.size - done, inner - column)
-        product, y, factor = values[done:][:size], target[done:][:size], weight[row:]
+        product, y = part(values, done, size), part(target, done, size)
         if inner == 1:
             for i in range(size):
-                product[i] = ZERO if y[i] < ZERO else product[i] * load(factor, i)
+                product[i] = ZERO if y[i] < ZERO else product[i] * weight[row + i]
         else:
             for i in range(size):
-                product[i] = ZERO if y[i] < ZERO else product[i] * load(factor, 0)
+                product[i] = ZERO if y[i] < ZERO else product[i] * weight[row]
         done += size
 
 
 @njit
 def _run(
-    start, end, x, y, weight, lam, index, grad_output, factor, alpha0, alpha1, gamma, output, out,
-    sums,
+    start, end, x, y, length, weight, lam, index, grad_output, has_grad_output, factor, alpha0,
+    alpha1, gamma, output, out, sums,
 ):  # fmt: skip
     """Blocks ``start`` to ``end`` of one level.
 
     Args:
-        x: logits; like y (targets), grad_output (or empty) and out, of [rows * inner] elements.
+        x: (address, dtype code) of the logits; like y (targets), grad_output and out, of
+            ``length`` elements.
         weight: [rows] or [rows * inner] or empty, in the compute dtype, as is lam: [rows] or empty.
         factor: of the gradients, in addition to ``grad_output``.
         output: NO_OUTPUT, LOSSES or GRADIENTS, written to ``out``.
@@ -135,57 +130,45 @@ def _run(
             are not ignored, number of targets above 1.
     """
     dtype = weight.dtype.type
-    targets, losses = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
-    gradients = np.empty(BLOCK, dtype)
+    buffers = empty(6 * BLOCK, weight.dtype)
     formula, factor = (dtype(alpha0), dtype(alpha1), dtype(gamma)), dtype(factor)
-    mixed = lam.size > 0
-    direct = output == GRADIENTS and weight.size == 0 and grad_output.size == 0
+    at_once = output == GRADIENTS and weight.size == 0 and not has_grad_output
+    scale = factor if at_once else dtype(1)
+    in_place = at_once and out[1] == own_kind(weight)
     for block in range(start, end):
         first = block * BLOCK
-        size = min(BLOCK, x.size - first)
-        logit, own, result = x[first:][:size], y[first:][:size], out[first:][:size]
-        target, loss, gradient = targets[:size], losses[:size], gradients[:size]
-        count, too_large = _count(own)
-        if mixed:
-            _mix_targets(y, lam, index, first, target)
+        size = min(BLOCK, length - first)
+        logit = read_block(x, first, part(buffers, 0, size))
+        target = read_block(y, first, part(buffers, BLOCK, size))
+        loss, gradient = part(buffers, 2 * BLOCK, size), part(buffers, 3 * BLOCK, size)
+        count, too_large = _count(target)
+        if lam.size > 0:
+            mixed, partner = part(buffers, 4 * BLOCK, size), part(buffers, 5 * BLOCK, size)
+            _mix_targets(y, length // lam.size, lam, index, first, target, partner, mixed)
+            target = mixed
             count, _ = _count(target)
-        elif not direct:
-            for i in range(size):
-                target[i] = load(own, i)
-        if direct and not mixed:  # logits and targets read and gradients written in one pass
-            _focal(logit, own, *formula, factor, loss, result)
-        elif direct:
-            _focal(logit, target, *formula, factor, loss, result)
-        else:
-            _focal(logit, target, *formula, dtype(1), loss, gradient)
-            if weight.size > 0:
-                _weigh(weight, x.size // weight.size, first, target, loss)
-                _weigh(weight, x.size // weight.size, first, target, gradient)
-            if grad_output.size > 0:
-                _weigh(grad_output, 1, first, target, gradient)
-            if output == LOSSES:
+        if in_place:
+            gradient = elements(out[0] + weight.itemsize * first, size, weight.dtype)
+        _focal(logit, target, *formula, scale, loss, gradient)
+        if weight.size > 0:
+            _weigh(weight, length // weight.size, first, target, loss)
+            _weigh(weight, length // weight.size, first, target, gradient)
+        if has_grad_output:  # the logits are not needed any more
+            upstream = read_block(grad_output, first, part(buffers, 0, size))
+            _weigh(upstream, 1, 0, target, gradient)
+        if output == LOSSES:
+            store_block(loss, out[0], out[1], first)
+        elif output == GRADIENTS and not in_place:
+            if not at_once:
                 for i in range(size):
-                    store(result, i, loss[i])
-            elif output == GRADIENTS:
-                for i in range(size):
-                    store(result, i, gradient[i] * factor)
+                    gradient[i] *= factor
+            store_block(gradient, out[0], out[1], first)
         sums[block, 0], sums[block, 1], sums[block, 2] = sum_reordered(loss), count, too_large
 
 
-@njit
-def _add(sums):
-    """The sums over all blocks, in order."""
-    total, count, too_large = 0.0, 0.0, 0.0
-    for block in range(sums.shape[0]):
-        total += sums[block, 0]
-        count += sums[block, 1]
-        too_large += sums[block, 2]
-    return total, count, too_large
-
-
-def _stored_as(x: Tensor, *dtypes: torch.dtype) -> np.ndarray:
-    """The tensor as a flat array of one of these dtypes; converted to the first if it has none."""
-    return stored(x if x.dtype in dtypes else x.to(dtypes[0]))
+def _as_bytes(x: Tensor) -> Tensor:
+    """bool as uint8, which loops take."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def _at_least_one(value: Tensor | None) -> float:
@@ -206,40 +189,33 @@ def _run_levels(
 ) -> tuple[float, float]:
     """Write what ``output`` says; return the sum of the losses and the number of elements."""
     dtype = compute_dtype(logits[0].dtype)
-    loop_dtype = dtype if logits[0].dtype == torch.float16 else logits[0].dtype
     lambdas, partners = EMPTY[dtype], NO_INDEX
     if lam is not None and index is not None:
-        lambdas, partners = _stored_as(lam, dtype), stored(index)
+        lambdas, partners = stored(lam.to(dtype)), stored(index)
         wrong = lambdas[(lambdas < 0) | (lambdas > 1)]
         if wrong.size:
             raise ValueError(f"soft_target_focal_loss: mix lam must be in [0, 1], got {wrong[0]:g}")
     total, count = 0.0, 0.0
     for level, logit in enumerate(logits):
-        x = _stored_as(logit, loop_dtype)
-        y = _stored_as(targets[level], *TARGETS[loop_dtype])
-        weight = _stored_as(weights[level], dtype) if weights else EMPTY[dtype]
-        grad_output, factor, result = x[:0], 1.0, x[:0]
+        weight = stored(weights[level].to(dtype)) if weights else EMPTY[dtype]
+        grad_output, factor = logit, 1.0
         if grad_outputs and grad_outputs[level].dim() == 0:
             factor = float(grad_outputs[level])
         elif grad_outputs:
-            grad_output = _stored_as(grad_outputs[level], loop_dtype)
-        if output != NO_OUTPUT:
-            converted = out[level].to(loop_dtype)  # out itself, unless that is float16
-            result = stored(converted)
-        sums = np.empty((-(-x.size // BLOCK), 3), np.float64)
+            grad_output = grad_outputs[level]
+        sums = np.empty((-(-logit.numel() // BLOCK), 3), np.float64)
         parallel_for(
-            _run, len(sums), GRAIN_SIZE, x, y, weight, lambdas, partners, grad_output,
-            factor / divisor, *alphas_gamma, output, result, sums,
+            _run, len(sums), GRAIN_SIZE, logit, _as_bytes(targets[level]), logit.numel(), weight,
+            lambdas, partners, grad_output, grad_output is not logit, factor / divisor,
+            *alphas_gamma, output, logit if output == NO_OUTPUT else out[level], sums,
         )  # fmt: skip
-        level_total, level_count, too_large = _add(sums)
+        level_total, level_count, too_large = sums.sum(0).tolist()
         if too_large:
             largest = targets[level][targets[level] > 1].max()
             raise ValueError(
                 "soft_target_focal_loss: targets must be in [0, 1], or negative to be ignored, "
                 f"got {largest.item()}"
             )
-        if output != NO_OUTPUT and converted is not out[level]:
-            out[level].copy_(converted)
         total += level_total
         count += level_count
     return total, count

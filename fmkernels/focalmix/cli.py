@@ -97,6 +97,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "compute FROC and CPM of candidates by LUNA16's rules",
         ),
         ("doctor", _add_doctor, "", "show versions and devices, and self-test every operation"),
+        ("warmup", _add_warmup, "", "compile the CPU path ahead of time, for later processes"),
     ):
         usage = " ".join(filter(None, ["fmkernels", name, usage, "[options]"]))
         description = f"{text[0].upper()}{text[1:]}."
@@ -428,6 +429,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from fmkernels.doctor import doctor
 
     return doctor()
+
+
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    from fmkernels import functional
+
+    parser.add_argument(
+        "--ops",
+        metavar="OP",
+        choices=functional.__all__,
+        nargs="+",
+        default=[],
+        help=f"operations to compile, among {', '.join(functional.__all__)} (default: all)",
+    )
+    parser.set_defaults(run=_warmup)
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    try:
+        from fmkernels.warmup import warmup
+    except ImportError as error:  # Numba is missing or disabled
+        raise InputError(str(error).removeprefix("fmkernels: ")) from None
+    return warmup(arguments.ops)
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:

@@ -310,7 +310,7 @@ LOSS_ERRORS = (
             "logits must be a tensor or a list": {"logits": 3.0},
             "logits must be a tensor or a list .*, got a list of 2": {"logits": [L, 1]},
             "logits must be float16 or bfloat16": {"logits": L.int()},
-            "logits must be float32, got float64": {"logits": [L, L.double()], "targets": [Y, Y]},
+            "logits must be float16 .* got int32": {"logits": [L, L.int()], "targets": [Y, Y]},
             "targets must be .* got int64": {"targets": Y.long()},
             "targets must be .* got int16": {"targets": Y.short()},
             "targets must be float32, got uint8": {"logits": [L, L], "targets": [Y, Y.byte()]},
@@ -405,7 +405,7 @@ TARGET_ERRORS = (
         {
             "view_logits must be a tensor or a list": {"view_logits": 1.0},
             "view_logits must be float16 or": {"view_logits": VIEWS.int()},
-            "view_logits must be float32, got float64": {"view_logits": [VIEWS, VIEWS.double()]},
+            "view_logits must be float16 .* got int32": {"view_logits": [VIEWS, VIEWS.int()]},
             "flips must be a tensor": {"flips": [0, 1]},
             "flips must be uint8, got int64": {"flips": FLIPS.long()},
             "temperature must be a number, got str": {"temperature": "0.7"},

@@ -2,6 +2,10 @@
 
 import inspect
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import SplitPoint, pipeline
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     tree_flatten,
@@ -18,10 +28,12 @@ from torch.utils._pytree import (
     tree_map_only,
     tree_unflatten,
 )
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpretedFunction
 
 from fmkernels import functional
 from fmkernels.kernels import tuning
+from fmkernels.ops.library import WITH_TENSORS
 from tests.conftest import launches
 from tests.opinfo import FLOATS, OPS, VOXELS, Arguments, OpInfo, copy, rand
 from tests.support import on_gpu
@@ -196,6 +208,36 @@ def test_gradcheck(path, op):
         assert torch.autograd.gradcheck(call, leaves(arguments), fast_mode=True)
 
 
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@each(
+    [op for op in KERNELS if "levels" in op.samples(torch.float32)],
+    sample=lambda op: [name for name in op.samples(torch.float32) if name.startswith("levels")],
+    dtype=lambda _: (torch.float32, torch.bfloat16),
+)
+def test_levels_of_different_dtypes(op, sample, dtype, second):
+    """As autocast makes them: each is as exact as it is alone in its dtype."""
+    arguments = op.samples(dtype)[sample]
+    name = next(iter(op.valid))
+    levels = [x.to((dtype, second)[i % 2]) for i, x in enumerate(arguments[name])]
+    arguments = {**arguments, name: type(arguments[name])(levels)}
+    results, gradients = run(op, arguments)
+    kept = arguments.get("reduction") == "none"
+    assert not kept or [y.dtype for y in results] == [x.dtype for x in levels]
+    for ours, theirs, x in zip(results, exact(op, arguments), levels, strict=kept):
+        assert_close(ours, theirs, arithmetic=x.dtype if kept else torch.float32)
+    if gradients:
+        assert [x.dtype for x in gradients] == [x.dtype for x in levels]
+        doubles = with_leaves(op, arguments, torch.float64)
+        expected = exact(op, doubles)
+        total = sum(
+            (y * u.double()).sum() for y, u in zip(expected, upstream(results), strict=kept)
+        )
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad(total, leaves(doubles)), strict=True
+        ):
+            assert_close(ours, theirs)
+
+
 @each(KERNELS, sample=lambda op: op.empty())
 def test_empty(path, op, sample):
     check(op, copy(op.empty()[sample], path.device), torch.float32)
@@ -300,6 +342,22 @@ def check_in_place(op: OpInfo, arguments: Arguments, layout: Callable) -> None:
     assert around is None or same(own.copy_(kept)._base, around), "wrote between the elements"
 
 
+def negative_view(x: Tensor) -> Tensor:
+    """The same values in memory that holds their opposites."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+@each(WITH_OUT)
+def test_out_of_the_opposite_sign(path, op):
+    for arguments in some(op, path):
+        own = negative_view(arguments[op.in_place])
+        assert own.is_neg() and same(own, arguments[op.in_place])
+        check_in_place(op, {**arguments, op.in_place: own}, lambda x: x)
+        expected = op.function(**{**arguments, op.in_place: contiguous(own)})
+        out = negative_view(torch.zeros_like(expected))
+        assert op.function(**arguments, out=out) is out and same(out, expected)
+
+
 @each(WITH_OUT, sample=samples, dtype=dtypes)
 def test_in_place_equals_out_of_place(path, op, sample, dtype):
     check_in_place(op, copy(op.samples(dtype)[sample], path.device), contiguous)
@@ -344,6 +402,56 @@ def test_backward_can_be_repeated(path, op, dtype):
         compare(doubled, [2 * x.double() for x in first], dtype)
 
 
+def nodes(results: list[Tensor]) -> list:
+    """All of the graph of autograd."""
+    found, new = [], [y.grad_fn for y in results]
+    while new:
+        found += new
+        following = (node for f in new for node, _ in f.next_functions if node is not None)
+        new = [f for f in dict.fromkeys(following) if f not in found]
+    return found
+
+
+def test_the_graph_is_walked():
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    assert len(nodes([y.exp() + y, y])) == 4
+
+
+@each(DIFFERENTIABLE)
+def test_hooks_see_all_that_is_saved(path, op):
+    """The graph holds no tensor besides, so that it can be kept elsewhere or computed again."""
+    for arguments in some(op, path):
+        expected, gradients = run(op, arguments)
+        given = with_leaves(op, arguments)
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone):
+            results = tree_leaves(op.function(**given))
+        held = [vars(node) for node in nodes(results) if hasattr(node, "__dict__")]
+        assert held and not any(isinstance(x, Tensor) for x in tree_leaves(held))
+        for retain_graph in (True, True, False):
+            found = backward(results, given, retain_graph=retain_graph)
+            compare(found, [x.double() for x in gradients], torch.float32)
+            for x in found:
+                x.fill_(math.nan)  # a gradient that was handed out is the caller's
+
+        def call(given=given):
+            return tree_leaves(op.function(**given))
+
+        with torch.autograd.graph.save_on_cpu():
+            offloaded = call()
+        for results in (offloaded, checkpoint(call, use_reentrant=False)):
+            assert same(results, expected)
+            compare(backward(results, given), [x.double() for x in gradients], torch.float32)
+
+
+@each(DIFFERENTIABLE)
+def test_arguments_made_in_inference_mode(path, op):
+    for arguments in some(op, path):
+        with torch.inference_mode():
+            made = copy(arguments)
+        assert same(run(op, made), run(op, arguments))
+
+
 @each(DIFFERENTIABLE)
 def test_a_second_derivative_raises(path, op):
     for arguments in some(op, path):
@@ -386,6 +494,16 @@ def test_a_forward_mode_derivative_is_refused(op, argument):
     x = arguments.pop(argument)
     with pytest.raises(ValueError, match=f"{op.name}: no forward-mode derivative by {argument}"):
         torch.func.jvp(lambda x: op.function(**arguments, **{argument: x}), (x,), (x,))
+    message = f"{op.name}: no forward-mode derivative"
+    step = lambda x: op.function(**arguments, **{argument: x})  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: torch.func.jvp(step, (x,), (x,)), backend="eager")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        compiled(x)
+    if argument in op.differentiable:
+        gradient = torch.func.grad(lambda x: step(x).square().sum())
+        with pytest.raises(ValueError, match=message):
+            torch.func.jvp(gradient, (x,), (x,))
     one = torch.ones(())
     constant = lambda y: y * op.function(**arguments, **{argument: x}).sum()  # noqa: E731
     assert torch.func.jvp(constant, (one,), (one,))[1].isfinite()
@@ -465,6 +583,13 @@ def test_opcheck(path, op):
     assert noted.calls
     for func, args, kwargs in noted.calls.values():
         torch.library.opcheck(func, args, kwargs, test_utils=tests)
+        if path.name == "cpu" and func in WITH_TENSORS:
+            args = tree_map_only(float, lambda x: torch.tensor(x, dtype=torch.float64), args)
+            args = [
+                torch.stack(x) if name.endswith("window") and x else x
+                for name, x in zip((a.name for a in func._schema.arguments), args, strict=False)
+            ]
+            torch.library.opcheck(WITH_TENSORS[func], args, kwargs, test_utils=tests[:3])
 
 
 @each(OPS)
@@ -492,6 +617,126 @@ def test_compiles_at_changing_sizes(path, op):
             for ours, theirs in zip(tree_leaves(found[1]), tree_leaves(found[0]), strict=True):
                 assert ours.stride() == theirs.stride()
                 compare([ours], [theirs.double()], torch.float32)
+
+
+TEN_VALUES = {
+    "alpha0": lambda i: 0.1 * i,
+    "alpha1": lambda i: 1 - 0.1 * i,
+    "gamma": lambda i: 0.5 * i,  # also 0, 1 and 2
+    "normalizer": lambda i: 0.5 * i,
+    "temperature": lambda i: 0.1 + 0.1 * i,
+    "eta": lambda i: 0.1 + 0.1 * i,
+    "window": lambda i: (-2 - 0.1 * i, 1 + 0.1 * i),
+    "batch_size": lambda i: 2 + i,
+}
+
+
+def varied(op: OpInfo) -> list[str]:
+    return [name for name in TEN_VALUES if name in inspect.signature(op.function).parameters]
+
+
+@pytest.mark.parametrize("into", ["new", "out"])
+@each(OPS, argument=varied)
+def test_ten_values_of_a_number_take_two_graphs(op, argument, into):
+    """The first is taken for a constant, the second is not."""
+    if into == "out" and not op.in_place:
+        return
+
+    def step(given, value):
+        out = {"out": torch.empty_like(given[op.in_place])} if into == "out" else {}
+        given = {name: tree_map_only(Tensor, lambda x: x * 1, x) for name, x in given.items()}
+        return tree_leaves(op.function(**{**given, argument: value}, **out))
+
+    arguments = next(iter(op.samples(torch.float32).values()))
+    arguments = {name: x for name, x in arguments.items() if name != "generator"}
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(10):
+        found = []
+        for function in (step, compiled):
+            torch.manual_seed(i)
+            given = copy(arguments) if into == "out" else with_leaves(op, arguments)
+            results = function(given, TEN_VALUES[argument](i))
+            found.append((results, backward(results, given) if leaves(given) else []))
+        for ours, theirs in zip(tree_leaves(found[1]), tree_leaves(found[0]), strict=True):
+            compare([ours], [theirs.double()], torch.float32)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("sample", ["mean", "none", "levels"])
+def test_cpp_wrapper_is_refused_where_results_are_lists(sample):
+    (op,) = (op for op in OPS if op.name == "soft_target_focal_loss")
+    arguments = op.samples(torch.float32)[sample]
+    torch._dynamo.reset()
+    with inductor_config.patch(cpp_wrapper=True, force_disable_caches=True):
+        assert same(op.function(**arguments), run(op, arguments)[0])
+        compiled = torch.compile(lambda x: op.function(**{**arguments, "logits": x}))
+        with pytest.raises(Exception, match=f"{op.name}: cannot be compiled with .*cpp_wrapper"):
+            compiled(arguments["logits"])
+
+
+class Layers(torch.nn.Module):
+    """An op between a layer with a parameter and a layer without."""
+
+    def __init__(self, op: OpInfo, arguments: Arguments):
+        super().__init__()
+        given = {name: arguments[name] for name in op.differentiable if name in arguments}
+        self.op, self.fixed = op, {k: v for k, v in arguments.items() if k not in given}
+        self.inputs, self.structure = tree_flatten(given)
+        self.scale = torch.nn.Parameter(torch.tensor(0.7))
+        self.last = torch.nn.ReLU()
+
+    def forward(self, *inputs):
+        given = tree_unflatten([x * self.scale for x in inputs], self.structure)
+        results = tree_leaves(self.op.function(**self.fixed, **given))
+        return self.last(sum(y.float().square().sum() for y in results))
+
+
+def layers(op: OpInfo, arguments: Arguments) -> tuple[Layers, tuple[Tensor, ...], Tensor]:
+    """The layers, their inputs, and the gradient of the parameter."""
+    model = Layers(op, arguments)
+    model(*model.inputs).backward()
+    gradient, model.scale.grad = model.scale.grad, None
+    assert gradient.isfinite() and gradient != 0
+    return model, tuple(model.inputs), gradient
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@each(DIFFERENTIABLE, sample=samples)
+def test_exports_with_gradients(op, sample, strict):
+    model, inputs, gradient = layers(op, op.samples(torch.float32)[sample])
+    program = torch.export.export(model, inputs, strict=strict)
+    for exported in (program.module(), program.run_decompositions().module()):
+        for _ in range(2):
+            exported.scale.grad = None
+            exported(*inputs).backward()
+            assert_close(exported.scale.grad, gradient.double())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@each(DIFFERENTIABLE)
+def test_pipelining_keeps_gradients(op):
+    for arguments in op.samples(torch.float32).values():
+        model, inputs, gradient = layers(op, arguments)
+        stages = pipeline(model, mb_args=inputs, split_spec={"last": SplitPoint.BEGINNING})
+        first, last = stages.get_stage_module(0), stages.get_stage_module(1)
+        last(first(*inputs)).backward()
+        assert_close(first.scale.grad, gradient.double())
+
+
+@each(DIFFERENTIABLE)
+def test_compiled_autograd(op):
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    for arguments in op.samples(torch.float32).values():
+        expected = run(op, arguments)[1]
+        given = with_leaves(op, arguments)
+        results = tree_leaves(op.function(**given))
+        torch._dynamo.reset()
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            for retain_graph in (True, False):
+                found = backward(results, given, retain_graph=retain_graph)
+                compare(found, [x.double() for x in expected], torch.float32)
 
 
 @each(WITH_OUT)
@@ -523,6 +768,39 @@ def test_fake_and_meta_tensors_have_the_shapes_of_real_ones(op, sample):
         for ours, theirs in zip(results, real, strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
             assert ours.stride() == theirs.stride()
+
+
+def test_a_second_import():
+    """After modules were cleared; what the first import left behind goes on working."""
+    script = """
+        import sys
+        import torch
+        import fmkernels as first
+
+        x, y = torch.linspace(-2, 2, 6, requires_grad=True), torch.linspace(0, 1, 6)
+        volumes, lam, index = torch.ones(1, 1, 2, 3, 4), torch.ones(1), torch.zeros(1).long()
+        loss = first.soft_target_focal_loss(x, y)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fmkernels"]:
+            del sys.modules[name]
+        import fmkernels as second
+
+        assert first.mixup3d is not second.mixup3d
+        for functions in (second, first):
+            again = functions.soft_target_focal_loss(x, y)
+            assert torch.equal(again, loss)
+            (gradient,) = torch.autograd.grad(again, x)
+            assert torch.equal(functions.mixup3d(volumes, lam, index), volumes)
+            out = torch.empty_like(volumes)
+            assert functions.mixup3d(volumes, lam, index, out=out).equal(volumes)
+            compiled = torch.compile(functions.soft_target_focal_loss, backend="aot_eager")
+            assert torch.equal(compiled(x, y), loss)
+        loss.backward()
+        assert torch.equal(x.grad, gradient)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- what must not matter ------------------------------------------------------------------------
@@ -601,6 +879,29 @@ def test_errors(op, error):
     with pytest.raises(error.kind, match=f"^{op.name}: {error.words}") as raised:
         op.function(**{**op.valid, **error.arguments})
     assert any(name in str(raised.value) for name in error.arguments)
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@each(KERNELS)
+def test_dtensors_are_refused(op, mesh):
+    for arguments in op.samples(torch.float32).values():
+        values, structure = tree_flatten(arguments)
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                sharded = distribute_tensor(value, mesh, [Replicate()])
+                given = tree_unflatten([*values[:i], sharded, *values[i + 1 :]], structure)
+                with pytest.raises(TypeError, match=f"{op.name}: .* got a DTensor; pass the local"):
+                    op.function(**given)
+        if op.in_place:
+            out = distribute_tensor(op.function(**arguments), mesh, [Replicate()])
+            with pytest.raises(TypeError, match=f"{op.name}: out must be a plain tensor, got a DT"):
+                op.function(**arguments, out=out)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What is particular to soft_target_focal_loss; test_ops.py has the tests that every op needs."""
 
+import contextlib
+import gc
 import math
 import shutil
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import reference
 from fmkernels import nn, soft_target_focal_loss
@@ -302,6 +305,26 @@ def test_equal_alphas_give_the_quality_focal_loss(path):
     )
 
 
+def test_holds_only_its_gradient_until_the_backward():
+    """And hands that out, unless the graph is retained."""
+    logits, targets = make((3, 400))
+    x, saved, received = logits.requires_grad_(), [], []
+    hidden, targets = x * 1, targets.clone()
+    hidden.register_hook(lambda gradient: received.append(gradient.data_ptr()))
+    inputs = [StorageWeakRef(v.untyped_storage()) for v in (hidden, targets)]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda v: saved.append(v.detach()) or v, lambda v: v
+    ):
+        loss = soft_target_focal_loss(hidden, targets)
+    del hidden, targets
+    assert all(ref.expired() for ref in inputs)
+    assert sorted(v.numel() for v in saved) == [1, x.numel()]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    places = [v.data_ptr() for v in saved]
+    assert [pointer in places for pointer in received] == [False, True]
+
+
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_float16_gradients_survive_a_grad_scaler(path, scale, reduction):
@@ -449,10 +472,12 @@ def test_sizes_around_a_block(path, n, rows):
 
 
 def test_opcheck_with_gradients(path):
-    """With a normalizer: else the backward divides the op's own result in place."""
+    """All but a derivative of all results: that of the gradients, of second order, raises."""
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"
 
     def check(name, *arguments, **options):
-        torch.library.opcheck(getattr(torch.ops.fmkernels, name).default, arguments, options)
+        op = getattr(torch.ops.fmkernels, name).default
+        torch.library.opcheck(op, arguments, options, test_utils=tests)
 
     logits, targets = make((3, 40), device=path.device)
     weight = torch.rand(3, device=path.device)
@@ -568,6 +593,28 @@ def test_values_out_of_range_are_an_error(path, reduction, words, arguments):
         pytest.skip("a device assertion, compiled in by FMKERNELS_DEBUG=1, would end the process")
     with pytest.raises((AssertionError, ValueError), match=words):
         soft_target_focal_loss(**{"logits": X, "targets": Y, "reduction": reduction, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mix": (LAM, INDEX - 1)},
+        {"mix": (LAM, INDEX + 2)},
+        {"mix": (LAM * 1.25, INDEX)},
+        {"targets": Y + 0.75},
+    ],
+)
+def test_an_error_keeps_no_memory(arguments):
+    def fail():
+        given = {"logits": X + 1, "targets": Y + 0, **arguments}
+        with contextlib.suppress(ValueError):
+            return soft_target_focal_loss(**given)
+        return [StorageWeakRef(given[name].untyped_storage()) for name in ("logits", "targets")]
+
+    kept = fail()
+    gc.collect()
+    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    assert sum(not ref.expired() for ref in kept) == len(given)
 
 
 @kernel_only

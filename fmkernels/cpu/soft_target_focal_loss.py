@@ -85,8 +85,6 @@ def _mix_targets(y, inner, lam, index, first, own, buffer, target):
     done = 0
     while done < target.size:
         row, column = divmod(first + done, inner)
-        if not 0 <= index[row] < lam.size:
-            raise ValueError("soft_target_focal_loss: mix index must lie in [0, B)")
         size = min(target.size - done, inner - column)
         partner = read_block(y, index[row] * inner + column, part(buffer, 0, size))
         x, mixed, lam_row = part(own, done, size), part(target, done, size), lam[row]
@@ -192,6 +190,9 @@ def _run_levels(
     lambdas, partners = EMPTY[dtype], NO_INDEX
     if lam is not None and index is not None:
         lambdas, partners = stored(lam.to(dtype)), stored(index)
+        # here, since an error raised in a loop would keep the arrays of the loop alive for good
+        if not np.all((partners >= 0) & (partners < partners.size)):
+            raise ValueError("soft_target_focal_loss: mix index must lie in [0, B)")
         wrong = lambdas[(lambdas < 0) | (lambdas > 1)]
         if wrong.size:
             raise ValueError(f"soft_target_focal_loss: mix lam must be in [0, 1], got {wrong[0]:g}")

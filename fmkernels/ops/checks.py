@@ -5,6 +5,8 @@ No check reads a value from the device. Public functions check once; launchers t
 
 import numbers
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ def check_tensor(name: str, argument: str, x: object) -> None:
 
 
 def check_dtype(name: str, argument: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """All tensors come by here: so DTensors, for which no op has a sharding rule, are refused."""
+    if type(x) is not Tensor and type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: {argument} must be a plain tensor, got a DTensor; "
+            f"pass the local shards of all tensors, such as {argument}.to_local()"
+        )
     if x.dtype not in allowed:
         raise TypeError(f"{name}: {argument} must be {_names(allowed)}, got {_names([x.dtype])}")
 
@@ -36,9 +44,12 @@ def check_device(name: str, argument: str, x: Tensor, device: torch.device) -> N
 
 def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
     """No op has a forward-mode derivative: a tangent would be dropped silently."""
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if forward_ad._current_level >= 0 and not torch.compiler.is_dynamo_compiling():
+        refuse_tangent(name, argument, x)
+
+
+def refuse_tangent(name: str, argument: str, x: Tensor) -> None:
+    if torch._VF._unpack_dual(x, level=0)[1] is not None:
         raise ValueError(
             f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode"
         )
@@ -58,6 +69,33 @@ def check_number(name: str, argument: str, value: float) -> float:
     if not abs(value) <= MAX_NUMBER:  # math.isfinite cannot be traced with a symbolic float
         raise ValueError(f"{name}: {argument} must be finite, got {value}")
     return value if plain or isinstance(value, (int, float)) else float(value)
+
+
+def varying(*numbers: float) -> Sequence[Any]:
+    """The numbers; in compiled code, as tensors on the CPU if one of them varies between calls.
+
+    A graph that took them as numbers would be compiled for each value.
+    """
+    if not torch.compiler.is_compiling():
+        return numbers
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    half = 0.4567  # any number at all: one side of it is known only for constants
+    constant = [
+        statically_known_true(x > half) or statically_known_true(x <= half) for x in numbers
+    ]
+    if all(constant):
+        return numbers
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return [one * x for x in numbers]
+
+
+def varying_window(window: tuple[float, float] | None) -> tuple[float, float] | Tensor | None:
+    """The window; in compiled code, as a tensor of both bounds if one of them varies."""
+    if window is None:
+        return None
+    lo, hi = varying(*window)
+    return torch.stack([lo, hi]) if isinstance(lo, Tensor) else (lo, hi)
 
 
 def check_integer(name: str, argument: str, value: int) -> int:
@@ -97,6 +135,11 @@ def check_levels(name: str, argument: str, value: Tensor | Sequence[Tensor]) -> 
     if not value:
         raise ValueError(f"{name}: {argument} must hold at least one tensor, got an empty sequence")
     return value
+
+
+def common_dtype(levels: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all levels, which autocast may have made different."""
+    return reduce(torch.promote_types, [x.dtype for x in levels])
 
 
 def check_per_sample(

@@ -14,8 +14,9 @@ from fmkernels.ops.checks import (
     check_window,
     describe,
     result_dtype,
+    varying_window,
 )
-from fmkernels.ops.library import functional_op
+from fmkernels.ops.library import functional_op, overload_for, save_for_backward
 
 _CLAMPS = ("box", "volume")
 
@@ -107,8 +108,9 @@ def crop_and_resize3d(
     dtype = result_dtype(name, dtype, volumes, window)
     if torch.is_grad_enabled() and volumes.requires_grad and not dtype.is_floating_point:
         raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes detached")
-    return crop_and_resize3d_op(
-        volumes, boxes.contiguous(), clamp == "box", window, output_size=size, dtype=dtype
+    bounds = varying_window(window)
+    return overload_for(crop_and_resize3d_op, bounds)(
+        volumes, boxes.contiguous(), clamp == "box", bounds, output_size=size, dtype=dtype
     )
 
 
@@ -130,12 +132,12 @@ def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
 def _save(ctx, args, crops):
     volumes, boxes, ctx.clamp_box, ctx.window = args
     ctx.shape, ctx.dtype = volumes.shape, volumes.dtype
-    ctx.save_for_backward(boxes, volumes if ctx.window else None)
+    save_for_backward(ctx, boxes, volumes if ctx.window is not None else None)
 
 
 def _backward(ctx, grad_output):
     boxes, volumes = ctx.saved_tensors
-    grad_volumes = crop_and_resize3d_backward_op(
+    grad_volumes = overload_for(crop_and_resize3d_backward_op, ctx.window)(
         grad_output.contiguous(), boxes, volumes, ctx.clamp_box, ctx.window,
         shape=ctx.shape, dtype=ctx.dtype,
     )  # fmt: skip

@@ -18,9 +18,11 @@ In ``fmkernels/ops/scale.py`` this defines ``torch.ops.fmkernels.scale``. It cal
 ``import fmkernels`` imports neither triton nor numba.
 """
 
+import re
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 from itertools import repeat
 from typing import Any
@@ -29,9 +31,19 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from fmkernels.ops.checks import check_no_tangent
+from fmkernels.ops.checks import refuse_tangent
+from fmkernels.ops.tensors import has_memory
 
-LIBRARY = torch.library.Library("fmkernels", "DEF")
+_REGISTERED = vars(torch.library).setdefault("_fmkernels", {})
+"""Outlives this module: code that clears sys.modules and imports fmkernels anew, as notebooks and
+test runners do, finds the ops already defined. Their definitions stay, because what the former
+import left behind refers to them; their kernels are replaced."""
+
+if _REGISTERED:
+    _REGISTERED["kernels"]._destroy()
+else:
+    _REGISTERED |= {"definitions": torch.library.Library("fmkernels", "DEF"), "schemas": set()}
+LIBRARY = _REGISTERED["kernels"] = torch.library.Library("fmkernels", "IMPL")
 _BACKENDS = {
     _C.DispatchKey.CPU: "fmkernels.cpu",
     _C.DispatchKey.CUDA: "fmkernels.kernels",
@@ -39,6 +51,11 @@ _BACKENDS = {
 _IMPORT_LOCK = threading.Lock()
 ALLOCATORS: dict[str, Callable] = {}
 """Of each functional op, the function that allocates its results: what a launcher needs."""
+WITH_TENSORS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+"""Of each op that takes numbers, the overload for compiled code, which takes tensors on the CPU in
+their place (see `varying`). A CUDA graph would freeze the numbers, hence the tag."""
+_NOTHING = nullcontext()
+_NUMBERS = re.compile(r"float(\[\])?(\??) ")
 
 
 def functional_op(
@@ -60,8 +77,6 @@ def functional_op(
     """
 
     def define(allocate: Callable) -> torch._ops.OpOverload:
-        name = schema.partition("(")[0]
-
         def calling(launcher: Callable) -> Callable:
             def call(*args, **options):
                 results = allocate(*args, **options)
@@ -70,12 +85,14 @@ def functional_op(
 
             return call
 
+        def finish(op: torch._ops.OpOverload, backends: dict, numbers: Iterable[int]) -> None:
+            torch.library.register_vmap(op, _one_sample_at_a_time(op), lib=LIBRARY)
+            kernel = _autograd_kernel(op, backends, numbers, save, backward)
+            LIBRARY.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+        name = schema.partition("(")[0]
         ALLOCATORS[name] = allocate
-        op, backends = _define(schema, allocate, calling, allocate.__module__, name)
-        torch.library.register_vmap(op, _one_sample_at_a_time(op), lib=LIBRARY)
-        kernel = _autograd_kernel(op, backends, save, backward)
-        LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
-        return op
+        return _define(schema, allocate, calling, allocate.__module__, name, finish)
 
     return define
 
@@ -92,25 +109,107 @@ def mutating_op(
         def calling(function: Callable) -> Callable:
             return lambda *args: launch(function, *args)
 
-        return _define(schema, lambda *args: None, calling, launch.__module__, launcher)[0]
+        def finish(op: torch._ops.OpOverload, *_: Any) -> None:
+            LIBRARY.impl(op.name(), _resolving_negatives(op), "Negative")
+
+        return _define(schema, lambda *args: None, calling, launch.__module__, launcher, finish)
 
     return define
 
 
+def overload_for(op: torch._ops.OpOverload, number: Any) -> torch._ops.OpOverload:
+    """The op, or its overload for numbers that are tensors, as this one is."""
+    return WITH_TENSORS[op] if isinstance(number, Tensor) else op
+
+
+def _resolving_negatives(op: torch._ops.OpOverload) -> Callable:
+    """The op for tensors that are stored with the opposite sign, such as x.conj().imag.
+
+    PyTorch's own fallback cannot write into them where an op returns nothing.
+    """
+
+    def kernel(*args):
+        resolved = [x.resolve_neg() if isinstance(x, Tensor) else x for x in args]
+        op(*resolved)
+        for argument, x, y in zip(op._schema.arguments, args, resolved, strict=True):
+            if x is not y and argument.is_write:
+                x.copy_(y)
+
+    return kernel
+
+
 def _define(
-    schema: str, fake: Callable, calling: Callable, module: str, launcher: str
-) -> tuple[torch._ops.OpOverload, dict[_C.DispatchKey, Callable]]:
-    """The op, and what it calls for each device."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    backends = {
+    schema: str, fake: Callable, calling: Callable, module: str, launcher: str, finish: Callable
+) -> torch._ops.OpOverload:
+    """The op; where it takes numbers, its overload with tensors too."""
+    calls = {
         key: calling(_late(f"{package}.{module.rpartition('.')[2]}", launcher))
         for key, package in _BACKENDS.items()
     }
-    for key, function in backends.items():
-        LIBRARY.impl(name, function, key.name)
-    torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fmkernels, name).default, backends
+    op = _define_overload(schema, "default", fake, calls, finish)
+    arguments = op._schema.arguments
+    numbers = [i for i, argument in enumerate(arguments) if "float" in str(argument.type)]
+    if numbers:
+        with_tensors = _NUMBERS.sub(r"Tensor\2 ", schema).replace("(", ".tensors(", 1)
+        calls = {key: _reading(numbers, call) for key, call in calls.items()}
+        WITH_TENSORS[op] = _define_overload(with_tensors, "tensors", fake, calls, finish, numbers)
+    return op
+
+
+def _define_overload(
+    schema: str,
+    overload: str,
+    fake: Callable,
+    backends: dict,
+    finish: Callable,
+    numbers: Iterable[int] = (),
+) -> torch._ops.OpOverload:
+    if schema not in _REGISTERED["schemas"]:
+        tags = (torch.Tag.cudagraph_unsafe,) if numbers else ()
+        _REGISTERED["definitions"].define(schema, tags=tags)
+        _REGISTERED["schemas"].add(schema)
+    name = schema.partition("(")[0].partition(".")[0]
+    op = getattr(getattr(torch.ops.fmkernels, name), overload)
+    for key, call in backends.items():
+        LIBRARY.impl(op.name(), call, key.name)
+    if any(isinstance(result.type, torch.ListType) for result in op._schema.returns):
+        fake = _refusing_cpp_wrapper(op, fake)
+    torch.library.register_fake(op.name(), fake, lib=LIBRARY)
+    finish(op, backends, numbers)
+    return op
+
+
+def _refusing_cpp_wrapper(op: torch._ops.OpOverload, fake: Callable) -> Callable:
+    """Inductor's cpp_wrapper fails, or crashes, where results are lists. AOTInductor does not."""
+
+    def call(*args, **options):
+        inductor = sys.modules.get("torch._inductor.virtualized")
+        graph = None if inductor is None else inductor.V.graph
+        if getattr(graph, "cpp_wrapper", False) and not graph.aot_mode:
+            raise NotImplementedError(
+                f"{_public_name(op)}: cannot be compiled with torch._inductor.config.cpp_wrapper, "
+                "which does not take ops that return lists of tensors; set it to False"
+            )
+        return fake(*args, **options)
+
+    return call
+
+
+def _public_name(op: torch._ops.OpOverload) -> str:
+    return op._opname.removesuffix("_elementwise").removesuffix("_backward")
+
+
+def _reading(numbers: Iterable[int], call: Callable) -> Callable:
+    return lambda *args, **options: call(*_read(numbers, args), **options)
+
+
+def _read(numbers: Iterable[int], args: Sequence) -> Sequence:
+    """The arguments with the numbers that tensors hold, where those are not traced."""
+    values = list(args)
+    for i in numbers:
+        if values[i] is not None and has_memory(values[i]):
+            values[i] = values[i].tolist()
+    return values
 
 
 def _late(module: str, name: str) -> Callable:
@@ -125,6 +224,11 @@ def _late(module: str, name: str) -> Callable:
         return getattr(loaded, name)(*args)
 
     return call
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """As the method of ctx, which refuses tensors made in inference mode: those are copied."""
+    ctx.save_for_backward(*[x if x is None or not x.is_inference() else x.clone() for x in tensors])
 
 
 class _Differentiable(torch.autograd.Function):
@@ -148,6 +252,7 @@ _apply = super(torch.autograd.Function, _Differentiable).apply
 def _autograd_kernel(
     op: torch._ops.OpOverload,
     backends: dict[_C.DispatchKey, Callable],
+    numbers: Iterable[int],
     save: Callable | None,
     backward: Callable | None,
 ) -> Callable:
@@ -165,29 +270,31 @@ def _autograd_kernel(
                 return function(*args, **options)
             return op.redispatch(keyset, *args, **options)
 
-    name, second = op._opname.removesuffix("_backward"), op._opname.endswith("_backward")
+    name = _public_name(op)
+    second = op._opname.endswith("_backward")
 
     def not_differentiable(ctx, *grad_outputs):
         raise RuntimeError(f"{name}: no {'second derivative' if second else 'gradient'} is offered")
 
     def kernel(keyset, *args, **options):
-        if forward_ad._current_level >= 0:  # public functions miss tangents of outer transforms
-            for value in _flat(args):
+        functorch = _C._are_functorch_transforms_active()
+        if functorch or forward_ad._current_level >= 0:
+            for value in _flat(args):  # public functions miss outer transforms and compiled code
                 if isinstance(value, Tensor):
-                    check_no_tangent(name, "any argument", value)
+                    refuse_tangent(name, "any argument", value)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return call_backend(keyset, args, options)
 
         def compute(ctx):
             nonlocal structure
-            with _outer_gradients():
+            with _outer_derivatives() if functorch else _NOTHING:
                 structure = results = call_backend(keyset, args, options)
             if save is not None:
-                save(ctx, args, results)
+                save(ctx, _read(numbers, args) if numbers else args, results)
             return results if isinstance(results, Tensor) else tuple(_flat(results))
 
         structure = None
-        with _allowed_under_functorch():
+        with _allowed_under_functorch() if functorch else _NOTHING:
             results = _apply(*_flat(args), compute, backward or not_differentiable)
         return results if isinstance(results, Tensor) else _like(structure, iter(results))
 
@@ -196,16 +303,17 @@ def _autograd_kernel(
 
 def _allowed_under_functorch() -> AbstractContextManager:
     """Functorch admits autograd functions only where it expects them."""
-    if not _C._are_functorch_transforms_active():
-        return nullcontext()
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     return enable_single_level_autograd_function()
 
 
-def _outer_gradients() -> AbstractContextManager:
-    """The forward of an autograd function disables gradients, also those of outer transforms."""
-    return torch.enable_grad() if _C._are_functorch_transforms_active() else nullcontext()
+def _outer_derivatives() -> AbstractContextManager:
+    """The forward of an autograd function disables derivatives, also those of outer transforms."""
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return stack
 
 
 def _flat(values: Sequence) -> Iterator:

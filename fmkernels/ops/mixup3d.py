@@ -16,8 +16,9 @@ from fmkernels.ops.checks import (
     describe,
     result_dtype,
     shape_of,
+    varying_window,
 )
-from fmkernels.ops.library import functional_op, mutating_op
+from fmkernels.ops.library import functional_op, mutating_op, overload_for, save_for_backward
 from fmkernels.ops.tensors import arrange, is_same, may_overlap, memory_order, restore
 
 MAX_IN_PLACE = 4096  # samples; one program of the kernel holds the same voxels of all of them
@@ -113,17 +114,19 @@ def mixup3d(
         raise ValueError(
             f"{name}: no gradient through {dtype} is offered, pass volumes and donors detached"
         )
+    bounds = varying_window(window)
     if out is not None:
         check_out(name, out, volumes, dtype)
         if differentiable:
             raise ValueError(
                 f"{name}: no gradient through out is offered, pass all tensors detached"
             )
-        mixup3d_out_op(volumes, donors, lam, index, flips, donor_flips, window, out)
+        op = overload_for(mixup3d_out_op, bounds)
+        op(volumes, donors, lam, index, flips, donor_flips, bounds, out)
         return out
     order = memory_order(volumes)
-    mixed = mixup3d_op(
-        *_arranged(order, volumes, donors, lam, index, flips, donor_flips), window, dtype=dtype
+    mixed = overload_for(mixup3d_op, bounds)(
+        *_arranged(order, volumes, donors, lam, index, flips, donor_flips), bounds, dtype=dtype
     )
     return restore(mixed, order)
 
@@ -169,8 +172,8 @@ def _arranged(order, volumes, donors, lam, index, flips, donor_flips):
 def _save(ctx, args, mixed):
     volumes, donors, lam, index, flips, donor_flips, ctx.axes, ctx.window = args
     ctx.dtype, ctx.num_donors = volumes.dtype, None if donors is None else donors.shape[0]
-    inputs = (volumes, donors) if ctx.window else (None, None)
-    ctx.save_for_backward(*inputs, lam, index, flips, donor_flips)
+    inputs = (volumes, donors) if ctx.window is not None else (None, None)
+    save_for_backward(ctx, *inputs, lam, index, flips, donor_flips)
 
 
 def _backward(ctx, grad_output):
@@ -178,7 +181,7 @@ def _backward(ctx, grad_output):
     grad_output = grad_output.contiguous()
 
     def gradient(input, flips, as_volumes, as_donors, rows):
-        return mixup3d_backward_op(
+        return overload_for(mixup3d_backward_op, ctx.window)(
             grad_output, input, lam, index, flips, ctx.axes, ctx.window, as_volumes, as_donors,
             rows=rows, dtype=ctx.dtype,
         )  # fmt: skip

@@ -15,8 +15,9 @@ from fmkernels.ops.checks import (
     check_window,
     result_dtype,
     shape_of,
+    varying_window,
 )
-from fmkernels.ops.library import functional_op, mutating_op
+from fmkernels.ops.library import functional_op, mutating_op, overload_for
 from fmkernels.ops.tensors import is_same, may_overlap
 
 
@@ -139,11 +140,14 @@ def object_mixup3d(
         both_dense = _are_dense(volumes) and _are_dense(out)
         if both_dense and may_overlap(volumes, out) and not is_same(volumes, out):
             raise ValueError(f"{name}: out may be volumes itself but must not overlap it otherwise")
+    bounds, donor_bounds = varying_window(window), varying_window(donor_window)
     pairs = boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous()
     if out is None:
         dense = volumes if _are_dense(volumes) else volumes.contiguous()
-        return object_mixup3d_op(dense, donors, *pairs, window, donor_window, dtype=dtype)
-    object_mixup3d_out_op(volumes, donors, *pairs, window, donor_window, out)
+        op = overload_for(object_mixup3d_op, donor_bounds)
+        return op(dense, donors, *pairs, bounds, donor_bounds, dtype=dtype)
+    op = overload_for(object_mixup3d_out_op, donor_bounds)
+    op(volumes, donors, *pairs, bounds, donor_bounds, out)
     return out
 
 

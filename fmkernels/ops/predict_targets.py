@@ -14,9 +14,11 @@ from fmkernels.ops.checks import (
     check_no_tangent,
     check_number,
     check_per_sample,
+    common_dtype,
     shape_of,
+    varying,
 )
-from fmkernels.ops.library import functional_op
+from fmkernels.ops.library import functional_op, overload_for
 from fmkernels.ops.tensors import in_structure
 
 _MIN_TEMPERATURE = 1e-30  # already gives exactly 0, 1/2 or 1
@@ -36,7 +38,8 @@ def predict_targets(
     Args:
         view_logits: raw logits of the views, [K, B, A, D, H, W]; float16, bfloat16, float32 or
             float64; any strides, channels_last_3d views included, without a copy. Or a sequence of
-            such tensors, the levels of a feature pyramid. The kernel is unrolled over K, at most 8
+            such tensors, the levels of a feature pyramid; levels of different dtypes, as autocast
+            may make them, are converted to the wider one. The kernel is unrolled over K, at most 8
             distinct flips.
         flips: uint8 [K] on the same device: the flip of each view as a bit mask, 1 = D, 2 = H,
             4 = W; other bits are ignored. Never read back to the host.
@@ -74,7 +77,7 @@ def predict_targets(
     first = levels[0]
     for x in levels:
         check_no_tangent(name, "view_logits", x)
-        check_dtype(name, "view_logits", x, (first.dtype,) if first.dtype in FLOATS else FLOATS)
+        check_dtype(name, "view_logits", x, FLOATS)
         check_device(name, "view_logits", x, first.device)
         if x.dim() != 6 or x.shape[0] == 0 or x.shape[0] != first.shape[0]:
             expected = "[K, B, A, D, H, W] with K >= 1 the same at every level"
@@ -87,13 +90,15 @@ def predict_targets(
     check_number(name, "temperature", temperature)
     if not 0 < temperature <= 1:
         raise ValueError(f"{name}: temperature must be in (0, 1], got {temperature}")
+    if any(x.dtype != first.dtype for x in levels):
+        levels = [x.to(common_dtype(levels)) for x in levels]
     anchors_last = [x.shape[2] > 1 and x.stride(2) < x.stride(5) for x in levels]
     views = [
         x.unsqueeze(2).movedim(3, 6) if last else x.unsqueeze(6)
         for x, last in zip(levels, anchors_last, strict=True)
     ]  # [K, B, 1, D, H, W, A] or [K, B, A, D, H, W, 1]
-    temperature = max(float(temperature), _MIN_TEMPERATURE)
-    results = predict_targets_op(views, flips.contiguous(), temperature)
+    (t,) = varying(max(float(temperature), _MIN_TEMPERATURE))
+    results = overload_for(predict_targets_op, t)(views, flips.contiguous(), t)
     targets = [
         y.movedim(5, 2).squeeze(1) if last else y.squeeze(5)
         for y, last in zip(results, anchors_last, strict=True)

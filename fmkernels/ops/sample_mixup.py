@@ -1,6 +1,7 @@
 """sample_mixup: the random numbers of MixUp, drawn by functions of PyTorch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,11 @@ def sample_mixup(
     if generator is not None:
         check_generator(name, generator, None if device is None else torch.device(device))
         device = generator.device
+    # left out where there is none: with generator=None, compiled code is made for each batch size
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}
     # Devroye: |2 l - 1| = (1 + 1 / ((u^(-1 / eta) - 1) cos^2 (2 pi v)))^(-1/2), u and v uniform
-    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(
-        generator=generator
-    )
+    u, v = torch.empty(2, batch_size, dtype=torch.float64, device=device).uniform_(**options)
     odds = torch.expm1(-u.log() / eta) * torch.cos(2 * math.pi * v) ** 2
     lam = 0.5 + 0.5 * (1 + 1 / odds).rsqrt()
-    index = torch.randperm(batch_size, generator=generator, dtype=torch.int64, device=device)
+    index = torch.randperm(batch_size, dtype=torch.int64, device=device, **options)
     return lam.float(), index

@@ -1,15 +1,16 @@
 """soft_target_focal_loss: loss and gradient of all levels of a feature pyramid in one pass.
 
-The forward also computes d(loss) / d(logits). The backward multiplies it in place by the incoming
-gradient, unless that is 1, and hands it out. Two cases recompute it instead: float16, in which most
-of a saved gradient would be zero before the factor of a GradScaler arrives, and a second backward.
+The forward also computes d(loss) / d(logits) and saves nothing else. The last backward multiplies it
+in place by the incoming gradient, unless that is 1, and hands it out; where the graph is retained,
+the product is a new tensor. For float16, in which most of a saved gradient would be zero before the
+factor of a GradScaler arrives, the inputs are saved and the backward computes the gradient.
 """
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from fmkernels.dtypes import compute_dtype
 from fmkernels.ops.checks import (
@@ -20,10 +21,12 @@ from fmkernels.ops.checks import (
     check_no_grad,
     check_no_tangent,
     check_number,
+    common_dtype,
     describe,
     shape_of,
+    varying,
 )
-from fmkernels.ops.library import functional_op, mutating_op
+from fmkernels.ops.library import functional_op, mutating_op, overload_for, save_for_backward
 from fmkernels.ops.tensors import (
     arrange,
     has_memory,
@@ -98,7 +101,8 @@ def soft_target_focal_loss(
 
     Args:
         logits: any shape; float16, bfloat16, float32 or float64. Or a sequence of such tensors, the
-            levels of a feature pyramid: all in one launch.
+            levels of a feature pyramid: all in one launch. Levels of different dtypes, as autocast
+            may make them, are converted to the wider one.
         targets: the shape (or sequence of shapes) of the logits; any float dtype, uint8 or bool; y
             in [0, 1]. A negative target is ignored: no loss, no gradient, not counted. Targets
             above 1, such as masks of 0 and 255 or an ignore label of 255, raise on the CPU. On a
@@ -159,10 +163,11 @@ def soft_target_focal_loss(
             f"{name}: targets must have the structure of logits, {describe(logits)}, "
             f"got {describe(targets)}"
         )
-    first = xs[0]
+    first, one_dtype = xs[0], True
     for x, y in zip(xs, ys, strict=True):
         check_no_tangent(name, "logits", x)
-        check_dtype(name, "logits", x, (first.dtype,) if first.dtype in FLOATS else FLOATS)
+        check_dtype(name, "logits", x, FLOATS)
+        one_dtype &= x.dtype == first.dtype
         check_dtype(name, "targets", y, (ys[0].dtype,) if ys[0].dtype in _TARGETS else _TARGETS)
         check_device(name, "logits", x, first.device)
         check_device(name, "targets", y, first.device)
@@ -171,6 +176,15 @@ def soft_target_focal_loss(
                 f"{name}: targets must have the shape of logits, {shape_of(x)}, got {shape_of(y)}"
             )
         check_no_grad(name, "targets", y)
+    if not one_dtype:
+        function: Callable[..., Any] = soft_target_focal_loss  # overloads take no unions
+        loss = function(
+            [x.to(common_dtype(xs)) for x in xs], ys, alpha0=alpha0, alpha1=alpha1, gamma=gamma,
+            weight=weight, normalizer=normalizer, mix=mix, reduction=reduction,
+        )  # fmt: skip
+        if reduction != "none":
+            return loss
+        return in_structure(logits, [v.to(x.dtype) for v, x in zip(loss, xs, strict=True)])
     alpha0, alpha1, gamma = check_hyperparameters(name, alpha0, alpha1, gamma, reduction)
     lam, index = _check_mix(name, mix, xs)
     weights = _check_weight(name, weight, xs)
@@ -192,18 +206,19 @@ def soft_target_focal_loss(
         w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
         for w, x, order in zip(weights, xs, orders, strict=len(weights) > 0)
     ]
+    formula = varying(alpha0, alpha1, gamma)
     arguments = (
         [arrange(x, order) for x, order in zip(xs, orders, strict=True)],
         [arrange(y, order) for y, order in zip(ys, orders, strict=True)],
-        dense_weights, lam, index, rows, alpha0, alpha1, gamma,
+        dense_weights, lam, index, rows, *formula,
     )  # fmt: skip
     if reduction == "none":
-        losses = soft_target_focal_loss_elementwise_op(*arguments)
+        losses = overload_for(soft_target_focal_loss_elementwise_op, formula[0])(*arguments)
         losses = [restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
         return in_structure(logits, losses)
     requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with_gradients = requires_grad and first.dtype != torch.float16
-    return soft_target_focal_loss_op(
+    return overload_for(soft_target_focal_loss_op, formula[0])(
         *arguments, normalizer, reduction == "mean", with_gradients=with_gradients
     )[0]
 
@@ -290,6 +305,7 @@ def _check_normalizer(
                 f"{name}: normalizer must be a number or a real 0-d tensor, "
                 f"got {normalizer.dtype} of shape {shape_of(normalizer)}"
             )
+        check_dtype(name, "normalizer", normalizer, (normalizer.dtype,))
         check_device(name, "normalizer", normalizer, x.device)
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
@@ -318,16 +334,19 @@ def soft_target_focal_loss_backward_op(grad_outputs, logits, *_):
     return [torch.empty_like(x) for x in logits]
 
 
-def _save_inputs(ctx, inputs, normalizer=None, divisor=None):
+def _save_inputs(ctx, inputs, divisor=None):
     logits, targets, weights, lam, index, *ctx.formula = inputs
     ctx.levels = len(logits)
-    ctx.save_for_backward(normalizer, divisor, lam, index, *logits, *targets, *weights)
+    save_for_backward(ctx, divisor, lam, index, *logits, *targets, *weights)
 
 
-def _saved_inputs(ctx, saved):
-    _, _, lam, index, *tensors = saved
+def _recompute(ctx, grad_outputs):
+    divisor, lam, index, *tensors = ctx.saved_tensors
     n = ctx.levels
-    return tensors[:n], tensors[n : 2 * n], tensors[2 * n :], lam, index, *ctx.formula
+    logits, targets, weights = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+    return overload_for(soft_target_focal_loss_backward_op, ctx.formula[-1])(
+        grad_outputs, logits, targets, weights, lam, index, *ctx.formula, divisor
+    )
 
 
 def _save_elementwise(ctx, args, losses):
@@ -335,9 +354,7 @@ def _save_elementwise(ctx, args, losses):
 
 
 def _backward_elementwise(ctx, *grad_outputs):
-    grad_outputs = [grad.contiguous() for grad in grad_outputs]
-    inputs = _saved_inputs(ctx, ctx.saved_tensors)
-    return soft_target_focal_loss_backward_op(grad_outputs, *inputs, None)
+    return _recompute(ctx, [grad.contiguous() for grad in grad_outputs])
 
 
 @functional_op(
@@ -351,26 +368,30 @@ def soft_target_focal_loss_elementwise_op(logits, *_):
 
 def _save(ctx, args, results):
     *inputs, normalizer, _ = args
-    _, divisor, ctx.gradients = results
-    _save_inputs(ctx, inputs, normalizer, divisor)
-    ctx.mark_non_differentiable(divisor, *ctx.gradients)
+    _, divisor, gradients = results
+    ctx.mark_non_differentiable(divisor)
     ctx.set_materialize_grads(False)  # else the backward would get zeros as large as the gradients
+    if gradients:
+        ctx.levels = 0
+        save_for_backward(ctx, divisor, *gradients)
+    else:
+        _save_inputs(ctx, inputs, divisor if normalizer is None else normalizer)
 
 
-def _backward(ctx, grad_output, *_):
+def _backward(ctx, grad_output, _, *grad_gradients):
+    """The gradients, too, are differentiable results: so a second derivative arrives here."""
+    if any(grad is not None for grad in grad_gradients):
+        raise RuntimeError("soft_target_focal_loss: no second derivative is offered")
     if grad_output is None:
         return ()
-    normalizer, divisor = (saved := ctx.saved_tensors)[:2]
-    gradients = ctx.gradients
-    if not gradients or torch.is_grad_enabled():  # the op makes a second derivative raise
-        return soft_target_focal_loss_backward_op(
-            [grad_output] * ctx.levels,
-            *_saved_inputs(ctx, saved),
-            divisor if normalizer is None else normalizer,
-        )
-    if not (has_memory(grad_output) and has_memory(gradients[0])):
-        return [(x * (grad_output / divisor)).to(x.dtype) for x in gradients]
-    ctx.gradients = []  # a later backward must not get what this one multiplies in place
+    if ctx.levels:
+        return _recompute(ctx, [grad_output] * ctx.levels)
+    divisor, *gradients = ctx.saved_tensors
+    in_place = not torch.is_grad_enabled() and has_memory(grad_output) and has_memory(gradients[0])
+    if not in_place or _C._autograd._get_current_graph_task_keep_graph():
+        scale = grad_output / divisor
+        return [(x.to(scale.dtype) * scale).to(x.dtype) for x in gradients]
+    gradients = [x.detach() for x in gradients]
     soft_target_focal_loss_scale_op(gradients, grad_output, divisor)
     return gradients
 

@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 def crop_and_resize3d(
-    volumes, boxes, output_size, *, clamp="box", window=None, dtype=None
+    volumes, boxes, output_size, *, clamp="box", mode="trilinear", window=None, dtype=None
 ) -> Tensor:
     """out[k, :, i, j, l] = sum over 8 voxels of (1 - |dz|) (1 - |dy|) (1 - |dx|) f(voxel).
 
     Along an axis with voxels at 0, 1, 2 ..., sample i of n lies at start + (i + 0.5) (end - start)
     / n - 0.5. It is clamped between the first and the last voxel whose center (+ 0.5) lies in
     [start, end), or to the voxel nearest to the box center if there is none; or ("volume") between
-    the first and the last voxel of the volume. f is the window. A box that is not finite or lies in
+    the first and the last voxel of the volume. f is the window. mode "nearest" takes the voxel at
+    floor(position + 0.5) along each axis. A box that is not finite or lies in
     no volume gives zeros.
     """
-    crops = [_crop(volumes, box, output_size, clamp, window) for box in boxes]
+    crops = [_crop(volumes, box, output_size, clamp, mode, window) for box in boxes]
     shape = (0, volumes.shape[1], *output_size)
     out = (
         torch.stack(crops)
@@ -32,7 +33,7 @@ def crop_and_resize3d(
     return out
 
 
-def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, window) -> Tensor:
+def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, mode: str, window) -> Tensor:
     batch, *bounds = box.tolist()
     extents_are_finite = bool((box[4:] - box[1:4]).isfinite().all())  # as float32 has them
     if not (0 <= batch < len(volumes) and extents_are_finite and volumes.numel()):
@@ -49,6 +50,9 @@ def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, window) -> Tens
             bounds[:3], bounds[3:], output_size, volume.shape[1:], strict=True
         )
     ]
+    if mode == "nearest":
+        z, y, x = ((position + 0.5).floor().long() for position in axes)
+        return volume[:, z][:, :, y][:, :, :, x]
     out = 0.0
     for z, y, x in itertools.product(*([position.floor(), position.ceil()] for position in axes)):
         weight = 1.0

@@ -60,7 +60,7 @@ class OpInfo:
     launches: bool = True
     """Whether the op launches kernels; if not, it draws at random and has no exact reference."""
     interpreted_block: int | None = None
-    """A smaller block for the interpreter, which takes long for each layer of a block."""
+    """A smaller block for the interpreter, with as many tiles per program as samples fill."""
     functorch: bool = False
     """Whether torch.func.grad and torch.func.vmap are supported."""
 
@@ -71,6 +71,10 @@ class OpInfo:
     @cached_property
     def reference(self) -> Callable:
         return getattr(reference, self.name)
+
+    def gradients_to(self, arguments: Arguments) -> tuple[str, ...]:
+        """The arguments to which there is a gradient; none where label maps are resized."""
+        return () if arguments.get("mode") == "nearest" else self.differentiable
 
     @cached_property
     def block(self) -> int:
@@ -634,6 +638,12 @@ def crop_samples(dtype: torch.dtype) -> dict[str, Arguments]:
             "boxes": parts[:2],
             "output_size": (2, 4, 2),
         },
+        "nearest": {
+            "volumes": volumes,
+            "boxes": torch.cat([whole, parts, outside]),
+            "output_size": (3, 2, 5),
+            "mode": "nearest",
+        },
         "window": {"volumes": volumes, "boxes": parts, "output_size": (1, 2, 4), "window": WINDOW},
     }
 
@@ -672,7 +682,13 @@ CROP_ERRORS = (
             "output_size w must be in .*, got -1": {"output_size": (3, 3, -1)},
             "clamp must be one of 'box', 'volume', got 'border'": {"clamp": "border"},
             "clamp must be one of 'box', 'volume', got None": {"clamp": None},
+            "mode must be one of 'trilinear', 'nearest', got 'linear'": {"mode": "linear"},
+            "window must be None in mode 'nearest', got a tuple of 2": {
+                "mode": "nearest",
+                "window": WINDOW,
+            },
             "no gradient through torch.int16": {"volumes": LEAF, "dtype": torch.int16},
+            "no gradient through mode 'nearest'": {"volumes": LEAF, "mode": "nearest"},
         },
     ),
 )
@@ -697,7 +713,8 @@ def norm_samples(dtype: torch.dtype) -> dict[str, Arguments]:
     return {
         "plain": sample(*small, num_groups=2, residual=make(small, dtype, seed=3), eps=0.5),
         "3 axes, leaky ReLU": sample(
-            3, 5, 17, num_groups=1, weight=rand(5).to(own), activation="leaky_relu", negative_slope=0.25
+            3, 5, 17, num_groups=1, weight=rand(5).to(own), activation="leaky_relu",
+            negative_slope=0.25,
         ),
         "3 axes, channels last": sample(
             2, 5, 17, last=True, num_groups=5, bias=rand(5).to(own), activation="relu"
@@ -945,7 +962,7 @@ OPS = (
         errors=CROP_ERRORS,
         differentiable=("volumes",),
         not_finite={"volumes": ANY},
-        interpreted_block=256,
+        interpreted_block=64,
         functorch=True,
     ),
     OpInfo(

@@ -1,6 +1,7 @@
 """What is particular to crop_and_resize3d; test_ops.py has the tests that every op needs."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
 from tests.support.tolerance import TOLERANCE, assert_close
 
+PRODUCTION = set(tuning.TABLE["crop_and_resize3d"].values())
 CLAMPS = ["box", "volume"]
 WINDOW = (-20.5, 30.0)
 BOXES = [
@@ -29,12 +31,20 @@ BOXES = [
 ]
 
 
+SMALL_TILES = {
+    "crop_and_resize3d": tuning.Launch(block=64, num_warps=2, max_tiles=3, enough_programs=1),
+    "crop_and_resize3d_backward": tuning.Launch(512, 4, max_tiles=2, enough_programs=1),
+}
+
+WHOLE = [[1, 0, 1, 2, 5, 6, 7], [0, 2, 0, 0, 3, 6, 4], [1, 1, 1, 1, 5, 4, 7], [0, 0, 0, 0, 5, 6, 7]]
+
+
 @pytest.fixture(autouse=True)
-def two_layers_per_program(monkeypatch):
-    """The interpreter takes its time for each layer; the production number has tests of its own."""
+def small_tiles(monkeypatch):
+    """Small inputs have several tiles and programs; the production row has a test of its own."""
     if not on_gpu():
-        launch = tuning.Launch(block=2 * kernels.LANES, num_warps=4)
-        monkeypatch.setitem(tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: launch})
+        for op, launch in SMALL_TILES.items():
+            monkeypatch.setitem(tuning.TABLE, op, {tuning.DEFAULT: launch})
 
 
 make = partial(make, scale=3.0)
@@ -105,16 +115,15 @@ def test_sizes_of_volumes(path, shape, clamp):
     )
 
 
-@pytest.mark.parametrize(
-    "block", [launch.block for launch in tuning.TABLE["crop_and_resize3d"].values()]
-)
-def test_production_launch_parameters(path, block, monkeypatch):
+@pytest.mark.parametrize("launch", PRODUCTION)
+def test_production_launch_parameters(path, launch, monkeypatch):
+    """The most layers per program, with lanes of a block, of a quarter and of one warp."""
     monkeypatch.setitem(
-        tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: tuning.Launch(block=block, num_warps=4)}
+        tuning.TABLE, "crop_and_resize3d", {tuning.DEFAULT: replace(launch, enough_programs=1)}
     )
-    compare(
-        make((2, 1, 5, 6, 7), device=path.device), boxes_of(BOXES[1:2], path.device), (11, 12, 12)
-    )
+    volumes, boxes = make((2, 1, 5, 6, 7), device=path.device), boxes_of(BOXES[1:2], path.device)
+    for size in ((launch.max_tiles + 1, 16, 32), (launch.max_tiles + 1, 12, 12), (40, 4, 8)):
+        compare(volumes, boxes, size)
 
 
 def test_coordinates_are_half_pixel(path):
@@ -208,9 +217,83 @@ def test_scaling_volume_and_box_changes_nothing(path):
     assert_close(*crops)
 
 
-# --- outsiders -----------------------------------------------------------------------------------
+# --- the nearest voxel ---------------------------------------------------------------------------
 
-WHOLE = [[1, 0, 1, 2, 5, 6, 7], [0, 2, 0, 0, 3, 6, 4], [1, 1, 1, 1, 5, 4, 7], [0, 0, 0, 0, 5, 6, 7]]
+
+def nearest(volumes, boxes, size, **arguments):
+    """Crops of the nearest voxels, which equal the reference to the last bit."""
+    crops = crop_and_resize3d(volumes, boxes, size, mode="nearest", **arguments)
+    exact = reference.crop_and_resize3d(volumes, boxes, size, mode="nearest", **arguments)
+    assert torch.equal(crops.double().nan_to_num(7), exact.double().nan_to_num(7))
+    return crops
+
+
+@pytest.mark.parametrize("dtype", VOXELS)
+def test_nearest_takes_voxels_as_they_are(path, dtype):
+    labels = make((2, 2, 5, 6, 7), dtype, path.device)
+    if dtype.is_floating_point:
+        labels[0, 0, 1, 2, 3], labels[1, 1, 4, 5, 6], labels[0, 1, 0, 0, 0] = (
+            math.nan,
+            math.inf,
+            -0.0,
+        )
+    boxes = boxes_of([*BOXES, *WHOLE, [0, 5, 6, 7, 0, 0, 0]], path.device)
+    for clamp in CLAMPS:
+        assert nearest(labels, boxes, (3, 4, 5), clamp=clamp).dtype == dtype
+    same = nearest(labels, boxes_of([[0, 0, 0, 0, 5, 6, 7]], path.device), (5, 6, 7))
+    assert torch.equal(same.signbit(), labels[:1].signbit())
+    assert nearest(labels, boxes, (2, 3, 2), dtype=torch.float64).dtype == torch.float64
+
+
+def test_nearest_takes_the_higher_of_two(path):
+    labels = torch.arange(12, dtype=torch.int16, device=path.device).reshape(1, 1, 1, 1, 12)
+    ties = {(0, 12): [2, 6, 10], (1, 3): [1, 2, 2], (3, 1): [2, 2, 1], (2, 8): [3, 5, 7]}
+    boxes = boxes_of([[0, 0, 0, start, 1, 1, end] for start, end in ties], path.device)
+    crops = nearest(labels, boxes, (1, 1, 3), clamp="volume")
+    assert crops.flatten(1).tolist() == list(ties.values())
+    for axis in range(3):
+        turned = boxes[
+            :, [0, *torch.arange(1, 4).roll(axis + 1), *torch.arange(4, 7).roll(axis + 1)]
+        ]
+        size = torch.tensor([1, 1, 3]).roll(axis + 1).tolist()
+        column = labels.movedim(4, 2 + axis)
+        assert (
+            nearest(column, turned, size, clamp="volume").flatten(1).tolist()
+            == crops.flatten(1).tolist()
+        )
+
+
+@pytest.mark.parametrize("size", [(2, 3, 2), (2, 9, 17)])
+def test_nearest_equals_crop_and_interpolate(path, size):
+    labels = make((2, 2, 5, 6, 7), device=path.device)
+    crops = nearest(labels, boxes_of(WHOLE, path.device), size)
+    for (b, z1, y1, x1, z2, y2, x2), crop in zip(WHOLE, crops, strict=True):
+        part = labels[b : b + 1, :, z1:z2, y1:y2, x1:x2]
+        assert torch.equal(crop[None], F.interpolate(part, size, mode="nearest-exact"))
+
+
+def test_nearest_gives_zeros_for_unusable_boxes(path):
+    labels = make((2, 1, 2, 3, 4), torch.uint8, path.device).add_(1)
+    rows = [[0, 0, 0, 0, 2, 3, 4], [0, math.nan, 0, 0, 2, 3, 4], [2, 0, 0, 0, 2, 3, 4]]
+    crops = nearest(
+        labels, boxes_of([*rows, [0, 0, -math.inf, 0, 2, 3, 4]], path.device), (2, 3, 4)
+    )
+    assert torch.equal(crops[0], labels[0]) and not crops[1:].any()
+
+
+def test_nearest_has_no_gradient(path):
+    volumes = make((1, 1, 2, 3, 4), device=path.device).requires_grad_()
+    box = boxes_of([[0, 0, 0, 0, 2, 3, 4]], path.device)
+    with torch.no_grad():
+        assert torch.equal(nearest(volumes, box, (2, 3, 4)), volumes)
+    crops = torch.ops.fmkernels.crop_and_resize3d(
+        volumes, box, True, True, None, output_size=(2, 3, 4), dtype=torch.float32
+    )
+    with pytest.raises(RuntimeError, match="no gradient through mode 'nearest'"):
+        crops.sum().backward()
+
+
+# --- outsiders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -800,6 +883,30 @@ def check_case(case, device="cpu"):
     compare(volumes, boxes, case["size"], dtype=case["result"], **arguments)
     if case["dtype"].is_floating_point and case["seed"] % 2:
         compare_gradients(volumes, boxes, case["size"], **arguments)
+
+
+def check_nearest_case(case, device="cpu"):
+    """Boxes of halves of a voxel: float32 knows what is a tie."""
+    labels = make((2, 1, *case["shape"]), case["dtype"], device, case["seed"])
+    rows = [
+        [b, *(round(2 * x) / 2 for x in box)]
+        for b, *box in case["boxes"]
+        if all(map(math.isfinite, box))
+    ]
+    boxes = boxes_of([row for row in rows if max(map(abs, row[1:])) < 1e4], device)
+    nearest(labels, boxes, case["size"], clamp=case["clamp"])
+
+
+@cases(500)
+@given(case=CASE)
+def test_any_nearest_case_on_the_cpu_path(case):
+    check_nearest_case(case)
+
+
+@kernel_cases(50)
+@given(case=CASE)
+def test_any_nearest_case_in_the_kernel(path, case):
+    check_nearest_case({**case, "boxes": case["boxes"][:2]}, path.device)
 
 
 @cases(2000)

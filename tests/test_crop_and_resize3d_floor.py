@@ -62,16 +62,18 @@ def test_backward_reads_every_sample_and_writes_every_voxel_once(path, window):
 
 
 @triton.jit
-def _taps_beyond_the_last_voxel(position, stride, T: tl.constexpr):
-    below = tl.floor(position)
-    return below.to(tl.int64) * stride, stride.to(tl.int64), (position - below).to(T)
+def _bilinear_beyond_the_last_voxel(
+    plane, offset, dy, dx, fy, fx, low, scale, WINDOW: tl.constexpr
+):
+    near, far = plane + offset, plane + dy + offset
+    return tl.load(near) + tl.load(near + dx) + tl.load(far) + tl.load(far + dx)
 
 
 @kernel_only
 def test_a_planted_read_beyond_the_volume_is_caught(path, monkeypatch):
     volumes, box = torch.ones(1, 1, 3, 4, 5), torch.tensor([[0, 0, 0, 0, 3, 4, 5.0]])
     crop_and_resize3d(volumes, box, (3, 4, 5))
-    monkeypatch.setattr(kernels, "taps", _taps_beyond_the_last_voxel)
+    monkeypatch.setattr(kernels, "bilinear", _bilinear_beyond_the_last_voxel)
     with pytest.raises(KernelFault, match="volumes"):
         crop_and_resize3d(volumes, box, (3, 4, 5))
 

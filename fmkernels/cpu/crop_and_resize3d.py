@@ -1,4 +1,4 @@
-"""Crops of volumes, resized trilinearly, on the CPU.
+"""Crops of volumes, resized, on the CPU.
 
 A task of the forward owns layers of the crops. A task of the backward owns planes of the volumes.
 For one box after the other, it adds up the gradients of the layers that use a plane, weighted along
@@ -19,6 +19,7 @@ from fmkernels.cpu.sampling import (
     new_axis,
     sample,
     sample_positions,
+    take_nearest,
 )
 from fmkernels.cpu.voxels import (
     elements,
@@ -36,7 +37,9 @@ GRAIN_SIZE = 1 << 15  # minimum samples per thread
 
 
 @njit
-def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_box, window, zero):
+def _crop_layers(
+    first, last, volumes, shape, strides, boxes, out, size, clamp_box, nearest, window, zero
+):
     """Compute layers ``first`` to ``last`` of all crops.
 
     ``volumes`` and ``out`` are addresses with dtype codes.
@@ -58,6 +61,10 @@ def _crop_layers(first, last, volumes, shape, strides, boxes, out, size, clamp_b
             sample_positions(box[1], box[4], D, clamp_box, z)
             sample_positions(box[2], box[5], H, clamp_box, y)
             sample_positions(box[3], box[6], W, clamp_box, x)
+            if nearest:
+                take_nearest(z)
+                take_nearest(y)
+                take_nearest(x)
             start = int(box[0]) * strides[0] + c * strides[1]
             sample(volumes, start, strides, window, z, y, x, begin, end, layers)
         else:
@@ -157,6 +164,7 @@ def crop_and_resize3d(
     volumes: Tensor,
     boxes: Tensor,
     clamp_box: bool,
+    nearest: bool,
     window: Sequence[float] | None,
     crops: Tensor,
 ) -> None:
@@ -167,7 +175,7 @@ def crop_and_resize3d(
     parallel_for(
         _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), located(volumes),
         tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), located(crops), (d, h, w),
-        clamp_box, window_of(window), zero_of(volumes),
+        clamp_box, nearest, window_of(window), zero_of(volumes),
     )  # fmt: skip
 
 

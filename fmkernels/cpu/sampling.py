@@ -63,6 +63,15 @@ def sample_positions(start, end, size, clamp_box, axis):
             axis.below[i], axis.weight[i] = axis.above[i], 0
 
 
+@subroutine
+def take_nearest(axis):
+    """Move each sample to the voxel nearest to it, the higher one of two."""
+    for i in range(axis.weight.size):
+        if axis.weight[i] >= 0.5:
+            axis.below[i] = axis.above[i]
+        axis.above[i], axis.weight[i] = axis.below[i], 0
+
+
 def boxes_as_array(boxes: Tensor) -> np.ndarray:
     """Contiguous boxes [K, 7] as loops take them."""
     return (boxes.detach() if boxes.requires_grad else boxes).numpy()

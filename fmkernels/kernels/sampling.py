@@ -81,6 +81,39 @@ def sample_position(sample, first, step, low, high):
 
 
 @triton.jit
+def nearest_voxel(sample, samples, start, end, origin, low, high):
+    """The voxel nearest to a sample, the higher one of two, counted from the origin.
+
+    Exact where float32 holds (sample + 1/2) (end - start), so that ties do not hang on rounding.
+    """
+    extent = (sample.to(tl.float32) + 0.5) * (end - start)
+    position = quotient(extent, samples) + ((start - origin) - 0.5)
+    position = tl.minimum(tl.maximum(position, low), high)
+    below = tl.floor(position)
+    return below + tl.where(position - below >= 0.5, 1.0, 0.0)
+
+
+@triton.jit
+def bilinear(plane, offset, dy, dx, fy, fx, low, scale, WINDOW: tl.constexpr):
+    """The value between 4 windowed voxels of a plane, at offset, offset + dx, ... from its pointer.
+
+    In the dtype of low. Voxels of weight 0 are not read.
+    """
+    right, down = fx > 0.0, fy > 0.0
+    near, far = plane + offset, (plane + dy) + offset
+    near = _along(tl.load(near), tl.load(near + dx, right, 0), fx, low, scale, WINDOW)
+    far = tl.load(far, down, 0), tl.load(far + dx, right & down, 0)
+    return near * (1.0 - fy) + _along(far[0], far[1], fx, low, scale, WINDOW) * fy
+
+
+@triton.jit
+def _along(near, far, fraction, low, scale, WINDOW: tl.constexpr):
+    if WINDOW:
+        near, far = window_voxels(near, low, scale), window_voxels(far, low, scale)
+    return near.to(low.dtype) * (1.0 - fraction) + far.to(low.dtype) * fraction
+
+
+@triton.jit
 def taps(position, stride, T: tl.constexpr):
     """Offset of the voxel below, the stride to the voxel above, and the weight of the latter.
 

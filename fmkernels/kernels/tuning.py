@@ -15,6 +15,9 @@ import torch
 class Launch:
     """Elements per tile (16-byte vectors for mixup3d), warps per program and tiles per program.
 
+    A tile of crop_and_resize3d is positions of one layer, one of its gradient a brick of voxels; a
+    program takes tiles along z.
+
     ``max_registers`` per thread overrides NVIDIA's compiler, whose own lower limit would spill.
     """
 
@@ -50,12 +53,12 @@ TABLE: dict[str, dict[str, Launch]] = {
         DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8),
     },
     "crop_and_resize3d": {
-        DEFAULT: Launch(block=1024, num_warps=4),
-        "gfx942": Launch(block=1024, num_warps=2),
+        DEFAULT: Launch(block=512, num_warps=4, max_tiles=16, enough_programs=512),
+        "gfx942": Launch(block=512, num_warps=2, max_tiles=16, enough_programs=512),
     },
     "crop_and_resize3d_backward": {
-        DEFAULT: Launch(block=512, num_warps=4, max_registers=128),
-        "gfx942": Launch(block=512, num_warps=2),
+        DEFAULT: Launch(512, 4, max_registers=128, max_tiles=16, enough_programs=1024),
+        "gfx942": Launch(512, 2, max_tiles=16, enough_programs=1024),
     },
     "group_norm3d": {
         DEFAULT: Launch(

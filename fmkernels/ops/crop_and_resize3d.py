@@ -19,6 +19,7 @@ from fmkernels.ops.checks import (
 from fmkernels.ops.library import functional_op, overload_for, save_for_backward
 
 _CLAMPS = ("box", "volume")
+_MODES = ("trilinear", "nearest")
 
 
 def crop_and_resize3d(
@@ -27,10 +28,13 @@ def crop_and_resize3d(
     output_size: Sequence[int],
     *,
     clamp: str = "box",
+    mode: str = "trilinear",
     window: tuple[float, float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Crop boxes out of volumes and resize each to one size by trilinear interpolation.
+
+    Label maps are resized by taking the nearest voxel instead, ``mode="nearest"``.
 
     Along an axis of a box [start, end), with voxel centers at 0, 1, 2 ..., sample i of n lies at
 
@@ -56,6 +60,9 @@ def crop_and_resize3d(
             voxel nearest to the box center. "volume": first and last are those of the volume, so
             that samples near a face of the box use voxels beyond it; with end < start the crop is
             mirrored.
+        mode: "trilinear", or "nearest": the voxel at floor(p + 1/2) along each axis, of two at the
+            same distance the higher one, with its value as it is. For label maps: no window, no
+            gradient.
         window: (lo, hi), finite, lo < hi, applied to every voxel before the interpolation: v
             becomes clamp((v - lo) / (hi - lo), 0, 1). None keeps the values.
         dtype: dtype of the result, any of those of the volumes. By default that of the volumes,
@@ -82,7 +89,8 @@ def crop_and_resize3d(
         ])
 
     clamp "volume" equals F.grid_sample with padding_mode="border" and align_corners=False, and
-    inside of the volumes roi_align with aligned=True and one sample per bin.
+    inside of the volumes roi_align with aligned=True and one sample per bin. mode "nearest" equals
+    F.interpolate with mode="nearest-exact".
 
     Source: He et al., Mask R-CNN, ICCV 2017 (RoIAlign, here for volumes).
 
@@ -94,6 +102,8 @@ def crop_and_resize3d(
         [8.0, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.0]
         >>> crop_and_resize3d(ramp, box, (1, 1, 8), clamp="volume").flatten().tolist()
         [7.75, 8.25, 8.75, 9.25, 9.75, 10.25, 10.75, 11.25]
+        >>> crop_and_resize3d(ramp, box, (1, 1, 8), mode="nearest").flatten().tolist()
+        [8.0, 8.0, 9.0, 9.0, 10.0, 10.0, 11.0, 11.0]
     """
     name = "crop_and_resize3d"
     check_volumes(name, "volumes", volumes)
@@ -104,14 +114,25 @@ def crop_and_resize3d(
         raise ValueError(
             f"{name}: clamp must be one of {', '.join(map(repr, _CLAMPS))}, got {clamp!r}"
         )
+    if mode not in _MODES:
+        raise ValueError(
+            f"{name}: mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}"
+        )
+    if mode == "nearest" and window is not None:
+        raise ValueError(f"{name}: window must be None in mode 'nearest', got {describe(window)}")
     window = check_window(name, window)
     dtype = result_dtype(name, dtype, volumes, window)
-    if torch.is_grad_enabled() and volumes.requires_grad and not dtype.is_floating_point:
-        raise ValueError(f"{name}: no gradient through {dtype} is offered, pass volumes detached")
+    if torch.is_grad_enabled() and volumes.requires_grad:
+        lost = "mode 'nearest'" if mode == "nearest" else dtype
+        if mode == "nearest" or not dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: no gradient through {lost} is offered, pass volumes detached"
+            )
     bounds = varying_window(window)
     return overload_for(crop_and_resize3d_op, bounds)(
-        volumes, boxes.contiguous(), clamp == "box", bounds, output_size=size, dtype=dtype
-    )
+        volumes, boxes.contiguous(), clamp == "box", mode == "nearest", bounds,
+        output_size=size, dtype=dtype,
+    )  # fmt: skip
 
 
 def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
@@ -130,12 +151,14 @@ def _check_output_size(name: str, output_size: Sequence[int]) -> list[int]:
 
 
 def _save(ctx, args, crops):
-    volumes, boxes, ctx.clamp_box, ctx.window = args
+    volumes, boxes, ctx.clamp_box, ctx.nearest, ctx.window = args
     ctx.shape, ctx.dtype = volumes.shape, volumes.dtype
     save_for_backward(ctx, boxes, volumes if ctx.window is not None else None)
 
 
 def _backward(ctx, grad_output):
+    if ctx.nearest:
+        raise RuntimeError("crop_and_resize3d: no gradient through mode 'nearest' is offered")
     boxes, volumes = ctx.saved_tensors
     grad_volumes = overload_for(crop_and_resize3d_backward_op, ctx.window)(
         grad_output.contiguous(), boxes, volumes, ctx.clamp_box, ctx.window,
@@ -145,12 +168,12 @@ def _backward(ctx, grad_output):
 
 
 @functional_op(
-    "crop_and_resize3d(Tensor volumes, Tensor boxes, bool clamp_box, float[]? window, "
-    "*, SymInt[] output_size, ScalarType dtype) -> Tensor",
+    "crop_and_resize3d(Tensor volumes, Tensor boxes, bool clamp_box, bool nearest, "
+    "float[]? window, *, SymInt[] output_size, ScalarType dtype) -> Tensor",
     save=_save,
     backward=_backward,
 )
-def crop_and_resize3d_op(volumes, boxes, clamp_box, window, *, output_size, dtype):
+def crop_and_resize3d_op(volumes, boxes, clamp_box, nearest, window, *, output_size, dtype):
     return volumes.new_empty((boxes.shape[0], volumes.shape[1], *output_size), dtype=dtype)
 
 

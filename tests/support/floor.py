@@ -12,6 +12,7 @@ import json
 import math
 import pkgutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ import triton  # noqa: E402
 
 import tests.plans  # noqa: E402
 from tests.triton_checked.interpreter import checked  # noqa: E402
-from tests.triton_checked.plan import Case, CaseReport, PlanReport, run_plan  # noqa: E402
+from tests.triton_checked.plan import Case, CaseReport, PlanReport, Trips, run_plan  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.triton_checked.aot import MainPath
@@ -112,7 +113,11 @@ def _row(
         for variant, count in first:
             code = variant.on[target]
             elements = case.elements / programs / code.threads  # of a thread
-            total, in_loop = _executed(code.main, elements, moved or case.min_bytes)
+            if case.trips:
+                total, in_loop = (n / elements for n in _told(code.main, case.trips))
+                in_loop = round(in_loop, 1)
+            else:
+                total, in_loop = _executed(code.main, elements, moved or case.min_bytes)
             executed += total * count / programs
             loop = in_loop if target == "sm_90" else loop
         instructions.append(round(executed, 1))
@@ -150,6 +155,17 @@ def _executed(path: MainPath, elements: float, moved: float | None) -> tuple[flo
     outside = (_streamed(path) - inside) / (8 * moved)
     executed = path.instructions + path.loop.instructions * ((elements - outside) / in_loop - 1)
     return executed / elements, round(path.loop.instructions / in_loop, 1)
+
+
+def _told(path: MainPath, trips: Trips) -> tuple[float, float]:
+    """Instructions of a thread whose loops run so often: all, and those of loops that repeat."""
+    total, repeated = path.instructions, 0.0
+    for loop, runs in zip(path.loops, trips, strict=False):  # others run once
+        runs, inside = runs if isinstance(runs, Sequence) else (runs, ())
+        in_loop = runs * _told(loop, inside)[0]
+        total += in_loop - loop.instructions
+        repeated += in_loop if runs > 1 else 0
+    return total, repeated
 
 
 def _streamed(path: MainPath) -> int:

@@ -40,13 +40,19 @@ class MainPath:
     """The path from entry to exit with the widest global accesses; unconditional ones count double.
 
     In a kernel that also has a masked tail this is the unmasked path. The longest of equal paths
-    counts. A loop counts once, a call as one instruction. `loop` is the longest loop of the path.
+    counts. A loop counts once, a call as one instruction. `loops` are those that no other loop of
+    the path contains, in order, each with the loops inside it.
     """
 
     instructions: int
     loads: dict[int, int]  # bits of an access -> number
     stores: dict[int, int]
-    loop: MainPath | None = None
+    loops: tuple[MainPath, ...] = ()
+
+    @property
+    def loop(self) -> MainPath | None:
+        """The longest loop."""
+        return max(self.loops, key=lambda loop: loop.instructions, default=None)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Compiled:
             return {**d, "loads": widths(d["loads"]), "stores": widths(d["stores"])}
 
         def path(d: dict | None) -> MainPath | None:
-            return d and MainPath(**{**parsed(d), "loop": path(d["loop"])})
+            return d and MainPath(**{**parsed(d), "loops": tuple(map(path, d["loops"]))})
 
         return cls(**{**parsed(data), "main": path(data["main"])})
 
@@ -253,5 +259,14 @@ def main_path(code: list[Instruction | str]) -> MainPath:
         code = [i for block in chosen for i in blocks[block]]
         return len(code), *_widths(code)
 
-    loops = [MainPath(*figures(path[start : end + 1])) for start, end in back]
-    return MainPath(*figures(path), max(loops, key=lambda loop: loop.instructions, default=None))
+    def figured(first: int, last: int, back: list[tuple[int, int]]) -> MainPath:
+        inside = [(a, b) for a, b in back if first <= a and b <= last]
+        outermost = [
+            (a, b)
+            for a, b in inside
+            if not any(c <= a and b <= d for c, d in inside if (c, d) != (a, b))
+        ]
+        loops = [figured(a, b, [loop for loop in inside if loop != (a, b)]) for a, b in outermost]
+        return MainPath(*figures(path[first : last + 1]), tuple(loops))
+
+    return figured(0, len(path) - 1, sorted(set(back)))

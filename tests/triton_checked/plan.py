@@ -21,7 +21,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .aot import Compiled
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+Trips = Sequence["float | tuple[float, Trips]"]
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,22 @@ class Case:
 
     elements: the number of elements (voxels, anchors) that it works on.
     min_bytes: bytes per element that any kernel must move for it; None if that is not counted.
+    trips: how often each loop of the main path runs, in order; needed where the bytes that they
+        stream do not tell. A pair gives the loop's own and the trips of the loops inside it.
     """
 
     name: str
     call: Callable[[], object]
     elements: int | None = None
     min_bytes: float | None = None
+    trips: Trips = ()
 
 
 @dataclass(frozen=True)
 class CaseReport:
     elements: int | None
     min_bytes: float | None
+    trips: Trips
     launches: tuple[tuple[str, tuple[int, int, int]], ...]  # kernel and grid
     variants: tuple[int, ...]  # of these launches: indices into PlanReport.variants
     microseconds: float | None  # host time of a call, without the launch in the real driver
@@ -142,6 +147,7 @@ def _run(module: str, targets: list[str], compiled: bool, host_time: bool) -> di
         report[case.name] = {
             "elements": case.elements,
             "min_bytes": case.min_bytes,
+            "trips": case.trips,
             "launches": [(launch.variant.kernel, launch.grid) for launch in launches],
             "variants": [order.index(launch.variant) for launch in launches],
             "microseconds": None,

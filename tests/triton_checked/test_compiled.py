@@ -145,7 +145,24 @@ def test_main_path_of_machine_code():
         @P0 BRA `(.L_x_0)
         EXIT
     """
-    assert sass(loop) == aot.MainPath(6, {8: 1, 64: 1}, {}, aot.MainPath(4, {8: 1, 64: 1}, {}))
+    body = aot.MainPath(4, {8: 1, 64: 1}, {})
+    assert sass(loop) == aot.MainPath(6, {8: 1, 64: 1}, {}, (body,))
+    nested = """
+        .L_x_0:
+        MOV R1, R2
+        .L_x_1:
+        LDG.E R4, desc[UR4][R4.64]
+        @P0 BRA `(.L_x_1)
+        @P1 BRA `(.L_x_0)
+        .L_x_2:
+        STG.E desc[UR4][R2.64], R4
+        @P2 BRA `(.L_x_2)
+        EXIT
+    """
+    inner, last = aot.MainPath(2, {32: 1}, {}), aot.MainPath(2, {}, {32: 1})
+    outer = aot.MainPath(4, {32: 1}, {}, (inner,))
+    assert sass(nested) == aot.MainPath(7, {32: 1}, {32: 1}, (outer, last))
+    assert sass(nested).loop == outer
 
 
 def test_launches_and_grids(planted):

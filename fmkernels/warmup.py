@@ -57,6 +57,15 @@ def _sample_donors() -> Iterator[Callable]:
     yield lambda: functional.sample_donors(torch.zeros(2, 7))
 
 
+def _group_norm3d() -> Iterator[Callable]:
+    for dtype in DTYPES:
+        if dtype.is_floating_point:
+            x = torch.zeros(1, 4, 2, 2, 2, dtype=dtype, requires_grad=True)
+            yield lambda x=x: _differentiate(
+                functional.group_norm3d(x, 2, torch.ones(4), residual=x, activation="relu")
+            )
+
+
 def _volumes() -> Iterator[tuple[Tensor, dict]]:
     """Volumes of each dtype, and the window for them."""
     for dtype in DTYPES:
@@ -95,6 +104,7 @@ _CALLS: dict[str, Callable[[], Iterator[Callable]]] = {
     "predict_targets": _predict_targets,
     "sample_mixup": _sample_mixup,
     "sample_donors": _sample_donors,
+    "group_norm3d": _group_norm3d,
     "mixup3d": _mixup3d,
     "crop_and_resize3d": _crop_and_resize3d,
     "object_mixup3d": _object_mixup3d,

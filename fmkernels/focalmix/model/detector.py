@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmkernels.focalmix.config import Config
-from fmkernels.focalmix.group_norm import GroupNorm
 from fmkernels.focalmix.model.anchors import Anchors
+from fmkernels.nn import GroupNorm3d
 
 PRIOR = 0.01  # initial probability of every anchor: easy background does not dominate early steps
 
@@ -32,7 +32,7 @@ class ConvNorm(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
         super().__init__(
             nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
-            GroupNorm(outputs // 4, outputs, relu=True),
+            GroupNorm3d(outputs // 4, outputs, activation="relu"),
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

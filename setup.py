@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["fmkernels", "fmkernels.*"]),
     package_data={"fmkernels": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.11,<2.14", "numba>=0.61", "numpy>=1.26"],
+    install_requires=["torch>=2.11", "numba>=0.61", "numpy>=1.26"],
     extras_require={
         "train": [
             "SimpleITK>=2.3",
@@ -41,7 +41,7 @@ setup(
             "pytest-cov>=5",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
-            'triton>=3.6,<3.9; platform_system == "Linux"',
+            'triton>=3.6; platform_system == "Linux"',
         ],
     },
     entry_points={"console_scripts": ["fmkernels=fmkernels.focalmix.cli:main"]},

@@ -93,25 +93,41 @@ def test_compiled_step():
         pytest.skip("torch.compile needs a C++ compiler, found none")
 
 
-def test_ddp():
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("ddp", "the gradient of the joint batch"),
+        ("fsdp", "the gradient of the joint batch, in shards"),
+    ],
+)
+def test_ddp_and_fsdp(name, says):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "examples/ddp.py",
-        ],
+        [*command, f"examples/{name}.py"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert f"rank {rank} of 2: the gradient of the joint batch" in done.stdout
+        assert f"rank {rank} of 2: {says}" in done.stdout
+
+
+def test_exported_model():
+    after = run("exported_model")  # compares gradients and results itself
+    assert after["gradient"].norm() > 0
+
+
+def test_lightning_module():
+    pytest.importorskip("lightning")
+    assert falls(run("lightning_module")["losses"])
+
+
+def test_accelerate_loop():
+    pytest.importorskip("accelerate")
+    assert falls(run("accelerate_loop")["losses"])
 
 
 def test_monai_focalmix():
@@ -146,7 +162,7 @@ def test_every_example_is_tested_and_short():
     tests = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert f"def test_{path.stem}(" in tests
+        assert re.search(rf"\b{path.stem}\b", tests)
         assert 20 <= len(lines) <= (80 if path.stem == "monai_focalmix" else 45), (
             f"{path.name} has {len(lines)} lines"
         )

@@ -32,6 +32,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor, nn
 
 from fmkernels import functional
+from fmkernels.integrations.norms import use_fused_norms
 from fmkernels.nn import SoftTargetFocalLoss
 from fmkernels.ops.checks import check_number, check_window, describe
 
@@ -41,6 +42,7 @@ __all__ = [
     "SoftTargetRetinaNetDetector",
     "from_monai_boxes",
     "to_monai_boxes",
+    "use_fused_norms",
 ]
 
 Item = dict[Any, Any]

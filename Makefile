@@ -2,7 +2,8 @@
 #                                          in an environment of its own (.venv), made at first use with exact versions
 # make train PYTHON=python                 in the active environment (a GPU build of torch, say): adds what is missing
 # make compat                              the tests with the oldest and with the newest versions of what is needed
-# make gpu                                 on a machine with a GPU: nothing is installed
+# make gpu                                 on a machine with a GPU: checks, benchmarks and tuning, 9
+#                                          minutes each (gpu-checks, gpu-bench, gpu-tune); installs nothing
 
 VENV ?= .venv
 DATA ?= data/phantoms
@@ -21,7 +22,7 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test nightly coverage bench lint types docs compat quick floor gpu clean environment-in-use
+.PHONY: train test nightly coverage bench lint types docs compat quick floor gpu gpu-checks gpu-bench gpu-tune clean environment-in-use
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
@@ -71,9 +72,11 @@ quick: $(READY)
 floor: $(READY)
 	$(PYTHON) -m tests.support.floor
 
-gpu: PYTHON := $(if $(filter environment-in-use,$(READY)),$(PYTHON),python3)
-gpu:
-	$(PYTHON) -m benchmarks.gpu --results $(RESULTS)
+gpu: gpu-checks gpu-bench gpu-tune
+
+gpu-checks gpu-bench gpu-tune: PYTHON := $(if $(filter environment-in-use,$(READY)),$(PYTHON),python3)
+gpu-checks gpu-bench gpu-tune: gpu-%:
+	$(PYTHON) -m benchmarks.gpu $* --results $(RESULTS)
 
 clean:
 	rm -rf $(VENV)

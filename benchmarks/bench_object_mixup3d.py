@@ -275,7 +275,7 @@ EVERY = [
     *map(comparison, OTHERS),
 ]
 
-SECONDS = 25
+SECONDS = 40
 ONE = comparison(Workload(1, 1, 1, 1, 1, donors=True))
 SMALL = [
     comparison(Workload(2, 32, 5, 4, 8, donors=True)),

@@ -113,7 +113,7 @@ EVERY = [
     *map(comparison, OTHERS),
 ]
 
-SECONDS = 25
+SECONDS = 40
 ONE = comparison(Workload(1, 1, kinds=1))
 SMALL = [comparison(Workload(8, 2)), comparison(Workload(7, 2, torch.bfloat16))]
 

@@ -1,13 +1,14 @@
-"""All checks and benchmarks that need a GPU, in one run of less than 9 minutes: `make gpu`.
+"""What needs a GPU, as three commands of less than 9 minutes each: `make gpu` runs all three.
 
-    python -m benchmarks.gpu --results benchmarks/results
+    python -m benchmarks.gpu checks    tests with compiled kernels, every kernel under
+                                       compute-sanitizer, CUDA graphs, more than 2^31 elements
+    python -m benchmarks.gpu bench     a training step and the benchmarks of every op
+    python -m benchmarks.gpu tune      the tuning sweep
 
-Installs nothing. Runs the tests with compiled kernels, every kernel under compute-sanitizer (if it
-is installed), every op in a CUDA graph and on more than 2^31 elements, a training step, the
-benchmarks and the tuning sweep. Every stage has a time limit, plus the time that earlier stages
-saved. A stage that fails or times out does not stop the others. Writes to results/<gpu>/: run.json
-(stages, outcomes, versions, commit, clocks), tests.xml, tuning.json, and the benchmarks as JSON,
-table and picture.
+Nothing is installed: python, torch, triton, numba, numpy, pytest and pytest-benchmark are enough.
+Every stage has a time limit, plus the time that earlier stages saved. A stage that fails or times
+out does not stop the others. Each command leaves one archive, <gpu>-<command>.tar.gz, with
+run.json (stages, outcomes, versions, commit, clocks), the output of every stage, and its results.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from typing import TextIO
 import torch
 
 from benchmarks.common import op_suites
+from fmkernels import functional
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
@@ -37,12 +40,9 @@ CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,powe
 OUTCOMES = {0: "passed", 124: "timed out", -9: "timed out"}
 SHORTEST = 5  # seconds; a stage with less time left is not started
 GRACE = 10  # seconds between SIGINT and SIGKILL
-SUITES = {  # seconds per benchmark
-    "focalmix_step": 30,
-    **{op: suite.SECONDS for op, suite in op_suites().items()},
-    "growth": 40,
-    "host_time": 10,
-}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+KERNELS = "fmkernels_"  # their names begin with it
+WORKERS = 12
 
 
 @dataclass(frozen=True)
@@ -56,78 +56,97 @@ class Stage:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="output folder"
     )
+    parser.add_argument("--commit", help="commit id, where git is not there (default: asks git)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU that PyTorch can use was found", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name()
-    out = options.results.resolve() / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    out.mkdir(parents=True, exist_ok=True)
-    about = {"gpu": name, "commit": _output("git", "rev-parse", "HEAD"), "versions": _versions()}
-    done = run(stages(out), out / "run.json", about)
-    for path in sorted(out.glob("*.md")):
-        print(f"\n{path.stem}: {path.read_text(encoding='utf-8')}")
-    print(f"\n{name}, commit {about['commit']}\n{table(done)}")
+    gpu = torch.cuda.get_device_name()
+    commit = options.commit or _output("git", "rev-parse", "HEAD")
+    about = {"gpu": gpu, "command": options.command, "commit": commit, "versions": _versions()}
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{options.command}"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        done = run(COMMANDS[options.command](out), out, about)
+        for path in sorted(out.glob("*.md")):
+            print(f"\n{path.stem}: {path.read_text(encoding='utf-8')}")
+        archive = shutil.make_archive(str(options.results / name), "gztar", out)
+    print(f"\n{gpu}, commit {commit}\n{table(done)}\nwrote {archive}")
     return int(any(stage["outcome"] not in ("passed", "skipped") for stage in done.values()))
 
 
-def stages(out: Path) -> list[Stage]:
-    """All stages, in order. Their limits add up to less than 9 minutes."""
-    python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    checks = [*python, "benchmarks.device_checks"]
-    tests = [
-        *pytest,
-        *parallel,
-        "tests",
-        "--ignore=tests/focalmix",
-        "-m",
-        "kernel",
-        f"--junitxml={out / 'tests.xml'}",
-    ]
-    result = [Stage("tests", tests, 90)]
+def checks(out: Path) -> list[Stage]:
+    tests = [f"tests/test_{op}.py" for op in ("ops", *functional.__all__)]
+    parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if _has("xdist") else []
+    report = f"--junitxml={out / 'tests.xml'}"
+    result = [Stage("tests", [*PYTEST, *parallel, *tests, "-m", "kernel", report], 200)]
+    device_checks = [sys.executable, "-m", "benchmarks.device_checks"]
     sanitizer = _sanitizer()
+    missing = "" if sanitizer else "compute-sanitizer was not found"
     for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *checks, "calls"]
-        result.append(
-            Stage(tool, command, 35, "" if sanitizer else "compute-sanitizer was not found")
-        )
-    result += [Stage("graphs", [*checks, "graphs"], 20), Stage("large", [*checks, "large"], 25)]
-    for suite, seconds in SUITES.items():
-        report = out / f"{suite}.json"
-        report.unlink(missing_ok=True)  # from an earlier run
-        options = ["--benchmark-quiet", "--benchmark-max-time=0.05", f"--benchmark-json={report}"]
-        command = [
-            *pytest,
-            f"benchmarks/bench_{suite}.py",
-            f"--limit={0.6 * seconds:.0f}",
-            *options,
-        ]
-        result.append(Stage(suite, command, seconds))
-    tuning = [*python, "benchmarks.tune", "--limit=35", f"--json={out / 'tuning.json'}"]
-    result.append(Stage("tuning", tuning, 45))
-    reports = [str(out / f"{suite}.json") for suite in SUITES]
-    return [*result, Stage("plots", [*python, "benchmarks.plot", *reports], 15)]
+        options = ["--tool", tool, "--kernel-name", f"kernel_substring={KERNELS}"]
+        command = [sanitizer, *options, "--error-exitcode", "1", *device_checks, "calls"]
+        result.append(Stage(tool, command, 90, missing))
+    graphs, large = [*device_checks, "graphs"], [*device_checks, "large"]
+    return [*result, Stage("graphs", graphs, 60), Stage("large", large, 80)]
 
 
-def run(stages: Sequence[Stage], record: Path, about: dict) -> dict[str, dict]:
+def bench(out: Path) -> list[Stage]:
+    suites = {
+        "focalmix_step": 100,
+        **{op: suite.SECONDS for op, suite in op_suites().items()},
+        "growth": 60,
+        "host_time": 15,
+    }
+    stages = []
+    for suite, seconds in suites.items():
+        report = f"--benchmark-json={out / f'{suite}.json'}"
+        options = ["--benchmark-quiet", "--benchmark-max-time=0.05", report]
+        limit = f"--limit={0.6 * seconds:.0f}"
+        command = [*PYTEST, f"benchmarks/bench_{suite}.py", limit, *options]
+        stages.append(Stage(suite, command, seconds))
+    reports = [str(out / f"{suite}.json") for suite in suites]
+    missing = "" if _has("matplotlib") else "matplotlib is not installed: plot the JSON elsewhere"
+    plots = [sys.executable, "-m", "benchmarks.plot", *reports]
+    return [*stages, Stage("plots", plots, 20, missing)]
+
+
+def tune(out: Path) -> list[Stage]:
+    command = [sys.executable, "-m", "benchmarks.tune", f"--json={out / 'tuning.json'}"]
+    return [Stage("tuning", [*command, "--limit=400"], 500)]
+
+
+COMMANDS = {command.__name__: command for command in (checks, bench, tune)}
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def run(stages: Sequence[Stage], out: Path, about: dict) -> dict[str, dict]:
     """Run the stages. The record is written after each."""
     done: dict[str, dict] = {}
     end = time.monotonic()
     for stage in stages:
         end += stage.seconds
-        done[stage.name] = _run(stage, end - time.monotonic())
-        record.write_text(json.dumps({**about, "stages": done}, indent=2) + "\n", encoding="utf-8")
+        done[stage.name] = _run(stage, end - time.monotonic(), out / f"{stage.name}.log")
+        record = json.dumps({**about, "stages": done}, indent=2) + "\n"
+        (out / "run.json").write_text(record, encoding="utf-8")
     return done
 
 
-def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
-    """Run a stage and show its output."""
+def _run(stage: Stage, seconds: float, log: Path) -> dict[str, str | float]:
+    """Run a stage. Show and keep its output."""
     began = time.monotonic()
     if stage.missing:
         return {"outcome": "skipped", "seconds": 0.0, "last_line": stage.missing}
@@ -147,6 +166,7 @@ def _run(stage: Stage, seconds: float) -> dict[str, str | float]:
     reader.start()
     code = process.wait()
     reader.join(1)  # a worker that outlives the stage would keep the pipe open
+    log.write_text("".join(lines), encoding="utf-8")
     return {
         "outcome": OUTCOMES.get(code, "failed"),
         "seconds": round(time.monotonic() - began, 1),

@@ -47,6 +47,18 @@ def launches() -> Iterator[tuple[ModuleType, str, Callable]]:
                 yield cpu, name, getattr(kernels, name)
 
 
+def kernels() -> set[Callable]:
+    """The functions of all kernels that are launched."""
+    import fmkernels.kernels
+
+    return {
+        value.fn
+        for module in pkgutil.iter_modules(fmkernels.kernels.__path__)
+        for name, value in vars(importlib.import_module(f"fmkernels.kernels.{module.name}")).items()
+        if name.endswith("_kernel")
+    }
+
+
 def _interpreted(launch):
     from tests.triton_checked.interpreter import checked
 

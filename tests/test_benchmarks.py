@@ -1,9 +1,7 @@
 """The benchmarks' own tests: comparisons, tables and figures, checks for `make gpu`."""
 
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -15,10 +13,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-import fmkernels.kernels
 from benchmarks import bench_growth, bench_host_time, common, device_checks, plot
 from benchmarks.common import OURS, Comparison, Provider, op_suites
-from tests.conftest import launches
+from tests.conftest import kernels, launches
 from tests.support import on_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -408,13 +405,7 @@ def test_the_calls_for_a_sanitizer_launch_every_kernel(monkeypatch):
     for each in device_checks.comparisons():
         run, _ = each.ready(device_checks.ours_of(each))
         run.round()
-    kernels = {
-        value.fn
-        for module in pkgutil.iter_modules(fmkernels.kernels.__path__)
-        for name, value in vars(importlib.import_module(f"fmkernels.kernels.{module.name}")).items()
-        if name.endswith("_kernel")
-    }
-    assert launched == kernels
+    assert launched == kernels()
 
 
 def test_a_graph_is_held_to_the_op_on_new_inputs(monkeypatch, capsys):

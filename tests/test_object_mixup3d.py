@@ -370,7 +370,7 @@ def test_the_assert_is_compiled_if_debug_says_so(monkeypatch, debug):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: options.update(kwargs)
 
-    monkeypatch.setattr(kernels, "object_mixup_kernel", Kernel())
+    monkeypatch.setattr(kernels, "fmkernels_object_mixup_kernel", Kernel())
     volumes = make((1, 1, 3, 4, 5))
     launch(
         "object_mixup3d", volumes, None, *draw(1, volumes.shape), None, None, dtype=torch.float32

@@ -71,5 +71,7 @@ for variant in calls.variants:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
-    checks = [f"sum_kernel {name}" for name in ("targets", "lam", "index")]
-    assert done.stdout.splitlines() == [*checks, "elementwise_kernel targets"], done.stderr
+    checks = [f"fmkernels_sum_kernel {name}" for name in ("targets", "lam", "index")]
+    assert done.stdout.splitlines() == [*checks, "fmkernels_elementwise_kernel targets"], (
+        done.stderr
+    )

@@ -84,7 +84,7 @@ def _add_up(x):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def moments_kernel(
+def fmkernels_moments_kernel(
     x,  # [N, S, C] or [N, C, S]
     sums,  # [N, 2, slots, chunks], written: mean and sum of squares about it
     S, chunks, tiles,  # tiles of a program
@@ -202,12 +202,12 @@ def _normalize_tile(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def normalize_kernel(
+def fmkernels_normalize_kernel(
     x,  # [N, S, C] or [N, C, S]
     residual,  # likewise, or None
     weight,  # [C], or None
     bias,  # [C], or None
-    sums,  # [N, 2, slots, chunks], of moments_kernel
+    sums,  # [N, 2, slots, chunks], of fmkernels_moments_kernel
     out,  # like x, written
     moments,  # [N, 2, groups], written: mean and inverse standard deviation
     S, chunks, tiles, eps: tl.float64, slope: tl.float64,
@@ -270,7 +270,7 @@ def _grad_sums_tile(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grad_sums_kernel(
+def fmkernels_grad_sums_kernel(
     grad_output,  # [N, S, C] or [N, C, S]
     x,  # likewise
     out,  # likewise, or None without an activation
@@ -350,13 +350,13 @@ def _grad_x_tile(
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "N"])
-def grad_x_kernel(
+def fmkernels_grad_x_kernel(
     grad_output,  # [N, S, C] or [N, C, S]; or dz
     x,  # likewise
     out,  # likewise, or None: grad_output is dz
     weight,  # [C], or None
     moments,  # [N, 2, groups]
-    sums,  # [N, 2, C, chunks], of grad_sums_kernel
+    sums,  # [N, 2, C, chunks], of fmkernels_grad_sums_kernel
     slot_sums,  # [N, 2, slots, chunks], likewise
     grad_x,  # like x, written
     grad_weight,  # [C], written
@@ -490,11 +490,11 @@ def group_norm3d(
     sums = moments.new_empty((samples, 2, C // FOLD, chunks))
     grid, aligned = (samples * tiling.blocks * chunks,), not last and rows % 16 == 0
     with torch.cuda.device_of(x):
-        moments_kernel[grid](
+        fmkernels_moments_kernel[grid](
             x, sums, rows, chunks, tiles, C=C, FOLD=FOLD, K=K, R=R, LAST=last, ALIGNED=aligned,
             num_warps=launch.num_warps,
         )  # fmt: skip
-        normalize_kernel[grid](
+        fmkernels_normalize_kernel[grid](
             x, residual, weight, bias, sums, out, moments, rows, chunks, tiles, eps,
             negative_slope, C=C, WIDTH=WIDTH, FOLD=FOLD, K=K, R=R, GROUPS=GROUPS, LAST=last,
             ALIGNED=aligned, ACTIVATION=_activation(negative_slope), num_warps=launch.num_warps,
@@ -537,14 +537,14 @@ def group_norm3d_backward(
     activation = _activation(negative_slope)
     dz = grad_residual if grad_residual.numel() else None
     with torch.cuda.device_of(x):
-        grad_sums_kernel[(programs,)](
+        fmkernels_grad_sums_kernel[(programs,)](
             grad_output, x, out, dz, weight, moments, sums, slot_sums, rows, chunks, tiles,
             negative_slope, C=C, WIDTH=WIDTH, FOLD=FOLD, K=K, R=R, LAST=last, ALIGNED=aligned,
             ACTIVATION=activation, num_warps=launch.num_warps,
         )  # fmt: skip
         if dz is not None:  # read instead of two tensors
             grad_output, out, activation = dz, None, NONE.value
-        grad_x_kernel[(C + programs,)](
+        fmkernels_grad_x_kernel[(C + programs,)](
             grad_output, x, out, weight, moments, sums, slot_sums, grad_x, grad_weight, grad_bias,
             samples, rows, chunks, tiles, negative_slope, C=C, WIDTH=WIDTH, FOLD=FOLD, K=K, R=R,
             GROUPS=GROUPS, LAST=last, ALIGNED=aligned, ACTIVATION=activation,

@@ -97,7 +97,7 @@ def _load(
 
 
 @triton.jit(do_not_specialize=["batch", "num_donors", "n0", "n1", "n2", "n3"])
-def mixup3d_kernel(
+def fmkernels_mixup3d_kernel(
     volumes,  # [batch, n0, n1, n2, n3] vectors of V
     donors,  # [num_donors, n0, n1, n2, n3] vectors of V
     out,  # like volumes, written; the memory of donors where SAMPLES > 1
@@ -153,7 +153,7 @@ def mixup3d_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "n0", "n1", "n2", "n3"])
-def mixup3d_backward_kernel(
+def fmkernels_mixup3d_backward_kernel(
     grad_output,  # [batch, n0, n1, n2, n3] vectors of V
     input,  # [rows, n0, n1, n2, n3] vectors of V, or None where there was no window
     grad_input,  # [rows, n0, n1, n2, n3] vectors of V, written
@@ -265,7 +265,7 @@ def mixup3d(
     tiles = triton.cdiv(geometry.vectors, vectors)
     low, high = window or (0.0, 1.0)
     with torch.cuda.device_of(out):
-        mixup3d_kernel[(tiles if samples > 1 else tiles * batch,)](
+        fmkernels_mixup3d_kernel[(tiles if samples > 1 else tiles * batch,)](
             volumes, donors, out, lam, index, flips, donor_flips, batch, donors.shape[0],
             *geometry.sizes, low, 1 / (high - low), SAMPLES=samples, VECTORS=vectors, V=geometry.v,
             AXES=geometry.axes, WINDOW=window is not None, WIDE=geometry.wide, debug=debug(),
@@ -298,7 +298,7 @@ def mixup3d_backward(
     launch = launch_parameters("mixup3d", grad_input.device)
     rows, low, high = grad_input.shape[0], *(window or (0.0, 1.0))
     with torch.cuda.device_of(grad_input):
-        mixup3d_backward_kernel[(triton.cdiv(geometry.vectors, launch.block) * rows,)](
+        fmkernels_mixup3d_backward_kernel[(triton.cdiv(geometry.vectors, launch.block) * rows,)](
             grad_output, input, grad_input, lam, index, flips, rows, grad_output.shape[0],
             *geometry.sizes, low, high, 1 / (high - low), AS_VOLUMES=as_volumes,
             AS_DONORS=as_donors, VECTORS=launch.block, V=geometry.v, AXES=geometry.axes,

@@ -147,7 +147,7 @@ def _sample(
         "donor_b", "donor_c", "donor_z", "donor_y", "donor_x",
     ]
 )  # fmt: skip
-def object_mixup_kernel(
+def fmkernels_object_mixup_kernel(
     volumes,  # [B, C, D, H, W], with strides
     donors,  # [num_donors, C, donor_D, donor_H, donor_W], with strides; the scratch if MIXED
     out,  # [B, C, D, H, W], with strides, written; may be volumes
@@ -345,7 +345,7 @@ def _launch(
     sources = donors if scratch is None else scratch
     low, high = window or donor_window or (0.0, 1.0)
     with torch.cuda.device_of(out):
-        object_mixup_kernel[(grid,)](
+        fmkernels_object_mixup_kernel[(grid,)](
             volumes, sources, out, boxes, donor_boxes, lam, K, programs, B, C, D, H, W, inner or 1,
             donors.shape[0], *donors.shape[2:], *volumes.stride(), *out.stride(),
             *sources.stride(), low, 1 / (high - low),

@@ -78,7 +78,7 @@ def _sharpen(p, q, inverse_temperature):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def predict_targets_kernel(
+def fmkernels_predict_targets_kernel(
     x,  # logits [K, B, A, D, H, W, inner], any strides
     out,  # targets [B, A, D, H, W, inner] float32, written
     flips,  # [K] uint8
@@ -166,7 +166,7 @@ def predict_targets(
             length = out[0, 0].numel()
             span = sum((n - 1) * s for n, s in zip(x.shape[3:], x.stride()[3:], strict=True))
             tiles = triton.cdiv(length, launch.block)
-            predict_targets_kernel[(batch * sizes[0] * tiles,)](
+            fmkernels_predict_targets_kernel[(batch * sizes[0] * tiles,)](
                 x, out, flips, *sizes, tiles, *strides, 1 / temperature,
                 BLOCK=launch.block, K=views, V=vector, ANCHORS_LAST=innermost == 6,
                 WIDE=max(span, length + launch.block) >= 2**31, num_warps=launch.num_warps,

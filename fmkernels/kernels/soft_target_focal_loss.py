@@ -159,7 +159,7 @@ def _denominator(normalizer, T: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(
+def fmkernels_sum_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
     y,  # likewise: targets [rows, inner]
     weight,  # likewise: [rows] or [rows, inner]; or None
@@ -210,7 +210,7 @@ def sum_kernel(
 
 
 @triton.jit
-def finish_kernel(
+def fmkernels_finish_kernel(
     losses,  # [programs]
     counts,  # [programs] int32; or None
     normalizer,  # scalar, or None
@@ -260,7 +260,7 @@ def _elementwise_tile(
 
 
 @triton.jit
-def elementwise_kernel(
+def fmkernels_elementwise_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
     y,  # likewise: targets [rows, inner]
     weight,  # likewise: [rows] or [rows, inner]; or None
@@ -300,7 +300,7 @@ def elementwise_kernel(
 
 
 @triton.jit
-def scale_kernel(
+def fmkernels_scale_kernel(
     grad,  # tuple of pointers, one per level: gradients [inner], multiplied in place
     grad_output,  # scalar
     divisor,  # scalar
@@ -373,7 +373,7 @@ def soft_target_focal_loss(
         counts = loss.new_empty(grid.programs, dtype=torch.int32)
     with torch.cuda.device_of(loss):
         if grid.programs:
-            sum_kernel[(grid.programs,)](
+            fmkernels_sum_kernel[(grid.programs,)](
                 tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None,
                 lam, index, normalizer, losses, counts, *grid.sizes, rows, tiles,
                 alpha0, alpha1, gamma,
@@ -381,7 +381,9 @@ def soft_target_focal_loss(
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
                 num_warps=launch.num_warps, debug=debug(),
             )  # fmt: skip
-        finish_kernel[(1,)](losses, counts, normalizer, loss, divisor, grid.programs, num_warps=8)
+        fmkernels_finish_kernel[(1,)](
+            losses, counts, normalizer, loss, divisor, grid.programs, num_warps=8
+        )
 
 
 def soft_target_focal_loss_elementwise(
@@ -433,7 +435,7 @@ def _launch_elementwise(
     grid = _Grid.of(logits, rows, launch.block)
     if grid.programs:
         with torch.cuda.device_of(logits[0]):
-            elementwise_kernel[(grid.programs,)](
+            fmkernels_elementwise_kernel[(grid.programs,)](
                 tuple(logits), tuple(targets), tuple(weights) or None, tuple(grad_outputs) or None,
                 tuple(out), lam, index, divisor, *grid.sizes, rows, alpha0, alpha1, gamma,
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
@@ -451,7 +453,7 @@ def soft_target_focal_loss_scale(
     grid = _Grid.of(gradients, 1, launch.block)
     if grid.programs:
         with torch.cuda.device_of(gradients[0]):
-            scale_kernel[(grid.programs,)](
+            fmkernels_scale_kernel[(grid.programs,)](
                 tuple(gradients), grad_output, divisor, *grid.sizes,
                 BLOCK=launch.block, num_warps=launch.num_warps,
             )  # fmt: skip

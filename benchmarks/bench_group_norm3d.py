@@ -44,8 +44,8 @@ class Workload:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         layout = "channels last" if self.channels_last else "contiguous"
-        residual = "" if self.residual else ", without residual"
-        return f"{dtype} {self.batch} x {self.channels} x {self.edge}^3, {layout}{residual}"
+        extras = ", instance norm" * (self.width == 1) + ", no residual" * (not self.residual)
+        return f"{dtype} {self.batch} x {self.channels} x {self.edge}^3, {layout}{extras}"
 
     @property
     def groups(self) -> int:
@@ -74,9 +74,9 @@ class Workload:
         )
 
     def floor(self) -> dict[str, int]:
-        """Bytes: both directions read their inputs twice, except for what they write themselves."""
+        """Every element read once and written once: x, gradients, result, and so on."""
         size = self.elements * self.dtype.itemsize
-        forward, backward = (4 if self.residual else 3) * size, 7 * size
+        forward, backward = (2 + self.residual) * size, (4 + self.residual) * size
         return {"forward": forward, "backward": backward, "both": forward + backward}
 
 

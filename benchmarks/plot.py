@@ -50,6 +50,8 @@ SPEED = (
         "forward",
         "interpolate",
     ),
+    ("group_norm3d", "float32 8 x 24 x 32^3, channels last", "both", "eager"),
+    ("group_norm3d", "bfloat16 8 x 24 x 32^3, channels last", "both", "eager, autocast"),
 )
 SPEED_HEADER = (
     "operation",

@@ -181,7 +181,7 @@ def _devices() -> Iterator[str]:
     name, threads = platform.processor() or platform.machine(), torch.get_num_threads()
     yield f"cpu: {name}, {capability}, {threads} threads of torch"
     if threads > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        yield "OMP_WAIT_POLICY is not set: if cores are shared, OMP_WAIT_POLICY=passive avoids stalls"
+        yield "OMP_WAIT_POLICY is not set: on shared cores, OMP_WAIT_POLICY=passive avoids stalls"
     for device in _usable_devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         gigabytes = properties.total_memory / 2**30
@@ -345,7 +345,7 @@ def _group_norm3d(device: torch.device) -> Iterator[_Comparison]:
         )
         actual = functional.group_norm3d(x, 6, weight, bias, residual=residual, activation="relu")
         plain = [t.double().requires_grad_() for t in tensors]
-        expected = (group_norm(plain[0], 6, *plain[1:3]) + plain[3]).relu()
+        expected = (group_norm(plain[0], 6, plain[1], plain[2]) + plain[3]).relu()
         yield f"{name} forward", actual, expected
         grad_output = _randn(shape, seed=4)
         actual.backward(grad_output.to(device))

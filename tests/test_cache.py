@@ -1,4 +1,4 @@
-"""Compiled loops in files: what is kept and loaded, and that nothing wrong with a file or a folder matters."""
+"""Compiled loops in files: what is kept, and that no damaged file or folder matters."""
 
 import errno
 import hashlib
@@ -40,8 +40,9 @@ def call(function=double, x=3):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder for compiled loops."""
+    """An empty folder for compiled loops; slow compilations are not logged."""
     compiled._SAID.clear()
+    monkeypatch.setattr(compiled, "SLOW", 1e9)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     (folder,) = compiled.cache_folders()
     assert folder.parent == tmp_path
@@ -152,7 +153,7 @@ def test_folders(monkeypatch):
 
 
 def test_source_counts_and_its_times_do_not(folder, tmp_path, monkeypatch):
-    """Layers of containers keep whole seconds. Any file of the CPU path may hold what a loop calls."""
+    """Container layers keep whole seconds. Any file of the CPU path may be part of a loop."""
     file = tmp_path / "loops_of_a_test.py"
     file.write_text("def double(x):\n    return 2 * x\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -241,14 +242,18 @@ def test_warmup_leaves_nothing_to_compile():
         )
 
         def compiled():
-            modules = crop_and_resize3d, mixup3d, object_mixup3d, predict_targets, soft_target_focal_loss
+            modules = (
+                crop_and_resize3d, mixup3d, object_mixup3d, predict_targets,
+                soft_target_focal_loss,
+            )
             loops = [x for m in modules for x in vars(m).values() if isinstance(x, Dispatcher)]
             return sum(len(loop.signatures) for loop in loops)
 
         assert fmkernels.warmup.warmup() == 0
         before = compiled()
         from fmkernels import functional as F
-        lam, index, flips = torch.full((4,), 0.7), torch.tensor([1, 0, 3, 3]), torch.tensor([0, 3, 5, 7]).byte()
+        lam, index = torch.full((4,), 0.7), torch.tensor([1, 0, 3, 3])
+        flips = torch.tensor([0, 3, 5, 7]).byte()
         boxes = torch.tensor([[k, 0.5, 0, 1, 3.5, 4, 4] for k in range(4)])
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = (torch.arange(4 * 64).reshape(4, 1, 4, 4, 4) / 128).to(dtype).requires_grad_()
@@ -256,7 +261,8 @@ def test_warmup_leaves_nothing_to_compile():
             for y in (y.float(), y, y == 1, (y == 1).byte()):
                 weight = torch.ones(4, 1, 1, 1, 1)
                 for options in (
-                    {}, {"reduction": "none"}, {"weight": weight}, {"mix": (lam, index)}, {"gamma": 1.5}
+                    {}, {"reduction": "none"}, {"weight": weight}, {"mix": (lam, index)},
+                    {"gamma": 1.5},
                 ):
                     F.soft_target_focal_loss(x, y, **options).sum().backward()
             views = x.detach()[:, None]
@@ -264,7 +270,8 @@ def test_warmup_leaves_nothing_to_compile():
             F.predict_targets(views.transpose(2, 5), flips)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.uint8):
             x = torch.arange(4 * 64).reshape(4, 1, 4, 4, 4).to(dtype)
-            for options in ({}, {"window": (0.0, 9.0)}, {"dtype": torch.bfloat16}, {"dtype": torch.int16}):
+            dtypes = {"dtype": torch.bfloat16}, {"dtype": torch.int16}
+            for options in ({}, {"window": (0.0, 9.0)}, *dtypes):
                 F.mixup3d(x, lam, index, **options)
                 F.mixup3d(x, lam, index, flips=flips, **options)
                 F.mixup3d(x, lam, index, donors=x.clone(), **options)

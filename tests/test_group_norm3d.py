@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 import reference
 from fmkernels import group_norm3d, nn
-from tests.opinfo import make, rand
+from tests.opinfo import FLOATS, make, rand
 from tests.support import on_gpu
-from tests.support.cases import kernel_only
+from tests.support.cases import cases, kernel_cases, kernel_only
 from tests.support.tolerance import assert_close
 from tests.triton_checked.interpreter import checked
 
@@ -42,7 +45,7 @@ def test_an_outlier_as_the_first_value_does_not_cancel(path, layout):
 
 @pytest.mark.parametrize(("channels", "groups"), [(24, 6), (24, 8), (24, 1), (16, 16), (7, 7)])
 def test_both_layouts_give_the_same(path, channels, groups):
-    shape, found = (2, channels, 3, 5, 4), []
+    shape, found = (1, channels, 3, 5, 4), []
     tensors = (make(shape), make((channels,), seed=1), make(shape, seed=2))
     for layout in LAYOUTS:
         x, weight, residual = (t.clone().to(path.device).requires_grad_() for t in tensors)
@@ -172,3 +175,64 @@ def test_rows_beyond_two_to_the_31(path, channels):
         (gradient,) = torch.autograd.grad(y, x, x.detach())
     for result in (y, gradient):
         assert (result[..., -3:] != 0).all() and (result[..., :3] == 0).all()
+
+
+CASE = st.fixed_dictionaries(
+    {
+        "samples": st.integers(0, 3),
+        "width": st.integers(1, 9),
+        "groups": st.integers(1, 9),
+        "sizes": st.lists(st.integers(1, 9), min_size=1, max_size=3),
+        "last": st.booleans(),
+        "dtype": st.sampled_from(FLOATS),
+        "mean": st.sampled_from([0.0, 3.0]),
+        "affine": st.booleans(),
+        "residual": st.booleans(),
+        "activation": st.sampled_from([None, "relu", "leaky_relu"]),
+        "eps": st.sampled_from([0.01, 1.0]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def check_case(case, device="cpu"):
+    """Any shape in both layouts; the result and all gradients, of the largest value."""
+    channels, seed = case["width"] * case["groups"], case["seed"]
+    shape = (case["samples"], channels, *case["sizes"])
+
+    def tensor(i: int) -> Tensor:
+        x = make(shape, case["dtype"], seed=seed + i, scale=1.0) + case["mean"] * (i == 0)
+        axes = [0, *range(2, x.dim()), 1]
+        stored = x.permute(axes).contiguous() if case["last"] else x
+        x = stored.movedim(-1, 1) if case["last"] else stored
+        return x.to(device).requires_grad_()
+
+    x, residual = tensor(0), tensor(1) if case["residual"] else None
+    parameters = [make((channels,), seed=seed + i).to(device) for i in (2, 3)]
+    weight, bias = parameters if case["affine"] else (None, None)
+    options = {"residual": residual, "activation": case["activation"], "eps": case["eps"]}
+    y = group_norm3d(x, case["groups"], weight, bias, **options)
+    expected = reference.group_norm3d(x, case["groups"], weight, bias, **options)
+    assert_close(y, expected.detach(), arithmetic=case["dtype"], slack=1e-5)
+    near = expected.detach().abs() < 0.05  # a kink of the activation
+    grad_output = make(shape, case["dtype"], device, seed + 4).masked_fill(near, 0)
+    inputs = [x] if residual is None else [x, residual]
+    ours = torch.autograd.grad(y, inputs, grad_output)
+    theirs = torch.autograd.grad(expected, inputs, grad_output.double())
+    for actual, right in zip(ours, theirs, strict=True):
+        right = right.detach()
+        slack = 1e-5 + right.abs().max().item() / 64 if right.numel() else 0.0
+        precise = case["dtype"] in (torch.float32, torch.float64)
+        assert_close(actual, right, slack=slack / 200 if precise else slack)
+
+
+@cases(300)
+@given(case=CASE)
+def test_any_case_on_the_cpu_path(case):
+    check_case(case)
+
+
+@kernel_cases(20)
+@given(case=CASE)
+def test_any_case_in_the_kernel(path, case):
+    check_case(case, path.device)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from scipy import stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 import reference
 from fmkernels import object_mixup3d, sample_donors
+from tests.support.cases import cases
 from tests.triton_checked.host_sync import no_host_sync
 
 NAN, INF = torch.nan, torch.inf
@@ -37,6 +39,7 @@ def test_only_others_of_the_label_are_drawn(draw, seed):
 
 @pytest.mark.parametrize("draw", [sample_donors, reference.sample_donors])
 def test_every_other_box_is_as_likely(draw):
+    stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(0)
     boxes, rounds = boxes_of(5), 400
     counts = torch.zeros(5, 5)
@@ -50,6 +53,7 @@ def test_every_other_box_is_as_likely(draw):
 
 def test_boxes_are_drawn_independently():
     """Pairs of donors, of two boxes, are uniform too."""
+    stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(1)
     boxes, counts = boxes_of(4), torch.zeros(3, 3)
     for _ in range(900):
@@ -114,3 +118,37 @@ def test_it_is_what_object_mixup3d_takes():
     assert torch.equal(mixed[3], volumes[3])
     for k in range(3):
         torch.testing.assert_close(mixed[k], (volumes[k] + volumes[int(donors[k, 0])]) / 2)
+
+
+CASE = st.fixed_dictionaries(
+    {
+        "count": st.integers(0, 40),
+        "labels": st.one_of(st.none(), st.integers(1, 10)),
+        "bad": st.lists(st.tuples(st.integers(0, 39), st.integers(0, 6)), max_size=10),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def check_case(case, device="cpu"):
+    """Any boxes and labels: each usable box gets another one of its label, if there is one."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    boxes = boxes_of(case["count"])
+    usable = torch.ones(len(boxes), dtype=torch.bool)
+    for row, column in case["bad"]:
+        if row < len(boxes):
+            boxes[row, column], usable[row] = (NAN, INF)[row % 2], False
+    labels = torch.zeros(len(boxes), dtype=torch.int64)
+    if case["labels"] is not None:
+        labels = torch.randint(case["labels"], (len(boxes),), generator=generator)
+    given = None if case["labels"] is None else labels.to(device)
+    donors = sample_donors(boxes.to(device), labels=given).cpu()
+    for k, j in enumerate(partners(boxes, donors)):
+        others = [i for i in range(len(boxes)) if i != k and usable[i] and labels[i] == labels[k]]
+        assert j in others if usable[k] and others else j is None
+
+
+@cases(100)
+@given(case=CASE)
+def test_any_case(case):
+    check_case(case)

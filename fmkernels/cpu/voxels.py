@@ -53,7 +53,7 @@ def window_of(window: Sequence[float] | None) -> tuple[bool, float, float, float
     return window is not None, low, 1 / (high - low), high
 
 
-# Numba compiles functions of its own for each use of numpy.empty, carray and reshape with new types.
+# Numba compiles functions of its own for numpy.empty, carray and reshape with each new type.
 
 
 @intrinsic
@@ -82,7 +82,7 @@ def elements(_, address, shape, dtype):
 
 @intrinsic
 def part(_, array, start, shape):
-    """Elements ``start``, ``start`` + 1, ... of a flat array, in a shape. The array must live on."""
+    """Elements from ``start`` on of a flat array, in a shape. The array must live on."""
     result = types.Array(array.dtype, getattr(shape, "count", 1), "C")
 
     def generate(context, builder, signature, arguments):
@@ -140,8 +140,8 @@ def store_block(_, block, address, kind, start):
     return _conversion("store", _store_loops, block, block, address, kind, start)
 
 
-# Blocks are converted by loops that are written in LLVM's language: a loop for each dtype would take
-# Numba seconds. They stand in functions that are not inlined, once in each compiled loop.
+# Loops in LLVM's language convert blocks: Numba would take seconds to compile a loop per dtype.
+# They stand in functions that are not inlined, once in each compiled loop.
 
 _INT8, _INT16, _INT32, _INT64 = map(llvmlite.ir.IntType, (8, 16, 32, 64))
 _FLOAT, _DOUBLE = llvmlite.ir.FloatType(), llvmlite.ir.DoubleType()

@@ -92,10 +92,10 @@ def varying(*numbers: float) -> Sequence[Any]:
 
 def varying_window(window: tuple[float, float] | None) -> tuple[float, float] | Tensor | None:
     """The window; in compiled code, as a tensor of both bounds if one of them varies."""
-    if window is None:
-        return None
-    lo, hi = varying(*window)
-    return torch.stack([lo, hi]) if isinstance(lo, Tensor) else (lo, hi)
+    if window is None or not torch.compiler.is_compiling():
+        return window
+    bounds = varying(*window)
+    return torch.stack(list(bounds)) if isinstance(bounds[0], Tensor) else window
 
 
 def check_integer(name: str, argument: str, value: int) -> int:

@@ -55,7 +55,7 @@ WITH_TENSORS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 """Of each op that takes numbers, the overload for compiled code, which takes tensors on the CPU in
 their place (see `varying`). A CUDA graph would freeze the numbers, hence the tag."""
 _NOTHING = nullcontext()
-_NUMBERS = re.compile(r"float(\[\])?(\??) ")
+_NUMBERS = re.compile(r"float(?:\[\])?(\??) (\w+)(?:=[^,)]+)?")
 
 
 def functional_op(
@@ -148,9 +148,14 @@ def _define(
     }
     op = _define_overload(schema, "default", fake, calls, finish)
     arguments = op._schema.arguments
-    numbers = [i for i, argument in enumerate(arguments) if "float" in str(argument.type)]
+    numbers = [
+        i
+        for i, argument in enumerate(arguments)
+        if "float" in str(argument.type) and not argument.kwarg_only
+    ]
     if numbers:
-        with_tensors = _NUMBERS.sub(r"Tensor\2 ", schema).replace("(", ".tensors(", 1)
+        positional, star, rest = schema.replace("(", ".tensors(", 1).partition("*,")
+        with_tensors = _NUMBERS.sub(r"Tensor\1 \2", positional) + star + rest
         calls = {key: _reading(numbers, call) for key, call in calls.items()}
         WITH_TENSORS[op] = _define_overload(with_tensors, "tensors", fake, calls, finish, numbers)
     return op

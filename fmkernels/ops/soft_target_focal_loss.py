@@ -1,9 +1,9 @@
 """soft_target_focal_loss: loss and gradient of all levels of a feature pyramid in one pass.
 
-The forward also computes d(loss) / d(logits) and saves nothing else. The last backward multiplies it
-in place by the incoming gradient, unless that is 1, and hands it out; where the graph is retained,
-the product is a new tensor. For float16, in which most of a saved gradient would be zero before the
-factor of a GradScaler arrives, the inputs are saved and the backward computes the gradient.
+The forward also computes d(loss) / d(logits) and saves nothing else. The last backward multiplies
+it in place by the incoming gradient, unless that is 1, and hands it out. Where the graph is
+retained, the product is a new tensor. In float16, most of a saved gradient would be zero before the
+factor of a GradScaler arrives: there the inputs are saved, and the backward computes the gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -206,7 +206,9 @@ def soft_target_focal_loss(
         w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
         for w, x, order in zip(weights, xs, orders, strict=len(weights) > 0)
     ]
-    formula = varying(alpha0, alpha1, gamma)
+    formula: Sequence[Any] = (alpha0, alpha1, gamma)
+    if torch.compiler.is_compiling():
+        formula = varying(*formula)
     arguments = (
         [arrange(x, order) for x, order in zip(xs, orders, strict=True)],
         [arrange(y, order) for y, order in zip(ys, orders, strict=True)],
@@ -373,7 +375,7 @@ def _save(ctx, args, results):
     ctx.set_materialize_grads(False)  # else the backward would get zeros as large as the gradients
     if gradients:
         ctx.levels = 0
-        save_for_backward(ctx, divisor, *gradients)
+        ctx.save_for_backward(divisor, *gradients)
     else:
         _save_inputs(ctx, inputs, divisor if normalizer is None else normalizer)
 

@@ -69,10 +69,10 @@ def python(code, folder, *, source=ROOT):
     )
 
 
-def finish(process, timeout=120):
+def finish(process):
     """What a process printed; it must succeed in time."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -325,7 +325,7 @@ def test_a_child_forked_while_a_thread_compiles():
         threading.Thread(target=compile_slowly).start()
         began.wait()
         child = os.fork()
-        signal.alarm(50)  # ends a child that hangs
+        signal.alarm(200)  # ends a child that hangs
         mixed = mixup3d(torch.ones(2, 1, 2, 2, 2), torch.ones(2), torch.tensor([1, 0]))
         assert mixed.eq(1).all()
         if child:
@@ -333,7 +333,7 @@ def test_a_child_forked_while_a_thread_compiles():
         else:
             os._exit(0)
     """
-    assert finish(python(code, ""), timeout=60)[0] == "0\n"
+    assert finish(python(code, ""))[0] == "0\n"
 
 
 RACE = """
@@ -360,7 +360,7 @@ RACE = """
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     for call in [calls[0], *others]:
         call()  # later ones work, too
     print(len(done))

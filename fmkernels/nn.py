@@ -112,9 +112,16 @@ class GroupNorm3d(nn.GroupNorm):
         self.activation, self.negative_slope = activation, negative_slope
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._normalize(x, self.num_groups, residual)
+
+    def _normalize(self, x: Tensor, num_groups: int, residual: Tensor | None) -> Tensor:
+        if x.dim() == 2 or x.dim() > 5:  # torch takes any number of axes
+            shape = (*x.shape[:2], x.shape[2:].numel())
+            residual = None if residual is None else residual.reshape(shape)
+            return self._normalize(x.reshape(shape), num_groups, residual).reshape(x.shape)
         return functional.group_norm3d(
             x,
-            self.num_groups,
+            num_groups,
             self.weight,
             self.bias,
             residual=residual,
@@ -177,6 +184,15 @@ class InstanceNorm3d(GroupNorm3d):
             device=device,
             dtype=dtype,
         )
+
+    @property
+    def num_features(self) -> int:
+        return self.num_channels
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dim() == 4:  # unbatched, as torch takes it
+            return self(x[None], None if residual is None else residual[None])[0]
+        return self._normalize(x, x.shape[1] if self.weight is None else self.num_groups, residual)
 
     def extra_repr(self) -> str:
         return self._repr_of_options()

@@ -758,3 +758,12 @@ def away_from_the_cusp(gamma, logits, targets, arguments):
         b >= (0.01 * a if gamma < 2 else 0)
         for a, b in zip(_as_list(without), _as_list(linear), strict=True)
     ]
+
+
+def test_what_a_hook_keeps_is_not_written_into():
+    logits, kept = torch.randn(50, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = soft_target_focal_loss(logits, torch.rand(50))
+    before = [x.clone() for x in kept]
+    (gradient,) = torch.autograd.grad(7 * loss, logits)
+    assert all(map(torch.equal, kept, before)) and not torch.equal(gradient, before[-1])

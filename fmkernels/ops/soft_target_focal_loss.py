@@ -375,6 +375,8 @@ def _save(ctx, args, results):
     ctx.set_materialize_grads(False)  # else the backward would get zeros as large as the gradients
     if gradients:
         ctx.levels = 0
+        # a hook may keep what it is given, so the backward must not write into that
+        ctx.owns_gradients = _C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(divisor, *gradients)
     else:
         _save_inputs(ctx, inputs, divisor if normalizer is None else normalizer)
@@ -389,7 +391,8 @@ def _backward(ctx, grad_output, _, *grad_gradients):
     if ctx.levels:
         return _recompute(ctx, [grad_output] * ctx.levels)
     divisor, *gradients = ctx.saved_tensors
-    in_place = not torch.is_grad_enabled() and has_memory(grad_output) and has_memory(gradients[0])
+    in_place = ctx.owns_gradients and not torch.is_grad_enabled()
+    in_place = in_place and has_memory(grad_output) and has_memory(gradients[0])
     if not in_place or _C._autograd._get_current_graph_task_keep_graph():
         scale = grad_output / divisor
         return [(x.to(scale.dtype) * scale).to(x.dtype) for x in gradients]

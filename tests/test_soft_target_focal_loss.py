@@ -308,20 +308,19 @@ def test_equal_alphas_give_the_quality_focal_loss(path):
 def test_holds_only_its_gradient_until_the_backward():
     """And hands that out, unless the graph is retained."""
     logits, targets = make((3, 400))
-    x, saved, received = logits.requires_grad_(), [], []
+    x, received = logits.requires_grad_(), []
     hidden, targets = x * 1, targets.clone()
     hidden.register_hook(lambda gradient: received.append(gradient.data_ptr()))
     inputs = [StorageWeakRef(v.untyped_storage()) for v in (hidden, targets)]
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda v: saved.append(v.detach()) or v, lambda v: v
-    ):
-        loss = soft_target_focal_loss(hidden, targets)
+    loss = soft_target_focal_loss(hidden, targets)
     del hidden, targets
     assert all(ref.expired() for ref in inputs)
+    saved = loss.grad_fn.saved_tensors
     assert sorted(v.numel() for v in saved) == [1, x.numel()]
+    places = [v.data_ptr() for v in saved]
+    del saved
     loss.backward(retain_graph=True)
     loss.backward()
-    places = [v.data_ptr() for v in saved]
     assert [pointer in places for pointer in received] == [False, True]
 
 

@@ -73,7 +73,7 @@ class SoftTargetFocalLoss(nn.Module):
 class GroupNorm3d(nn.GroupNorm):
     """act(group normalization of x + residual); see :func:`fmkernels.group_norm3d`.
 
-    A drop-in for torch.nn.GroupNorm: same parameters, same state dict.
+    A drop-in for torch.nn.GroupNorm: same parameters, same state dict, any number of axes.
 
     Args:
         num_groups: divides num_channels.
@@ -146,7 +146,8 @@ class InstanceNorm3d(GroupNorm3d):
     """act(instance normalization of x + residual): :class:`GroupNorm3d` with a group per channel.
 
     A drop-in for torch.nn.InstanceNorm3d without running statistics: same parameters and state
-    dict.
+    dict. As there, x of 4 axes is a sample without a batch, and without parameters x may have any
+    number of channels.
 
     Args:
         num_features: channels of x.

@@ -12,6 +12,7 @@ from fmkernels.cpu.compiled import cache_folders
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.uint8)
 """Dtypes of logits and volumes. float64, which is for tests of gradients, is left out."""
 
+_FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)
 _WINDOW = (-1000.0, 400.0)
 
 
@@ -34,19 +35,17 @@ def warmup(ops: Sequence[str] = ()) -> int:
 
 
 def _soft_target_focal_loss() -> Iterator[Callable]:
-    for dtype in DTYPES:
-        if dtype.is_floating_point:
-            logits = torch.zeros(1, 8, dtype=dtype, requires_grad=True)
-            for targets in (torch.ones(1, 8), torch.ones(1, 8, dtype=torch.uint8)):
-                yield lambda x=logits, y=targets: functional.soft_target_focal_loss(x, y).backward()
+    for dtype in _FLOATS:
+        logits = torch.zeros(1, 8, dtype=dtype, requires_grad=True)
+        for targets in (torch.ones(1, 8), torch.ones(1, 8, dtype=torch.uint8)):
+            yield lambda x=logits, y=targets: functional.soft_target_focal_loss(x, y).backward()
 
 
 def _predict_targets() -> Iterator[Callable]:
     flips = torch.tensor([0, 5], dtype=torch.uint8)
-    for dtype in DTYPES:
-        if dtype.is_floating_point:
-            views = torch.zeros(2, 1, 1, 2, 2, 2, dtype=dtype)
-            yield lambda x=views: functional.predict_targets(x, flips)
+    for dtype in _FLOATS:
+        views = torch.zeros(2, 1, 1, 2, 2, 2, dtype=dtype)
+        yield lambda x=views: functional.predict_targets(x, flips)
 
 
 def _sample_mixup() -> Iterator[Callable]:
@@ -58,12 +57,11 @@ def _sample_donors() -> Iterator[Callable]:
 
 
 def _group_norm3d() -> Iterator[Callable]:
-    for dtype in DTYPES:
-        if dtype.is_floating_point:
-            x = torch.zeros(1, 4, 2, 2, 2, dtype=dtype, requires_grad=True)
-            yield lambda x=x: _differentiate(
-                functional.group_norm3d(x, 2, torch.ones(4), residual=x, activation="relu")
-            )
+    for dtype in _FLOATS:
+        x = torch.zeros(1, 4, 2, 2, 2, dtype=dtype, requires_grad=True)
+        yield lambda x=x: _differentiate(
+            functional.group_norm3d(x, 2, torch.ones(4), residual=x, activation="relu")
+        )
 
 
 def _volumes() -> Iterator[tuple[Tensor, dict]]:

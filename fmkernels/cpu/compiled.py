@@ -4,8 +4,8 @@ Numba compiles a loop at its first call with new types. Compiled loops are kept 
 loop and types, that hold all that the loop calls. A file that cannot be used is compiled again; a
 folder that cannot be written costs the next process the same time, and nothing else.
 
-Its own threads are not used: they survive neither a fork (OpenMP) nor two callers at once (its work
-queue). The loops release the GIL instead, and Python threads run them on ranges of one call.
+Numba's own threads are not used: they survive neither a fork (OpenMP) nor two callers at once (its
+work queue). The loops release the GIL instead, and Python threads run them on ranges of one call.
 """
 
 import hashlib
@@ -172,7 +172,7 @@ class _Cache(NullCache):
                     if data[:32] == hashlib.sha256(stamp + data[32:]).digest():
                         rtsys.initialize(target_context)  # what Numba does before it compiles
                         return CompileResult._rebuild(target_context, *pickle.loads(data[32:]))
-        except Exception as error:  # whatever is wrong with a file, the loop can be compiled
+        except Exception as error:  # any damage to a file: the loop is compiled again
             _say_once("fmkernels: a compiled loop cannot be loaded, compiling it again: %r", error)
         self.start = time.perf_counter()
         return None
@@ -318,7 +318,7 @@ def _pool() -> _Pool:
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
-    os.register_at_fork(  # a thread that compiles would leave the child its lock, taken for ever
+    os.register_at_fork(  # a child would wait forever for the lock of a thread that compiles
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
         after_in_child=global_compiler_lock.release,

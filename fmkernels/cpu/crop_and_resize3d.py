@@ -24,7 +24,6 @@ from fmkernels.cpu.sampling import (
 from fmkernels.cpu.voxels import (
     elements,
     empty,
-    located,
     own_kind,
     part,
     read_block,
@@ -173,8 +172,8 @@ def crop_and_resize3d(
         return
     d, h, w = crops.shape[2:]
     parallel_for(
-        _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), located(volumes),
-        tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), located(crops), (d, h, w),
+        _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), volumes,
+        tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), crops, (d, h, w),
         clamp_box, nearest, window_of(window), zero_of(volumes),
     )  # fmt: skip
 
@@ -195,7 +194,7 @@ def crop_and_resize3d_backward(
     source = out if volumes is None else volumes  # only read to apply the window
     parallel_for(
         _backward_planes, planes, GRAIN_SIZE * planes // (grad_output.numel() + out.numel()),
-        located(grad_output), boxes_as_array(boxes), tuple(grad_output.shape[2:]),
-        located(source), source.stride(), located(out), tuple(out.shape),
+        grad_output, boxes_as_array(boxes), tuple(grad_output.shape[2:]),
+        source, source.stride(), out, tuple(out.shape),
         clamp_box, window_of(window), zero_of(out),
     )  # fmt: skip

@@ -18,7 +18,6 @@ from fmkernels.cpu.voxels import (
     elements,
     empty,
     load_block,
-    located,
     own_kind,
     part,
     store_block,
@@ -237,7 +236,6 @@ def object_mixup3d(
         return
     donors = volumes if donors is None else donors
     K, shape, zero = boxes.shape[0], tuple(volumes.shape), zero_of(volumes)
-    source, target = located(volumes), located(out)
     targets, sources = np.empty((K, 8), np.int64), np.empty((K, 7))
     weights, donor_shape = stored(lam.to(compute_dtype(volumes.dtype))), tuple(donors.shape)
     wrong = weights[(weights < 0) | (weights > 1)]  # NaN gives NaN
@@ -250,14 +248,16 @@ def object_mixup3d(
     planes = shape[0] * shape[2]
     grain_size = GRAIN_SIZE * planes // max(voxels, 1)
     parallel_for(
-        _mix, planes, grain_size, source, shape, volumes.stride(), window_of(window),
-        located(donors), donor_shape, donors.stride(), window_of(donor_window), targets, sources,
+        _mix, planes, grain_size, volumes, shape, volumes.stride(), window_of(window),
+        donors, donor_shape, donors.stride(), window_of(donor_window), targets, sources,
         weights, patches,
     )  # fmt: skip
     if window is not None or not (out.is_floating_point() or volumes.dtype == out.dtype):
         blocks = -(-out.numel() // BLOCK)
-        copied = source, target, window_of(window), out.numel(), BLOCK, zero
-        parallel_for(_copy, blocks, GRAIN_SIZE // BLOCK, *copied)
+        parallel_for(
+            _copy, blocks, GRAIN_SIZE // BLOCK, volumes, out, window_of(window), out.numel(), BLOCK,
+            zero,
+        )  # fmt: skip
     elif not in_place:
         out.copy_(volumes)  # which rounds to floats as we do, but not to integers
-    parallel_for(_write, planes, grain_size, target, shape, out.stride(), targets, patches)
+    parallel_for(_write, planes, grain_size, out, shape, out.stride(), targets, patches)

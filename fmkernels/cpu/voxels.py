@@ -1,11 +1,11 @@
 """How compiled loops read and write volumes of any dtype: in blocks that stay in the L1 cache.
 
-A loop takes a volume as its address and dtype code, and computes on blocks of float32 (float64 for
-float64 data). That costs the host next to nothing, and one compiled loop serves every dtype::
+A loop takes a volume as its address and dtype code, which `parallel_for` passes for a tensor, and
+computes on blocks of float32 (float64 for float64 data). That costs the host next to nothing, and
+one compiled loop serves every dtype::
 
-    address, code = located(x)  # on the host; x must outlive the call
-
-    block = empty(n, np.float32)  # in a loop
+    address, code = volume
+    block = empty(n, np.float32)
     load_block(address, code, start, block)  # voxels start, start + 1, ...
     store_block(block, address, code, start)  # into voxels start, start + 1, ...
 """
@@ -28,23 +28,14 @@ from fmkernels.cpu.compiled import (
     FLOAT32,
     FLOAT64,
     INT16,
-    KINDS,
     UINT8,
     subroutine,
 )
-
-ZEROS: dict[torch.dtype, np.floating] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-"""Typed zeros: they fix the compute dtype of a loop."""
 
 
 def zero_of(x: Tensor) -> np.floating:
     """A zero that fixes the compute dtype of a loop: float64 for float64, else float32."""
     return np.float64(0) if x.dtype == torch.float64 else np.float32(0)
-
-
-def located(x: Tensor) -> tuple[int, int]:
-    """The address and dtype code of a tensor."""
-    return x.data_ptr(), KINDS[x.dtype]
 
 
 def window_of(window: Sequence[float] | None) -> tuple[bool, float, float, float]:
@@ -141,7 +132,7 @@ def store_block(_, block, address, kind, start):
 
 
 # Loops in LLVM's language convert blocks: Numba would take seconds to compile a loop per dtype.
-# They stand in functions that are not inlined, once in each compiled loop.
+# Each loop has one copy of them, in functions that are not inlined.
 
 _INT8, _INT16, _INT32, _INT64 = map(llvmlite.ir.IntType, (8, 16, 32, 64))
 _FLOAT, _DOUBLE = llvmlite.ir.FloatType(), llvmlite.ir.DoubleType()

@@ -19,9 +19,9 @@ def use_fused_norms(network: nn.Module) -> nn.Module:
     Every ``torch.nn.GroupNorm`` and ``torch.nn.InstanceNorm3d`` without running statistics becomes
     a :class:`fmkernels.nn.GroupNorm3d` or :class:`fmkernels.nn.InstanceNorm3d`. In a
     ``torch.nn.Sequential`` it takes over the ReLU or leaky ReLU that follows, also behind a
-    dropout, and an identity stands in its place. So do not use this on a network that calls single
-    modules of such a Sequential. Modules with hooks, and modules that are registered twice, keep
-    what follows them.
+    dropout, and an identity replaces the activation. A network that calls single modules of such a
+    Sequential would compute something else: do not use this function on it. Modules with hooks, and
+    modules that are registered twice, are not fused with what follows them.
 
     Parameters stay the same objects under the same names: optimizers, checkpoints and
     ``state_dict`` are not affected. Results are those of the original within rounding; under
@@ -92,10 +92,6 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, GroupNorm3d) and module.activation is None
-
-
 def _slope(module: nn.Module) -> float | None:
     """The slope below 0 of a ReLU or a leaky ReLU."""
     if _has_hooks(module):
@@ -107,20 +103,17 @@ def _slope(module: nn.Module) -> float | None:
     return None
 
 
-def _activate(norm: nn.Module, slope: float) -> None:
-    norm.activation = "leaky_relu" if slope else "relu"  # type: ignore[assignment]
-    norm.negative_slope = slope  # type: ignore[assignment]
-
-
 def _fuse_neighbors(sequence: nn.Sequential, shared: set[int]) -> None:
-    """Dropout in between may come after the activation instead: its factors are not negative."""
+    """Fuse activations, also behind dropout: its factors are not negative, so the order is free."""
     names = [name for name, child in sequence._modules.items() if not _is_transparent(child)]
     for name, following in pairwise(names):
         norm, activation = sequence._modules[name], sequence._modules[following]
-        if norm is None or activation is None or not _is_norm(norm) or id(norm) in shared:
+        if not isinstance(norm, GroupNorm3d) or activation is None:
+            continue
+        if norm.activation is not None or id(norm) in shared or _has_hooks(norm):
             continue
         if (slope := _slope(activation)) is not None:
-            _activate(norm, slope)
+            norm.activation, norm.negative_slope = "leaky_relu" if slope else "relu", slope
             sequence._modules[following] = nn.Identity()
 
 

@@ -24,13 +24,17 @@ def check_tensor(name: str, argument: str, x: object) -> None:
         raise TypeError(f"{name}: {argument} must be a tensor, got {describe(x)}")
 
 
-def check_dtype(name: str, argument: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    """All tensors come by here: so DTensors, for which no op has a sharding rule, are refused."""
+def check_no_dtensor(name: str, argument: str, x: Tensor) -> None:
+    """No op has a sharding rule."""
     if type(x) is not Tensor and type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name}: {argument} must be a plain tensor, got a DTensor; "
             f"pass the local shards of all tensors, such as {argument}.to_local()"
         )
+
+
+def check_dtype(name: str, argument: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    check_no_dtensor(name, argument, x)
     if x.dtype not in allowed:
         raise TypeError(f"{name}: {argument} must be {_names(allowed)}, got {_names([x.dtype])}")
 
@@ -80,9 +84,9 @@ def varying(*numbers: float) -> Sequence[Any]:
         return numbers
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    half = 0.4567  # any number at all: one side of it is known only for constants
+    probe = 0.4567  # only for constants is it known on which side of any number they lie
     constant = [
-        statically_known_true(x > half) or statically_known_true(x <= half) for x in numbers
+        statically_known_true(x > probe) or statically_known_true(x <= probe) for x in numbers
     ]
     if all(constant):
         return numbers
@@ -92,8 +96,8 @@ def varying(*numbers: float) -> Sequence[Any]:
 
 def varying_window(window: tuple[float, float] | None) -> tuple[float, float] | Tensor | None:
     """The window; in compiled code, as a tensor of both bounds if one of them varies."""
-    if window is None or not torch.compiler.is_compiling():
-        return window
+    if window is None:
+        return None
     bounds = varying(*window)
     return torch.stack(list(bounds)) if isinstance(bounds[0], Tensor) else window
 

@@ -35,9 +35,9 @@ from fmkernels.ops.checks import refuse_tangent
 from fmkernels.ops.tensors import has_memory
 
 _REGISTERED = vars(torch.library).setdefault("_fmkernels", {})
-"""Outlives this module: code that clears sys.modules and imports fmkernels anew, as notebooks and
-test runners do, finds the ops already defined. Their definitions stay, because what the former
-import left behind refers to them; their kernels are replaced."""
+"""Survives a second import, as in notebooks and test runners that clear sys.modules: the ops are
+then defined already. Their definitions stay, because objects of the first import refer to them;
+their kernels are replaced."""
 
 if _REGISTERED:
     _REGISTERED["kernels"]._destroy()

@@ -18,6 +18,7 @@ from fmkernels.ops.checks import (
     check_device,
     check_dtype,
     check_levels,
+    check_no_dtensor,
     check_no_grad,
     check_no_tangent,
     check_number,
@@ -206,9 +207,7 @@ def soft_target_focal_loss(
         w.reshape(-1).expand(rows).contiguous() if per_row else arrange(w.expand(x.shape), order)
         for w, x, order in zip(weights, xs, orders, strict=len(weights) > 0)
     ]
-    formula: Sequence[Any] = (alpha0, alpha1, gamma)
-    if torch.compiler.is_compiling():
-        formula = varying(*formula)
+    formula = varying(alpha0, alpha1, gamma)
     arguments = (
         [arrange(x, order) for x, order in zip(xs, orders, strict=True)],
         [arrange(y, order) for y, order in zip(ys, orders, strict=True)],
@@ -307,7 +306,7 @@ def _check_normalizer(
                 f"{name}: normalizer must be a number or a real 0-d tensor, "
                 f"got {normalizer.dtype} of shape {shape_of(normalizer)}"
             )
-        check_dtype(name, "normalizer", normalizer, (normalizer.dtype,))
+        check_no_dtensor(name, "normalizer", normalizer)
         check_device(name, "normalizer", normalizer, x.device)
         check_no_grad(name, "normalizer", normalizer)
         return normalizer
@@ -391,9 +390,9 @@ def _backward(ctx, grad_output, _, *grad_gradients):
     if ctx.levels:
         return _recompute(ctx, [grad_output] * ctx.levels)
     divisor, *gradients = ctx.saved_tensors
-    in_place = ctx.owns_gradients and not torch.is_grad_enabled()
-    in_place = in_place and has_memory(grad_output) and has_memory(gradients[0])
-    if not in_place or _C._autograd._get_current_graph_task_keep_graph():
+    is_last = not _C._autograd._get_current_graph_task_keep_graph()
+    in_place = is_last and ctx.owns_gradients and not torch.is_grad_enabled()
+    if not (in_place and has_memory(grad_output) and has_memory(gradients[0])):
         scale = grad_output / divisor
         return [(x.to(scale.dtype) * scale).to(x.dtype) for x in gradients]
     gradients = [x.detach() for x in gradients]

@@ -1,5 +1,6 @@
 """Training patches of scans: item i depends on the seed and i only, whoever reads it and when."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class _Scan:
     ignore: np.ndarray  # float32 [m, 6]
 
 
-class PatchDataset(Dataset):
+class PatchDataset(Dataset, ABC):
     """Patches of scans: the base of `LabeledPatches` and `UnlabeledPatches`.
 
     With probability ``positive_fraction`` a box is drawn and a patch placed at random around it, so
@@ -124,12 +125,12 @@ class PatchDataset(Dataset):
             **self._labels(scan, corner, flipped),
         }
 
+    @abstractmethod
     def _weights(self, uid: str) -> np.ndarray:
         """The relative frequency of each box of a series, [n]."""
-        raise NotImplementedError
 
-    def _read(self, uid: str) -> _Scan:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, uid: str) -> _Scan: ...
 
     def _labels(
         self, scan: _Scan, corner: np.ndarray, flipped: np.ndarray

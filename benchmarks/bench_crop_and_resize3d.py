@@ -32,6 +32,7 @@ from fmkernels import crop_and_resize3d
 from tests.support.tolerance import assert_close
 
 WINDOW = (-1200.0, 600.0)
+BF16, I16 = torch.bfloat16, torch.int16
 
 
 @dataclass(frozen=True)
@@ -433,7 +434,6 @@ EVERY = [
 ]
 
 SECONDS = 45
-BF16, I16 = torch.bfloat16, torch.int16
 ONE = comparison(Workload(1, 1, (1, 2), edge=4))
 SMALL = [
     comparison(Workload(5, 8, whole=True)),

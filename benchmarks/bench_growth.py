@@ -1,4 +1,4 @@
-"""Time against size, from one element up: ours beside the best that PyTorch has.
+"""Time against size, from few elements up: ours next to the best of PyTorch.
 
 On a CPU without torch.compile, which takes seconds for each size.
 """
@@ -15,10 +15,8 @@ if DEVICE.type == "cuda":
 
 
 def without_the_weaker(whole: Comparison, elements: int) -> Comparison:
-    """The comparison with the best rivals of its suite; with plain PyTorch where that is alone."""
-    names = {provider.name for provider in whole.providers}
-    kept = {OURS} | (RIVALS & names or {"eager"})
-    providers = [provider for provider in whole.providers if provider.name in kept]
+    """The comparison with the best rivals of its suite."""
+    providers = [provider for provider in whole.providers if provider.name in {OURS} | RIVALS]
     return replace(whole, op=f"{whole.op} by size", elements=elements, providers=providers)
 
 

@@ -1,4 +1,4 @@
-"""Checks of every op that need a GPU, beside the tests and the benchmarks.
+"""Checks of every op that need a GPU, in addition to tests and benchmarks.
 
     python -m benchmarks.device_checks calls     run every kernel once, for compute-sanitizer
     python -m benchmarks.device_checks graphs    replay every op in a CUDA graph with new inputs

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot benchmarks/results/cpu/benchmarks.json
 
-writes benchmarks.md and benchmarks.png beside each JSON and prints the table. `--readme README.md`
+writes benchmarks.md and benchmarks.png next to each JSON and prints the table. `--readme README.md`
 also writes a short table of the workloads in `SPEED` between the markers for that JSON.
 """
 

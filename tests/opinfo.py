@@ -493,6 +493,7 @@ def donor_samples(_: torch.dtype) -> dict[str, Arguments]:
 
 
 def donor_boxes(count: int) -> Tensor:
+    """Usable boxes, all different."""
     k = torch.arange(count, dtype=torch.float32)[:, None]
     return torch.cat([k % 3, k, k, k, k + 4, k + 5, k + 6], 1)
 

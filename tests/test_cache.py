@@ -238,12 +238,13 @@ def test_warmup_leaves_nothing_to_compile():
         import torch, fmkernels.warmup
         from numba.core.dispatcher import Dispatcher
         from fmkernels.cpu import (
-            crop_and_resize3d, mixup3d, object_mixup3d, predict_targets, soft_target_focal_loss,
+            crop_and_resize3d, group_norm3d, mixup3d, object_mixup3d, predict_targets,
+            soft_target_focal_loss,
         )
 
         def compiled():
             modules = (
-                crop_and_resize3d, mixup3d, object_mixup3d, predict_targets,
+                crop_and_resize3d, group_norm3d, mixup3d, object_mixup3d, predict_targets,
                 soft_target_focal_loss,
             )
             loops = [x for m in modules for x in vars(m).values() if isinstance(x, Dispatcher)]
@@ -268,6 +269,11 @@ def test_warmup_leaves_nothing_to_compile():
             views = x.detach()[:, None]
             F.predict_targets(views, flips)
             F.predict_targets(views.transpose(2, 5), flips)
+            v = x.repeat(1, 6, 1, 1, 1)
+            for v in (v, v.contiguous(memory_format=torch.channels_last_3d)):
+                for options in ({}, {"residual": v}, {"activation": "leaky_relu"}):
+                    for weight in (None, torch.ones(6, dtype=dtype)):
+                        F.group_norm3d(v, 2, weight, **options).sum().backward()
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.uint8):
             x = torch.arange(4 * 64).reshape(4, 1, 4, 4, 4).to(dtype)
             dtypes = {"dtype": torch.bfloat16}, {"dtype": torch.int16}
@@ -277,6 +283,8 @@ def test_warmup_leaves_nothing_to_compile():
                 F.mixup3d(x, lam, index, donors=x.clone(), **options)
                 F.crop_and_resize3d(x, boxes, (3, 2, 4), **options)
                 F.crop_and_resize3d(x.transpose(2, 4), boxes, (3, 2, 4), **options)
+                if "window" not in options:
+                    F.crop_and_resize3d(x, boxes, (3, 2, 4), mode="nearest", **options)
                 F.object_mixup3d(x, boxes, boxes.flip(0), lam, **options)
                 if dtype.is_floating_point and options.get("dtype") != torch.int16:
                     v = x.clone().requires_grad_()

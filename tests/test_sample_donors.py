@@ -1,4 +1,4 @@
-"""Draws of sample_donors: who may be a donor, how often, generators, no host synchronization."""
+"""Draws of sample_donors: who may be a donor, how often; test_ops.py has what every op needs."""
 
 import pytest
 import torch
@@ -7,16 +7,10 @@ from hypothesis import strategies as st
 
 import reference
 from fmkernels import object_mixup3d, sample_donors
+from tests.opinfo import donor_boxes
 from tests.support.cases import cases
-from tests.triton_checked.host_sync import no_host_sync
 
 NAN, INF = torch.nan, torch.inf
-
-
-def boxes_of(count: int) -> torch.Tensor:
-    """Usable boxes, all different."""
-    k = torch.arange(count, dtype=torch.float32)[:, None]
-    return torch.cat([k % 3, k, k, k, k + 4, k + 5, k + 6], 1)
 
 
 def partners(boxes: torch.Tensor, donors: torch.Tensor) -> list[int | None]:
@@ -29,7 +23,7 @@ def partners(boxes: torch.Tensor, donors: torch.Tensor) -> list[int | None]:
 @pytest.mark.parametrize("seed", range(5))
 def test_only_others_of_the_label_are_drawn(draw, seed):
     generator = torch.Generator().manual_seed(seed)
-    boxes = boxes_of(9)
+    boxes = donor_boxes(9)
     labels = torch.tensor([2, 0, 2, 1, 0, 2, 0, 5, 2])
     boxes[5, 3], boxes[6, 4], boxes[0, 0] = NAN, boxes[6, 1], -1  # not usable
     found = partners(boxes, draw(boxes, labels=labels, generator=generator))
@@ -41,7 +35,7 @@ def test_only_others_of_the_label_are_drawn(draw, seed):
 def test_every_other_box_is_as_likely(draw):
     stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(0)
-    boxes, rounds = boxes_of(5), 400
+    boxes, rounds = donor_boxes(5), 400
     counts = torch.zeros(5, 5)
     for _ in range(rounds):
         for k, j in enumerate(partners(boxes, draw(boxes, generator=generator))):
@@ -55,7 +49,7 @@ def test_boxes_are_drawn_independently():
     """Pairs of donors, of two boxes, are uniform too."""
     stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(1)
-    boxes, counts = boxes_of(4), torch.zeros(3, 3)
+    boxes, counts = donor_boxes(4), torch.zeros(3, 3)
     for _ in range(900):
         first, second, *_ = partners(boxes, sample_donors(boxes, generator=generator))
         counts[first - 1, second - (second > 1)] += 1
@@ -65,49 +59,26 @@ def test_boxes_are_drawn_independently():
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("column", range(7))
 def test_what_is_not_finite_is_no_donor(bad, column):
-    boxes = boxes_of(3)
+    boxes = donor_boxes(3)
     boxes[1, column] = bad
     assert partners(boxes, sample_donors(boxes)) == [2, None, 0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_boxes(count):
-    donors = sample_donors(boxes_of(count), labels=torch.ones(count, dtype=torch.uint8))
+    donors = sample_donors(donor_boxes(count), labels=torch.ones(count, dtype=torch.uint8))
     assert donors.shape == (count, 7) and donors.dtype == torch.float32
-    assert donors.isnan().all() if count < 2 else torch.equal(donors, boxes_of(2).flip(0))
+    assert donors.isnan().all() if count < 2 else torch.equal(donors, donor_boxes(2).flip(0))
 
 
 def test_the_same_state_draws_the_same():
-    boxes = boxes_of(50)
+    boxes = donor_boxes(50)
     generator = torch.Generator().manual_seed(3)
     first, second = (sample_donors(boxes, generator=generator) for _ in range(2))
     assert torch.equal(first, sample_donors(boxes, generator=generator.manual_seed(3)))
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     assert torch.equal(first, sample_donors(boxes))
-    boxes[7] = NAN  # draws of others stay as long as their group keeps its size
-    labels = torch.arange(50) % 2
-    assert sample_donors(boxes, labels=labels)[7].isnan().all()
-
-
-def test_it_neither_waits_nor_changes_what_it_is_given():
-    boxes, labels = boxes_of(6), torch.tensor([1, 0, 1, 0, 1, 0])
-    before = boxes.clone(), labels.clone()
-    with no_host_sync():
-        donors = sample_donors(boxes, labels=labels)
-    assert torch.equal(boxes, before[0]) and torch.equal(labels, before[1])
-    assert not donors.requires_grad
-    with torch.device("meta"):
-        assert sample_donors(torch.zeros(3, 7)).device.type == "meta"
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles(dynamic):
-    compiled = torch.compile(sample_donors, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for count in (3, 8):
-        boxes = boxes_of(count)
-        found = partners(boxes, compiled(boxes, labels=torch.zeros(count, dtype=torch.int64)))
-        assert all(j is not None and j != k for k, j in enumerate(found))
 
 
 def test_it_is_what_object_mixup3d_takes():
@@ -133,7 +104,7 @@ CASE = st.fixed_dictionaries(
 def check_case(case, device="cpu"):
     """Any boxes and labels: each usable box gets another one of its label, if there is one."""
     generator = torch.Generator().manual_seed(case["seed"])
-    boxes = boxes_of(case["count"])
+    boxes = donor_boxes(case["count"])
     usable = torch.ones(len(boxes), dtype=torch.bool)
     for row, column in case["bad"]:
         if row < len(boxes):

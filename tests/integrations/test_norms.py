@@ -1,4 +1,4 @@
-"""use_fused_norms on networks of MONAI and on blocks that are hard to trace."""
+"""use_fused_norms on networks of MONAI, and what it leaves alone."""
 
 import copy
 import pickle
@@ -167,6 +167,9 @@ def test_what_is_shared_or_hooked_stays():
     hooked = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU())
     hooked[0].register_forward_hook(lambda *_: None)
     assert type(use_fused_norms(hooked)[0]) is nn.GroupNorm
+    ours = nn.Sequential(GroupNorm3d(2, 4), nn.ReLU())
+    ours[0].register_forward_hook(lambda *_: None)
+    assert use_fused_norms(ours)[0].activation is None
     block, called = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU()), []
     block[1].register_forward_hook(lambda *_: called.append(1))
     use_fused_norms(block)(x)

@@ -381,6 +381,13 @@ def _save(ctx, args, results):
         _save_inputs(ctx, inputs, divisor if normalizer is None else normalizer)
 
 
+def _may_overwrite(ctx):
+    """Whether this backward is the last one, and nobody else can see the saved gradients."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not ctx.owns_gradients:
+        return False
+    return not _C._autograd._get_current_graph_task_keep_graph()
+
+
 def _backward(ctx, grad_output, _, *grad_gradients):
     """The gradients, too, are differentiable results: so a second derivative arrives here."""
     if any(grad is not None for grad in grad_gradients):
@@ -390,9 +397,7 @@ def _backward(ctx, grad_output, _, *grad_gradients):
     if ctx.levels:
         return _recompute(ctx, [grad_output] * ctx.levels)
     divisor, *gradients = ctx.saved_tensors
-    is_last = not _C._autograd._get_current_graph_task_keep_graph()
-    in_place = is_last and ctx.owns_gradients and not torch.is_grad_enabled()
-    if not (in_place and has_memory(grad_output) and has_memory(gradients[0])):
+    if not (_may_overwrite(ctx) and has_memory(grad_output) and has_memory(gradients[0])):
         scale = grad_output / divisor
         return [(x.to(scale.dtype) * scale).to(x.dtype) for x in gradients]
     gradients = [x.detach() for x in gradients]

@@ -165,8 +165,14 @@ class Config:
     amp: str = _option(
         "auto",
         "optimization",
-        "mixed precision; auto: bf16 on GPUs (fp16 on old ones) and on CPUs with AMX, else off",
+        "mixed precision; auto: bf16 on devices that compute in it (fp16 on old GPUs), else off",
         choices=("auto", "off", "bf16", "fp16"),
+    )
+    compile: str = _option(
+        "off",
+        "optimization",
+        "torch.compile of the detector: off, on, or graph: on, with CUDA graphs",
+        choices=("off", "on", "graph"),
     )
     alpha0: float = _option(0.5, "loss", "focal-loss weight of the background", check=_FRACTION)
     alpha1: float = _option(0.5, "loss", "focal-loss weight of nodules", check=_FRACTION)

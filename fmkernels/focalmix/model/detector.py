@@ -158,7 +158,9 @@ def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     if config.amp != "auto":
         return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
     if device.type != "cuda":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        return torch.bfloat16 if has_bf16 else None
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
 
@@ -167,3 +169,9 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The precision of the detector on a device."""
     dtype = amp_dtype(config, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def input_dtype(images: Tensor) -> torch.dtype:
+    """The dtype in which a detector takes images: that of autocast, or float32 without it."""
+    device = images.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -115,7 +115,7 @@ def train(
         KeyboardInterrupt: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     out, device = Path(out), choose_device(config.device)
-    with process_group(device), _lock(out):
+    with process_group(device), _lock(out), _fastest_convolutions():
         _claim(out, config, resume)
         data, scans = _open_data(config, root)
         run = _Run(config, data, scans, out, State(config, device), Stopwatch(device, profile))
@@ -137,6 +137,19 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
     return lock_folder(out) if rank_and_world_size()[0] == 0 else contextlib.nullcontext()
 
 
+def _fastest_convolutions() -> contextlib.AbstractContextManager[None]:
+    """cuDNN tries its algorithms once for each shape: a run has few shapes."""
+    cudnn = torch.backends.cudnn
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")}
+    return cudnn.flags(benchmark=True, **kept)
+
+
+def _compile(network: nn.Module, *, graph: bool) -> None:
+    """Compile the forward pass in place, for each shape that it meets; hooks stay outside."""
+    mode = "reduce-overhead" if graph else None
+    network.forward = torch.compile(network.forward, mode=mode, dynamic=False)  # type: ignore[method-assign]
+
+
 class _Trainer:
     """The steps of a run."""
 
@@ -144,6 +157,9 @@ class _Trainer:
         self.run, self.interrupt = run, interrupt
         self.rank, self.world_size = rank_and_world_size()
         model, stopwatch = run.state.model, run.stopwatch
+        if run.config.compile != "off":
+            for network in (model, run.state.ema.module):
+                _compile(network, graph=run.config.compile == "graph")
         self.model = DistributedDataParallel(model) if self.world_size > 1 else model
         self.hook = model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
         self.metrics = Metrics(run.out, run.state.step)

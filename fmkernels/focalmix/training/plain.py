@@ -15,9 +15,23 @@ from torch import Tensor
 from fmkernels.focalmix.model.detector import apply_window, flipped
 
 
-def mixup3d(volumes: Tensor, lam: Tensor, index: Tensor, *, window: tuple[float, float]) -> Tensor:
+def flipped_views(
+    images: Tensor, masks: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    windowed = apply_window(images, window).to(dtype)
+    return torch.cat([flipped(windowed, mask) for mask in masks])
+
+
+def mixup3d(
+    volumes: Tensor,
+    lam: Tensor,
+    index: Tensor,
+    *,
+    window: tuple[float, float],
+    dtype: torch.dtype,
+) -> Tensor:
     x = apply_window(volumes, window)
-    return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1))
+    return torch.lerp(x[index], x, lam.view(-1, 1, 1, 1, 1)).to(dtype)
 
 
 def object_mixup3d(
@@ -40,7 +54,7 @@ def object_mixup3d(
         if region.numel() and donor.numel():
             windowed = apply_window(donor, window)[None]
             resized = F.interpolate(windowed, region.shape[1:], mode="trilinear")[0]
-            torch.lerp(resized, region, weight, out=region)
+            region.copy_(torch.lerp(resized, region.float(), weight))
     return out
 
 

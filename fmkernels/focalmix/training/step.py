@@ -5,7 +5,7 @@ objects (see `predict_unlabeled`), one lambda per object, and that the loss of a
 weight of the image with the larger lambda.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fmkernels.focalmix.model.anchors import (
     encode_boxes,
     flat_deltas,
 )
-from fmkernels.focalmix.model.detector import apply_window, flipped
+from fmkernels.focalmix.model.detector import input_dtype
 from fmkernels.focalmix.model.matcher import Matches, atss_match
 from fmkernels.focalmix.training import plain
 
@@ -103,7 +103,9 @@ def _generator(*key: int) -> torch.Generator:
 def supervised_loss(model: nn.Module, batch: Mapping[str, Any], config: Config) -> Losses:
     """Focal loss of every anchor, and smooth L1 loss of the boxes of positive anchors."""
     matches = _match(batch, config)
-    outputs = model(apply_window(batch["image"], config.window))
+    views = _views(config)
+    image = views(batch["image"], [0], window=config.window, dtype=input_dtype(batch["image"]))
+    outputs = model(image)
     return _losses(outputs, matches.targets, matches, config)
 
 
@@ -127,7 +129,9 @@ def focalmix_loss(
 
     # 2. Image MixUp; the loss mixes the targets in the same way
     mix = (draws.lam, draws.index) if config.image_mixup else None
-    mixed = ops.mixup3d(images, *(mix or no_mixing), window=config.window)
+    mixed = ops.mixup3d(
+        images, *(mix or no_mixing), window=config.window, dtype=input_dtype(images)
+    )
 
     # 3. Object MixUp; both are objects, so that the targets stay
     if config.object_mixup:
@@ -163,12 +167,13 @@ def predict_unlabeled(
         targets: float32 [B, A, D, H, W] per level.
         objects: float32 [B, max_objects, 6], padded with NaN.
     """
-    batch = len(images)
-    windowed = apply_window(images, config.window)
-    logits, deltas = teacher(torch.cat([flipped(windowed, mask) for mask in flips.tolist()]))
-    views = [level.unflatten(0, (len(flips), batch)) for level in logits]
+    batch, views = len(images), _views(config)
+    logits, deltas = teacher(
+        views(images, flips.tolist(), window=config.window, dtype=input_dtype(images))
+    )
+    view_logits = [level.unflatten(0, (len(flips), batch)) for level in logits]
     targets = _ops(config).predict_targets(
-        views, flips.to(images.device, non_blocking=True), temperature=config.temperature
+        view_logits, flips.to(images.device, non_blocking=True), temperature=config.temperature
     )
     anchors = Anchors.from_config(config).boxes(config.patch_size, images.device)
     boxes = decode_boxes(flat_deltas([level[:batch] for level in deltas]).float(), anchors)
@@ -199,6 +204,23 @@ def pair_objects(objects: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
     is_object = boxes.isfinite().all(1)
     best, donor = priority.masked_fill(~is_object, -1.0).max(1)
     return boxes, boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
+
+
+def flipped_views(
+    images: Tensor, masks: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
+) -> Tensor:
+    """The images flipped by each mask in turn, windowed: [K * B, C, D, H, W]."""
+    count, device = len(images), images.device
+    views = images.new_empty((len(masks), *images.shape), dtype=dtype)
+    keep = torch.ones(count, dtype=torch.float32, device=device), torch.arange(count, device=device)
+    for view, mask in zip(views, masks, strict=True):
+        flips = torch.full((count,), mask, dtype=torch.uint8, device=device) if mask else None
+        functional.mixup3d(images, *keep, flips=flips, window=window, dtype=dtype, out=view)
+    return views.flatten(0, 1)
+
+
+def _views(config: Config) -> Callable[..., Tensor]:
+    return {"fused": flipped_views, "plain": plain.flipped_views}[config.ops]
 
 
 def _match(batch: Mapping[str, Any], config: Config) -> Matches:

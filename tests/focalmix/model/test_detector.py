@@ -118,10 +118,18 @@ def test_presets_build_their_models(preset):
     assert sum(p.numel() for p in model.parameters()) < 10_000_000
 
 
-@pytest.mark.parametrize("capabilities", [{"amx_bf16": True}, {"amx_bf16": False}, {}])
+@pytest.mark.parametrize(
+    "capabilities",
+    [
+        {"amx_bf16": True},
+        {"avx512_bf16": True, "amx_bf16": False},
+        {"avx512_bf16": False, "amx_bf16": False},
+        {},
+    ],
+)
 def test_auto_is_bf16_on_cpus_with_instructions_for_it(monkeypatch, capabilities):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     with autocast(Config(), torch.device("cpu")):
         enabled = torch.is_autocast_enabled("cpu")
-        assert enabled is bool(capabilities.get("amx_bf16"))
+        assert enabled is any(capabilities.values())
         assert not enabled or torch.get_autocast_dtype("cpu") is torch.bfloat16

@@ -325,6 +325,42 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
         train(replace(TINY, labeled=4), luna_folder, tmp_path / "many")
 
 
+@pytest.mark.parametrize(("choice", "mode"), [("on", None), ("graph", "reduce-overhead")])
+def test_a_compiled_detector_trains_to_the_same_weights(
+    luna_folder, tmp_path, monkeypatch, choice, mode
+):
+    modes, compile_ = [], torch.compile
+
+    def traced(forward, *, mode, dynamic):
+        modes.append(mode)
+        return compile_(forward, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+
+    config = replace(FOCALMIX, steps=4, test_subsets=())
+    train(config, luna_folder, tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    train(replace(config, compile=choice), luna_folder, tmp_path / "compiled")
+    assert modes == [mode] * 2  # student and teacher
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert eager.keys() == compiled.keys()
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-4)
+    _, model = load_run(tmp_path / "compiled")
+    assert model(torch.zeros(1, 1, 16, 16, 16))[0][0].isfinite().all()
+
+
+def test_cudnn_tries_its_algorithms_during_a_run_only(luna_folder, tmp_path, monkeypatch):
+    seen, supervised_loss = [], loop.supervised_loss
+
+    def observed(*arguments):
+        seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+        return supervised_loss(*arguments)
+
+    monkeypatch.setattr(loop, "supervised_loss", observed)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    train(replace(TINY, steps=1, warmup=0, test_subsets=()), luna_folder, tmp_path / "run")
+    assert seen == [(True, True)] and not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("method", ["supervised", "focalmix"])
 def test_two_processes_give_the_losses_of_one_with_the_joint_batch(luna_folder, tmp_path, method):
     config = replace(

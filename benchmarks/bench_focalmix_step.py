@@ -1,20 +1,26 @@
 """A whole training step of FocalMix, with our ops and with plain PyTorch (``--ops plain``).
 
-The row "networks alone" is what no op can change: the teacher on all views, and the detector
-forward and backward. The rest of a step is ops and the matching of anchors.
+Rows differ in two things: whose ops run between the networks, and whether the networks' norms are
+`fmkernels.nn.GroupNorm3d` or group_norm, sum and ReLU of PyTorch. On GPUs there are rows of
+compiled networks too. "networks alone" is what no op between the networks can change: the teacher
+on all views, and the detector forward and backward. The rest of a step is ops and the matching of
+anchors.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, OURS, Comparison, Provider, rows
 from fmkernels.focalmix.config import PRESETS, Config
 from fmkernels.focalmix.model.detector import apply_window, autocast, build_model
 from fmkernels.focalmix.training.step import focalmix_loss, sample_draws
+from fmkernels.nn import GroupNorm3d
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,32 @@ class Workload:
 WORKLOADS = {"cpu": [Workload("demo")], "cuda": [Workload("demo"), Workload("luna16")]}[DEVICE.type]
 
 
-def step(workload: Workload, ops: str) -> Callable[..., Tensor]:
+def _group_norm(norm: GroupNorm3d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """What the module computes, in PyTorch."""
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.relu_(y if residual is None else y + residual)
+
+
+def step(
+    workload: Workload, ops: str, *, fused_norms: bool = True, compiled: bool = False
+) -> Callable[..., Tensor]:
     config = replace(workload.config, ops=ops)
+    networks: dict[nn.Module, Callable] = {}
+
+    def network(module: nn.Module) -> Callable:
+        if module not in networks:
+            networks[module] = torch.compile(module, dynamic=False) if compiled else module
+        return networks[module]
 
     def run(model, teacher, labeled, unlabeled, draws, *_):
-        with autocast(config, DEVICE):
-            losses = focalmix_loss(model, teacher, labeled, unlabeled, config, draws)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(autocast(config, DEVICE))
+            if not fused_norms:
+                patch = stack.enter_context(pytest.MonkeyPatch.context())
+                patch.setattr(GroupNorm3d, "forward", _group_norm)
+            losses = focalmix_loss(
+                network(model), network(teacher), labeled, unlabeled, config, draws
+            )
         return losses.classification + config.box_weight * losses.box
 
     return run
@@ -84,7 +110,13 @@ def networks(workload: Workload) -> Callable[..., Tensor]:
 
 
 def comparison(workload: Workload) -> Comparison:
-    plain, alone = step(workload, "plain"), networks(workload)
+    plain, alone = step(workload, "plain", fused_norms=False), networks(workload)
+    compiled = [
+        Provider(
+            f"{name}, compiled networks", step(workload, ops, fused_norms=norms, compiled=True)
+        )
+        for name, ops, norms in ((OURS, "fused", True), ("plain PyTorch", "plain", False))
+    ]
     return Comparison(
         op="focalmix_step",
         workload=str(workload),
@@ -93,8 +125,11 @@ def comparison(workload: Workload) -> Comparison:
         floor=dict.fromkeys(("forward", "backward", "both")),
         providers=[
             Provider(OURS, step(workload, "fused")),
+            Provider("our ops, PyTorch's norms", step(workload, "fused", fused_norms=False)),
+            Provider("PyTorch's ops, our norms", step(workload, "plain")),
             Provider("plain PyTorch", plain),
             Provider("networks alone", alone, reference=alone),
+            *(compiled if DEVICE.type == "cuda" else []),
         ],
         precision=torch.bfloat16,  # under autocast that of the networks
     )

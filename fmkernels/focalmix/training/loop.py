@@ -147,7 +147,7 @@ def _fastest_convolutions() -> contextlib.AbstractContextManager[None]:
 def _compile(network: nn.Module, *, graph: bool) -> None:
     """Compile the forward pass in place, for each shape that it meets; hooks stay outside."""
     mode = "reduce-overhead" if graph else None
-    network.forward = torch.compile(network.forward, mode=mode, dynamic=False)  # type: ignore[method-assign]
+    network.forward = torch.compile(network.forward, mode=mode, dynamic=False)
 
 
 class _Trainer:

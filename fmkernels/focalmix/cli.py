@@ -4,20 +4,22 @@ Exit codes: 0 success, 1 training diverged or a self-test failed, 2 invalid inpu
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fmkernels.focalmix.errors import InputError, first_line
+from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -34,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-        return arguments.run(arguments)
+        with _warnings_in_one_line():
+            return arguments.run(arguments)
     except (InputError, OSError) as error:
         print(f"fmkernels: {error}", file=sys.stderr)
         return 2
@@ -63,6 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"\nfmkernels: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print each `InputWarning` as a line of this command."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def print_line(message: Any, category: type[Warning], *rest: Any, **options: Any) -> None:
+            if issubclass(category, InputWarning):
+                print(f"fmkernels: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = print_line
+        warnings.simplefilter("always", InputWarning)
+        yield
 
 
 def _out_of_memory(error: Exception) -> bool:

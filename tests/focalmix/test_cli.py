@@ -280,10 +280,8 @@ def make_rgb(folder):
     )
 
 
-def make_float(folder):
-    sitk.WriteImage(
-        sitk.GetImageFromArray(np.zeros((4, 9, 9), np.float32)), str(first_scan(folder))
-    )
+def make_mask(folder):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 9, 9), np.uint8)), str(first_scan(folder)))
 
 
 def edit_row(field: int, value: str):
@@ -319,7 +317,7 @@ def empty(folder):
         (remove_raw, (f"{FIRST}.raw",)),
         (make_flat, (f"{FIRST}.mhd", "2")),
         (make_rgb, (f"{FIRST}.mhd",)),
-        (make_float, (f"{FIRST}.mhd", "MET_FLOAT")),
+        (make_mask, (f"{FIRST}.mhd", "MET_UCHAR")),
         (lambda folder: edit_header(folder, "DimSize = 44", "DimSize = 44000000"), (f"{FIRST}",)),
         (
             lambda folder: edit_header(folder, f"{FIRST}.raw", "../../secret.raw"),

@@ -1,183 +1,158 @@
-"""Scan files: MetaImage headers are checked before any voxel is read.
+"""Scans in files: MetaImage, NIfTI, NRRD, and folders of DICOM series.
 
-A scan is a header ``.mhd`` beside one raw file of signed 16-bit HU, as in LUNA16. Other element
-types are refused even if their values would fit: lung masks and unscaled detector values have them.
+Headers are checked before any voxel is read. HU may be stored in any signed integer or float type.
+SimpleITK is imported where a scan is read that is not MetaImage, LUNA16's format.
 """
 
 import math
 import os
-import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from fmkernels.focalmix.data.dicom import dicom_header, is_dicom, series_id
+from fmkernels.focalmix.data.headers import (
+    MAX_GROWTH,
+    MAX_LENGTH,
+    MAX_VOXELS,
+    Header,
+    kind_of,
+)
+from fmkernels.focalmix.data.itk import nifti_header, nrrd_header
+from fmkernels.focalmix.data.metaimage import metaimage_header
 from fmkernels.focalmix.data.volume import Volume, resample, resampled_shape
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, InputWarning
 
-MAX_VOXELS = 2**31
-"""Maximum number of voxels of a scan, as stored, as resampled and in between (4 GiB of int16)."""
+_READERS: dict[str, Callable[[Path, str], Header]] = {
+    ".mhd": metaimage_header,
+    ".mha": metaimage_header,
+    ".nii": nifti_header,
+    ".nii.gz": nifti_header,
+    ".nrrd": nrrd_header,
+}
+SUPPORTED = f"{', '.join(_READERS)} or a folder with a DICOM series"
+"""What a scan may be, for messages."""
 
-MAX_LENGTH = 2**15
-"""Maximum number of voxels along an axis of a scan, as stored or as resampled."""
-
-MAX_GROWTH = 1000
-"""Maximum growth of the number of voxels by resampling: no few bytes may become gigabytes."""
-
-SPACINGS = (1e-3, 1e3)
-"""Minimum and maximum spacing of voxels in mm."""
-
-_MAX_HEADER_BYTES = 1 << 16
+_INT16 = np.iinfo(np.int16)
 
 
-class Header(NamedTuple):
-    """The checked header of a scan: its raw file, and the grid as in `Volume`."""
-
-    raw: Path
-    offset: int
-    """Bytes in the raw file before the voxels."""
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[tuple[float, ...], ...]
+def scan_name(path: str | Path) -> str:
+    """The name of a scan: of its file without the suffix (``.nii.gz`` is one), or of its folder."""
+    name = Path(path).name
+    return name[: len(name) - len(_suffix(name))]
 
 
-def check_header(path: Path) -> Header:
-    """Read a header, check it and the size of its raw file; raise InputError as `read_scan`."""
+def scan_id(path: str | Path) -> str:
+    """The id of a scan in tables: the series id of a DICOM folder, else its `scan_name`."""
+    path = Path(path)
+    return series_id(path) if path.is_dir() else scan_name(path)
+
+
+def find_scans(folder: str | Path) -> list[Path]:
+    """All scans below a folder, sorted: files by their suffix, folders that hold DICOM files.
+
+    Hidden files and folders are left out.
+    """
+    found: list[Path] = []
+    for name, folders, files in os.walk(folder):
+        folders[:] = sorted(other for other in folders if not other.startswith("."))
+        paths = [Path(name, file) for file in sorted(files) if not file.startswith(".")]
+        scans = [path for path in paths if _suffix(path.name)]
+        found += scans
+        if not scans and _is_series(paths):
+            found.append(Path(name))
+    return found
+
+
+def check_header(path: str | Path) -> Header:
+    """Read the header of a scan and check it.
+
+    Raises:
+        InputError: as `read_scan`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return dicom_header(path)
     if not path.is_file():
-        raise InputError(f"{path}: expected a MetaImage header (.mhd), found no such file")
-    with open(path, "rb") as file:
-        text = file.read(_MAX_HEADER_BYTES).decode("utf-8", "surrogateescape")
-    fields: dict[str, str] = {}
-    repeated = ""
-
-    def expect(name: str, expected: str, holds: bool) -> None:
-        if not holds:
-            value = _printable(fields.get(name, "")) or "nothing"
-            raise InputError(f"{path}: {name}: expected {expected}, got {value}")
-
-    for line in re.split("[\r\n]+", text):
-        name, *value = (part.strip() for part in re.split("[=:]", line, maxsplit=1))
-        repeated = repeated or (name if name in fields else "")
-        fields[name] = "".join(value)
-        if name == "ElementDataFile":
-            break
-
-    def numbers(name: str, count: int) -> np.ndarray:
-        try:
-            values = np.array([float(word) for word in fields.get(name, "").split()])
-        except ValueError:
-            values = np.empty(0)
-        valid = len(values) == count and bool(np.isfinite(values).all())
-        expect(name, f"{count} finite numbers", valid)
-        return values
-
-    def flag(name: str, default: str = "False") -> bool:
-        value = fields.get(name, default).lower()
-        expect(name, "True or False", value in ("true", "false", "1", "0"))
-        return value in ("true", "1")
-
-    expect("NDims", "3", fields.get("NDims") == "3")
-    if repeated:
-        raise InputError(f"{path}: {_printable(repeated)}: expected this field once, got it again")
-    expect("ElementNumberOfChannels", "1", fields.get("ElementNumberOfChannels", "1") == "1")
-    expect("ElementType", "MET_SHORT (signed 16-bit HU)", fields.get("ElementType") == "MET_SHORT")
-    expect("CompressedData", "False", not flag("CompressedData"))
-    expect("BinaryData", "True", flag("BinaryData", "True"))
-    big_endian = flag("BinaryDataByteOrderMSB") or flag("ElementByteOrderMSB")
-    match = re.fullmatch(r"(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})", fields.get("DimSize", ""), re.ASCII)
-    size = tuple(map(int, match.groups())) if match else (0,)
-    voxels = math.prod(size)
-    expect(
-        "DimSize",
-        f"3 positive integers, each at most {MAX_LENGTH}, at most {MAX_VOXELS} voxels",
-        0 < voxels <= MAX_VOXELS and max(size) <= MAX_LENGTH,
-    )
-    spacing = numbers("ElementSpacing", 3)
-    low, high = SPACINGS
-    fits = bool(((spacing >= low) & (spacing <= high)).all())
-    expect("ElementSpacing", f"3 numbers of {low:g} to {high:g} (mm)", fits)
-    origin = numbers("Offset", 3)
-    axes = numbers("TransformMatrix", 9).reshape(3, 3)  # one row per axis
-    orthonormal = np.allclose(axes @ axes.T, np.eye(3), atol=1e-3)
-    expect("TransformMatrix", "an orthonormal matrix", orthonormal)
-    header_size = fields.get("HeaderSize", "0")
-    is_integer = re.fullmatch(r"-?\d{1,18}", header_size, re.ASCII) is not None
-    expect("HeaderSize", "an integer", is_integer)
-    offset = max(int(header_size), 0)
-
-    name = fields.get("ElementDataFile", "")
-    bare = (
-        re.fullmatch(r"[^/\\:%]+", name)
-        and name not in (".", "..")
-        and name.upper() not in ("LOCAL", "LIST")
-    )
-    expect("ElementDataFile", "the name of a file in the same folder", bool(bare))
-    raw = path.parent / name
-    if not os.path.isfile(raw):  # Path.is_file raises if a name is too long
-        raise InputError(
-            f"{path}: ElementDataFile: expected {_printable(name)} beside the header, "
-            "found no such file"
-        )
-    expected = 2 * voxels + offset
-    if (got := raw.stat().st_size) != expected:
-        raise InputError(
-            f"{raw}: expected {expected} bytes (DimSize {fields['DimSize']} of MET_SHORT), "
-            f"got {got}"
-        )
-    return Header(
-        raw,
-        offset,
-        np.dtype(">i2" if big_endian else "<i2"),
-        size[::-1],
-        tuple(spacing[::-1].tolist()),
-        tuple(origin.tolist()),
-        tuple(map(tuple, axes.T.tolist())),
-    )
-
-
-def _printable(text: str) -> str:
-    """The beginning of a text, fit for a message of one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:80])
+        raise InputError(f"{path}: expected a scan ({SUPPORTED}), found no such file")
+    suffix = _suffix(path.name)
+    if not suffix:
+        raise InputError(f"{path}: expected a scan ({SUPPORTED}), got {kind_of(path)}")
+    return _READERS[suffix](path, scan_name(path))
 
 
 def read_scan(path: str | Path) -> Volume:
-    """Read a scan on its stored grid.
+    """Read a scan on its stored grid, in HU as int16.
 
-    The header and the size of the raw file are checked before any memory is allocated. No second
-    parser reads the header, so none can find another file or size in it.
+    Floats are rounded to the nearest integer. Values outside int16 are clipped, with a warning.
+
+    Args:
+        path: a ``.mhd`` (its voxels beside it in one file), ``.mha``, ``.nii``, ``.nii.gz`` or
+            ``.nrrd`` file, or a folder with the files of one DICOM series.
+
+    Warns:
+        InputWarning: slices are not evenly spaced by more than a tenth of their spacing; the header
+            does not say how the scan lies; values are clipped.
 
     Raises:
         InputError: names the file and the field of the header, what was expected and what came.
     """
-    return _read(check_header(Path(path)))
-
-
-def _read(header: Header) -> Volume:
-    count = math.prod(header.shape)
-    voxels = np.fromfile(header.raw, header.dtype, count, offset=header.offset)
-    if voxels.size != count:
-        raise InputError(
-            f"{header.raw}: expected a file that stays as it is, but it changed while it was read"
-        )
-    voxels = voxels.astype(np.int16, copy=False).reshape(header.shape)
-    return Volume(voxels, header.spacing, header.origin, header.direction)
+    return _read(Path(path), check_header(path))
 
 
 def load_volume(path: str | Path, spacing: Sequence[float]) -> Volume:
-    """Read a scan and resample it to ``spacing`` (z, y, x, mm), without a cache.
+    """Read a scan as `read_scan` and resample it to ``spacing`` (z, y, x, mm), without a cache.
 
     Raises:
         InputError: as `read_scan`, or the resampled scan would be too large.
     """
-    header = check_header(Path(path))
+    header = check_header(path)
     shape = resampled_shape(header.shape, header.spacing, spacing)
     limit = min(MAX_VOXELS, MAX_GROWTH * math.prod(header.shape))
     in_between = header.shape[0] * math.prod(shape[1:])
     if math.prod(shape) > limit or in_between > MAX_VOXELS or max(shape) > MAX_LENGTH:
         raise InputError(
-            f"{path}: ElementSpacing: expected at most {limit} voxels at {spacing} mm, got {shape}"
+            f"{path}: expected a spacing with at most {limit} voxels at {spacing} mm, got {shape}"
         )
-    return resample(_read(header), spacing)
+    return resample(_read(Path(path), header), spacing)
+
+
+def _read(path: Path, header: Header) -> Volume:
+    for warning in header.warnings:
+        warnings.warn(warning, InputWarning, stacklevel=3)
+    voxels = _as_hu(path, header.read())
+    return Volume(voxels, header.spacing, header.origin, header.direction)
+
+
+def _as_hu(path: Path, stored: np.ndarray) -> np.ndarray:
+    if stored.dtype.kind == "i" and stored.dtype.itemsize == 2:
+        return stored.astype(np.int16, copy=False)
+    voxels = np.empty(stored.shape, np.int16)
+    clipped = 0
+    for target, slice_ in zip(voxels, stored, strict=True):
+        low, high = slice_.min(), slice_.max()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"{path}: expected finite HU, got NaN or infinity")
+        rounded = np.rint(slice_)
+        if low < _INT16.min or high > _INT16.max:
+            clipped += int(((rounded < _INT16.min) | (rounded > _INT16.max)).sum())
+            rounded = rounded.clip(_INT16.min, _INT16.max)
+        target[:] = rounded
+    if clipped:
+        warnings.warn(
+            f"{path}: {clipped} voxels outside of -32768 ... 32767 HU are clipped",
+            InputWarning,
+            stacklevel=4,
+        )
+    return voxels
+
+
+def _suffix(name: str) -> str:
+    """The suffix of a scan as supported, in lower case; empty for other files."""
+    return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), "")
+
+
+def _is_series(paths: Iterable[Path]) -> bool:
+    return any(is_dicom(path) for path in sorted(paths) if path.is_file())

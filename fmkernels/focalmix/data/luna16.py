@@ -1,9 +1,11 @@
 """LUNA16's folder of CT scans: its subsets and tables, and a cache of resampled scans."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from fmkernels.focalmix.data.formats import check_header, load_volume
 from fmkernels.focalmix.data.tables import find_row, read_findings, read_series
 from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.data.workers import process_pool
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, InputWarning
 from fmkernels.focalmix.files import atomic_write
 
 BYTES_PER_WORKER = 1 << 26
@@ -210,17 +212,20 @@ class LUNA16:
                 file.stat().st_size for path in paths for file in path.parent.glob(f"{path.stem}.*")
             )
             workers = min(os.cpu_count() or 1, 8, 1 + size // BYTES_PER_WORKER)
-        with tqdm(
-            total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)
-        ) as bar:
-            if min(workers, len(stale)) <= 1:
-                for path in paths:
-                    write(path)
-                    bar.update()
-            else:
-                with process_pool(min(workers, len(stale))) as pool:
-                    for _ in pool.map(write, paths):
-                        bar.update()
+        with (
+            tqdm(
+                total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)
+            ) as bar,
+            contextlib.ExitStack() as stack,
+        ):
+            mapped: Iterable[list[str]] = map(write, paths)
+            if min(workers, len(stale)) > 1:
+                pool = stack.enter_context(process_pool(min(workers, len(stale))))
+                mapped = pool.map(write, paths)
+            for messages in mapped:
+                for message in messages:
+                    warnings.warn(message, InputWarning, stacklevel=2)
+                bar.update()
         for uid in self.series:
             self.boxes(uid)
 
@@ -299,13 +304,15 @@ def _open_cached(cache: Path, path: Path, spacing: Sequence[float]) -> Volume | 
         return None
 
 
-def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
-    """Resample a scan into the cache.
+def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> list[str]:
+    """Resample a scan into the cache; return the warnings, which a worker cannot show.
 
     One ``.npy`` file holds the array and, behind it, its geometry: the two always match.
     """
-    source = {file.name: _stamp(file) for file in (path, check_header(path).raw)}
-    volume = load_volume(path, spacing)
+    source = {file.name: _stamp(file) for file in check_header(path).files}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InputWarning)
+        volume = load_volume(path, spacing)
     geometry = {
         "source": source,
         "spacing": list(spacing),
@@ -322,6 +329,7 @@ def _write_cached(path: Path, cache: Path, spacing: Sequence[float]) -> None:
         raise InputError(
             f"{cache}: cannot write resampled scans here ({reason}); see --cache"
         ) from None
+    return [str(warning.message) for warning in caught]
 
 
 def _cached_file(cache: Path, path: Path) -> Path:

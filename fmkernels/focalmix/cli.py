@@ -150,6 +150,14 @@ def _add_phantom(parser: argparse.ArgumentParser) -> None:
         help="number of scans (default: depends on --size)",
     )
     parser.add_argument(
+        "--test-scans",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="number of additional scans that are only tested, in subset9 (default: %(default)s); "
+        "a scan has 1.4 nodules on average",
+    )
+    parser.add_argument(
         "--seed",
         metavar="N",
         type=_at_least(0),
@@ -169,6 +177,7 @@ def _phantom(arguments: argparse.Namespace) -> int:
         arguments.out,
         size=arguments.size,
         scans=arguments.scans,
+        test_scans=arguments.test_scans,
         seed=arguments.seed,
         workers=arguments.workers,
     )

@@ -123,7 +123,8 @@ def train_arguments(data, out):
 
 def test_from_phantoms_to_a_score(tmp_path, capsys):
     data, run = tmp_path / "phantoms", tmp_path / "run"
-    assert main(["phantom", str(data), "--size=tiny", "--scans=10", "--workers=1"]) == 0
+    command = ["phantom", str(data), "--size=tiny", "--scans=10", "--test-scans=1", "--workers=1"]
+    assert main(command) == 0
     settings = [
         "--spacing=4,4,4",
         "--diameters=8,16",
@@ -242,6 +243,7 @@ def test_the_program_itself():
         (["train", "data", "--out=x", "--method=magic"], "method"),
         (["train", "data", "--out=x", "--preset=huge"], "preset"),
         (["phantom", "x", "--scans=0"], "scans"),
+        (["phantom", "x", "--test-scans=-1"], "test-scans"),
         (["phantom", "x", "--size=huge"], "size"),
     ],
 )

@@ -40,8 +40,9 @@ from fmkernels.focalmix.files import lock_folder
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-UID_ROOT = "1.3.6.1.4.1.14519.5.2.1.6279.6001"
-REVISION = 1
+UID_ROOT = "2.25.57644333973914959500870776281786219965"
+"""The root of all series uids, from a UUID: phantoms are never taken for the scans of a clinic."""
+REVISION = 2
 """A part of every series uid. Any change of the images raises it: old and new scans never mix."""
 ANNOTATIONS, EXCLUDED_TABLE, SERIES = (
     "annotations.csv",
@@ -49,6 +50,9 @@ ANNOTATIONS, EXCLUDED_TABLE, SERIES = (
     "seriesuids.csv",
 )
 SUBSETS = 10
+TEST_SUBSET = 9
+FIRST_TEST_INDEX = 10**6
+"""The index of the first scan that is only tested; others have lower ones."""
 
 HU_RANGE = (-2048, 3071)
 PADDINGS = (-2048, -2000, -1024)  # values of scanners outside the reconstruction circle
@@ -67,19 +71,31 @@ TABLE, MARROW, CORTEX = -300.0, 190.0, 620.0
 
 @dataclass(frozen=True)
 class PhantomSize:
-    """The geometry of a set's scans, and the default number of scans."""
+    """The geometry of a set's scans, their nodules, and the default number of scans."""
 
     matrix: int
     """Voxels per row and column."""
     slice_spacings: tuple[float, ...]
     """Slice spacings to draw from, in mm."""
     scans: int
+    smallest: float
+    """Diameter of the smallest nodules, in mm: about three voxels of a detector at this size."""
+    typical: float
+    """Median in mm of the lognormal distribution that diameters above the smallest come from."""
 
 
 SIZES: dict[str, PhantomSize] = {
-    "tiny": PhantomSize(matrix=96, slice_spacings=(3.0, 3.5), scans=20),
-    "demo": PhantomSize(matrix=192, slice_spacings=(2.0, 2.25, 2.5), scans=240),
-    "luna16": PhantomSize(matrix=512, slice_spacings=(0.8, 1.0, 1.25, 1.25, 2.0, 2.5), scans=888),
+    "tiny": PhantomSize(matrix=96, slice_spacings=(3.0, 3.5), scans=20, smallest=6.0, typical=9.0),
+    "demo": PhantomSize(
+        matrix=192, slice_spacings=(2.0, 2.25, 2.5), scans=240, smallest=6.0, typical=9.0
+    ),
+    "luna16": PhantomSize(
+        matrix=512,
+        slice_spacings=(0.8, 1.0, 1.25, 1.25, 2.0, 2.5),
+        scans=888,
+        smallest=3.0,
+        typical=6.4,
+    ),
 }
 
 
@@ -115,7 +131,7 @@ EXCLUDED = {
 def series_uid(size: str, seed: int, index: int) -> str:
     """The series uid of scan ``index`` of a set."""
     digest = hashlib.sha256(f"{REVISION}/{size}/{seed}/{index}".encode()).hexdigest()
-    return f"{UID_ROOT}.{10**29 + int(digest, 16) % (9 * 10**29)}"
+    return f"{UID_ROOT}.{10**17 + int(digest, 16) % (9 * 10**17)}"
 
 
 def _smooth_max(a: NDArray, b: NDArray, width: float) -> NDArray:
@@ -402,7 +418,7 @@ class Scene:
         self.lesions: list[Lesion] = []
         self.strands = np.zeros((0, 8))
         self.nodules, self.excluded = np.zeros((0, 4)), np.zeros((0, 4))
-        self._draw_nodules(rng)
+        self._draw_nodules(rng, SIZES[size])
         self._draw_excluded(rng)
         steps = np.arange(SIZES[size].matrix) - (SIZES[size].matrix - 1) / 2
         self.x = (self.view[0] + steps * self.pixel).astype(np.float32)
@@ -521,15 +537,15 @@ class Scene:
             Lesion(center, diameter, axes, bumps, hu, margin, look.opacity, core, core_hu)
         )
 
-    def _draw_nodules(self, rng: np.random.Generator) -> None:
+    def _draw_nodules(self, rng: np.random.Generator, size: PhantomSize) -> None:
         for _ in range(0 if rng.random() < 0.32 else min(int(rng.geometric(0.5)), 8)):
             look = NODULES[
                 rng.choice(list(NODULES), p=[look.frequency for look in NODULES.values()])
             ]
-            low, high = max(look.diameter[0], look.diameter[0] * 0.4 * self.pixel), look.diameter[1]
+            low, high = max(look.diameter[0], size.smallest), look.diameter[1]
             diameter = 0.0
             while not low <= diameter <= high:
-                diameter = rng.lognormal(math.log(6.4), 0.52)
+                diameter = rng.lognormal(math.log(size.typical), 0.52)
             center = self._free_point(
                 rng, diameter / 2, rng.choice(["inside", "vessel", "pleura"], p=[0.45, 0.27, 0.28])
             )
@@ -867,7 +883,7 @@ def _write_scan(out: Path, size: str, seed: int, index: int) -> tuple[NDArray, N
     import SimpleITK as sitk
 
     scene = Scene(size, seed, index)
-    folder = out / f"subset{index % SUBSETS}"
+    folder = out / f"subset{TEST_SUBSET if index >= FIRST_TEST_INDEX else index % SUBSETS}"
     header, raw = folder / f"{scene.uid}.mhd", folder / f"{scene.uid}.raw"
     partial = folder / f".{scene.uid}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
@@ -905,6 +921,7 @@ def write_phantoms(
     *,
     size: str = "demo",
     scans: int | None = None,
+    test_scans: int = 0,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
@@ -912,18 +929,21 @@ def write_phantoms(
     """Write a set of synthetic chest CT scans in LUNA16's layout.
 
     ``out`` gets ``subset0`` to ``subset9`` with ``<seriesuid>.mhd`` and ``.raw`` (int16 HU), and
-    three tables: ``annotations.csv`` (nodules of 3 to 30 mm: world x, y, z of the center, and the
-    diameter of the sphere of equal volume), ``annotations_excluded.csv`` (other findings, diameter
-    -1 if unknown) and ``seriesuids.csv``.
+    three tables: ``annotations.csv`` (nodules of up to 30 mm, the smallest 3 mm at size luna16 and
+    6 mm at the others: world x, y, z of the center, and the diameter of the sphere of equal
+    volume), ``annotations_excluded.csv`` (other findings, diameter -1 if unknown) and
+    ``seriesuids.csv``.
 
     Scan i depends on ``size``, ``seed`` and i only: its bytes are the same for any number of
-    workers, and a larger set begins with the smaller one. A stopped run can be continued; the
-    tables are written last.
+    workers, and a larger set holds the scans of the smaller one. A stopped run can be continued;
+    the tables are written last.
 
     Args:
         out: the folder; it is created if missing.
         size: one of ``SIZES``.
-        scans: number of scans; default: that of the size.
+        scans: number of scans, distributed evenly over the subsets; default: that of the size.
+        test_scans: number of additional scans in ``subset9``, which every preset only tests on. A
+            scan has 1.4 nodules on average.
         seed: any non-negative integer.
         workers: number of processes; default: one per CPU.
         progress: show a progress bar.
@@ -936,24 +956,33 @@ def write_phantoms(
         raise InputError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     scans = SIZES[size].scans if scans is None else scans
     workers = (os.cpu_count() or 1) if workers is None else workers
-    for name, value, least in (("scans", scans, 1), ("seed", seed, 0), ("workers", workers, 1)):
-        if value < least:
-            raise InputError(f"{name}: expected at least {least}, got {value}")
+    for name, value, least, most in (
+        ("scans", scans, 1, FIRST_TEST_INDEX),
+        ("test_scans", test_scans, 0, FIRST_TEST_INDEX),
+        ("seed", seed, 0, math.inf),
+        ("workers", workers, 1, math.inf),
+    ):
+        if not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"{name}: expected {limit}, got {value}")
     out = Path(out)
-    uids = [series_uid(size, seed, index) for index in range(scans)]
-    _check_folder(out, set(uids), f"the {scans} {size} scans of seed {seed}")
+    indices = [*range(scans), *range(FIRST_TEST_INDEX, FIRST_TEST_INDEX + test_scans)]
+    uids = [series_uid(size, seed, index) for index in indices]
+    _check_folder(out, set(uids), f"the {len(uids)} {size} scans of seed {seed}")
     for subset in range(SUBSETS):
         (out / f"subset{subset}").mkdir(parents=True, exist_ok=True)
 
     write = functools.partial(_write_scan, out, size, seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_folder(out))
-        results: Iterable[tuple[NDArray, NDArray]] = map(write, range(scans))
-        if min(workers, scans) > 1:
-            pool = stack.enter_context(process_pool(min(workers, scans)))
+        results: Iterable[tuple[NDArray, NDArray]] = map(write, indices)
+        if (processes := min(workers, len(indices))) > 1:
+            pool = stack.enter_context(process_pool(processes))
             stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(write, range(scans))
-        bar = tqdm(results, total=scans, desc=f"{size} phantoms", unit="scan", disable=not progress)
+            results = pool.map(write, indices)
+        bar = tqdm(
+            results, total=len(indices), desc=f"{size} phantoms", unit="scan", disable=not progress
+        )
         nodules, excluded = zip(*bar, strict=True)
         write_findings(out / ANNOTATIONS, dict(zip(uids, nodules, strict=True)))
         write_findings(out / EXCLUDED_TABLE, dict(zip(uids, excluded, strict=True)))

@@ -1,6 +1,7 @@
 """Synthetic chest CT: LUNA16's layout, the same bytes every time, findings as in the tables."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def test_layout_is_that_of_luna16(folder):
     uids = (folder / "seriesuids.csv").read_text().split()
     assert len(uids) == len(set(uids)) == SCANS
     for index, uid in enumerate(uids):
-        assert uid.startswith("1.3.6.1.4.1.14519.5.2.1.6279.6001.") and len(uid) <= 64
+        assert re.fullmatch(r"2\.25\.57644333973914959500870776281786219965\.[1-9]\d*", uid)
+        assert len(uid) <= 64
         header = folder / f"subset{index % 10}" / f"{uid}.mhd"
         fields = dict(line.split(" = ") for line in header.read_text().splitlines())
         assert fields["ElementType"] == "MET_SHORT" and fields["ElementDataFile"] == f"{uid}.raw"
@@ -71,6 +73,25 @@ def test_bytes_do_not_depend_on_the_workers_and_a_set_begins_with_the_smaller_on
         assert large[f"{name}.csv"].startswith(small[f"{name}.csv"])
 
 
+def test_scans_that_are_only_tested_are_new_ones_in_the_last_subset(folder, tmp_path):
+    """They are the same whatever the number of the others, and leave these as they are."""
+    out = tmp_path / "set"
+    shutil.copytree(folder, out)
+    write_phantoms(out, size="tiny", scans=SCANS, test_scans=2, workers=2, progress=False)
+    before, after = contents(folder), contents(out)
+    tables = {"annotations.csv", "annotations_excluded.csv", "seriesuids.csv"}
+    assert all(after[name] == before[name] for name in set(before) - tables)
+    uids = (out / "seriesuids.csv").read_text().split()
+    assert uids[:SCANS] == (folder / "seriesuids.csv").read_text().split()
+    added = set(after) - set(before)
+    assert added == {f"subset9/{uid}{end}" for uid in uids[SCANS:] for end in (".mhd", ".raw")}
+    assert len(uids) == SCANS + 2
+
+    write_phantoms(tmp_path / "few", size="tiny", scans=1, test_scans=2, workers=1, progress=False)
+    few = contents(tmp_path / "few")
+    assert all(few[name] == after[name] for name in added)
+
+
 def test_another_seed_gives_another_set(tmp_path, folder):
     write_phantoms(tmp_path, size="tiny", scans=1, seed=1, progress=False)
     assert (tmp_path / "seriesuids.csv").read_text().split()[0] not in (
@@ -90,7 +111,7 @@ def test_findings_lie_where_the_tables_say(folder):
             assert all(0 <= i < n for i, n in zip((z, y, x), voxels.shape, strict=True))
             if name == "annotations":
                 lung = np.median(voxels[(voxels > -970) & (voxels < -650)])
-                assert 3 <= diameter <= 30 and voxels[z, y, x] > lung + 200
+                assert 6 <= diameter <= 30 and voxels[z, y, x] > lung + 200
                 checked.add(image.GetDirection()[0])
             else:
                 assert diameter == -1 or 2 < diameter < 12
@@ -142,12 +163,16 @@ def test_some_scans_are_flipped_and_some_hold_no_nodule(scenes):
     assert np.mean([len(scene.excluded) > 0 for scene in scenes]) > 0.5
 
 
-def test_small_nodules_are_far_more_frequent(scenes):
+@pytest.mark.parametrize(("size", "smallest", "typical"), [("demo", 6, 10.4), ("luna16", 3, 7)])
+def test_nodules_are_of_three_voxels_or_more_and_small_ones_are_more_frequent(
+    size, smallest, typical
+):
+    """At the voxel size of the presets: 2 mm of the demo, 1 mm of luna16."""
+    scenes = [Scene(size, 0, index) for index in range(25)]
     diameters = np.concatenate([scene.nodules[:, 3] for scene in scenes])
-    assert len(diameters) > 30 and diameters.min() >= 3 and diameters.max() <= 30
-    assert (
-        np.mean(diameters < 10) > 0.6 and 4.5 < np.median(diameters) < 9 and (diameters > 12).any()
-    )
+    assert len(diameters) > 25 and diameters.min() >= smallest and diameters.max() <= 30
+    assert np.median(diameters) == pytest.approx(typical, abs=1.8)
+    assert np.mean(diameters < 3 * smallest) > 0.6 and (diameters > 3 * smallest).any()
 
 
 def test_nodules_of_a_scan_do_not_overlap(scenes):
@@ -201,6 +226,8 @@ def test_a_folder_with_other_tables_is_refused(tmp_path):
     [
         ({"size": "huge"}, "size"),
         ({"scans": 0}, "scans"),
+        ({"scans": 10**6 + 1}, "scans"),
+        ({"test_scans": -1}, "test_scans"),
         ({"seed": -1}, "seed"),
         ({"workers": 0}, "workers"),
     ],

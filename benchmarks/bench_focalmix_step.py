@@ -53,7 +53,7 @@ class Workload:
             "boxes": boxes,
             "ignore": [boxes[0].new_empty(0, 6)] * labels,
         }
-        draws = sample_draws(config, config.burn_in + config.rampup_steps).to(DEVICE)
+        draws = sample_draws(config, config.burn_in_steps + config.rampup_steps).to(DEVICE)
         return model, teacher, labeled, images[labels:], draws, *model.parameters()
 
 

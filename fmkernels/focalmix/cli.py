@@ -1,12 +1,12 @@
 """The command ``fmkernels``.
 
-Exit codes: 0 success, 1 training diverged or a self-test failed, 2 invalid input, 130 interrupted.
+Exit codes: 0 success, 1 training diverged, a scan could not be searched or a self-test failed,
+2 invalid input, 130 interrupted.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import re
 import sys
 import types
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fmkernels import __version__
 from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -38,8 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(sys.argv[1:] if argv is None else list(argv))
         with _warnings_in_one_line():
             return arguments.run(arguments)
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"fmkernels: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        known = error.filename is not None and error.strerror
+        text = f"{error.filename}: {error.strerror}" if known else str(error)
+        print(f"fmkernels: {text}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(
@@ -99,7 +105,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="fmkernels", description="Lung-nodule detection in CT scans, with FocalMix."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fmkernels {__version__}")
+    parser.set_defaults(run=partial(_help, parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, add, usage, text in (
         ("phantom", _add_phantom, "OUT", "write a synthetic data set in LUNA16's layout"),
         ("train", _add_train, "DATA [--out RUN]", "train a detector and evaluate it"),
@@ -130,6 +138,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if re.match(r"-[\d.]+,", argv[at]) and argv[at - 1].startswith("--"):
             argv[at - 1 : at + 1] = [f"{argv[at - 1]}={argv[at]}"]
     return parser.parse_args(argv)
+
+
+def _help(parser: argparse.ArgumentParser, _: argparse.Namespace) -> int:
+    parser.print_help()
+    return 0
 
 
 def _add_phantom(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +194,7 @@ def _phantom(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         workers=arguments.workers,
     )
+    _say_written(arguments.out)
     return 0
 
 
@@ -265,6 +279,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.config import PRESETS, load_config
+    from fmkernels.focalmix.distributed import announced_processes
     from fmkernels.focalmix.training.loop import train
 
     given = _given(arguments)
@@ -276,9 +291,17 @@ def _train(arguments: argparse.Namespace) -> int:
     evaluation = train(
         config, arguments.data, out, resume=arguments.resume, profile=arguments.profile
     )
-    if evaluation is not None and int(os.environ.get("RANK", 0)) == 0:
-        print(evaluation)
+    if announced_processes()[0] == 0:
+        if evaluation is not None:
+            print(evaluation)
+        _say_written(out)
     return 0
+
+
+def _say_written(*paths: Path) -> None:
+    """Say where the results are; on stderr, since stdout may be one of them."""
+    for path in paths:
+        print(f"fmkernels: wrote {path}", file=sys.stderr)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -338,6 +361,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             "fmkernels: with fewer than 3 seeds, intervals do not show the variation of training",
             file=sys.stderr,
         )
+    _say_written(arguments.out)
     return 0
 
 

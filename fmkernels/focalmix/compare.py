@@ -8,7 +8,6 @@ for all methods and done once. (For targets of 0 and 1 both losses agree up to r
 import csv
 import io
 import itertools
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.tables import read_candidates
+from fmkernels.focalmix.distributed import announced_processes
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write
@@ -87,7 +87,7 @@ def compare(
     """
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if announced_processes()[1] > 1:
         raise InputError("compare: expected one process, got several; torchrun is for train")
     out = Path(out)
     methods: dict[str, tuple[str, dict[str, Any]]] = {

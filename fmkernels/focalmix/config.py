@@ -208,8 +208,14 @@ class Config:
     unlabeled_weight: float = _option(
         4.0, "FocalMix", "final weight of the unlabeled loss", check=_NOT_NEGATIVE
     )
-    burn_in: int = _option(
-        1800, "FocalMix", "supervised steps before unlabeled patches are added", check=_NOT_NEGATIVE
+    burn_in: float = _option(
+        0.6,
+        "FocalMix",
+        "supervised steps before unlabeled patches are added; below 1, a fraction of the steps",
+        check=_Check(
+            "a number of steps, or a fraction of them below 1",
+            lambda value: 0 <= value < 1 or (value >= 1 and value.is_integer()),
+        ),
     )
     rampup_steps: int = _option(
         100,
@@ -322,7 +328,10 @@ class Config:
             apart = not set(getattr(self, name)) & set(self.train_subsets)
             self._expect(name, apart, "none of train_subsets")
         if self.method == "focalmix":
-            self._expect("burn_in", self.burn_in < self.steps, f"less than the {self.steps} steps")
+            if self.burn_in_steps >= self.steps:
+                raise InputError(
+                    f"burn_in: expected less than the {self.steps} steps, got {self.burn_in_steps}"
+                )
             for name in ("batch_size", "unlabeled_batch_size"):
                 fits = getattr(self, name) % self.groups == 0
                 self._expect(name, fits, f"a multiple of the {self.groups} groups")
@@ -333,13 +342,21 @@ class Config:
             raise InputError(f"{name}: expected {expected}, got {value}")
 
     @property
+    def burn_in_steps(self) -> int:
+        """The number of supervised steps that ``burn_in`` stands for."""
+        if self.burn_in >= 1:
+            return int(self.burn_in)
+        return min(round(self.burn_in * self.steps), self.steps - 1)
+
+    @property
     def result(self) -> dict[str, Any]:
-        """The options that affect the result of a run."""
-        return {
+        """The options that affect the result of a run, the burn-in in steps."""
+        values = {
             option.name: getattr(self, option.name)
             for option in fields(self)
             if not option.metadata["runtime"]
         }
+        return values | {"burn_in": self.burn_in_steps}
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
@@ -388,7 +405,7 @@ PRESETS = {
         ema_decay=0.999,
         unlabeled=400,
         unlabeled_batch_size=8,
-        burn_in=25_000,
+        burn_in=0.5,
         rampup_steps=2000,
         roi_size=(160, 160, 160),
         overlap=32,

@@ -28,19 +28,63 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise InputError(f"device: expected a GPU for {name!r}, found none")
         if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", _from_environment("LOCAL_RANK", 0))
     return device
+
+
+def announced_processes() -> tuple[int, int]:
+    """Rank of this process and number of processes, as ``torchrun`` announces them.
+
+    Raises:
+        InputError: ``WORLD_SIZE`` announces several processes, but not where they meet.
+    """
+    world_size = _from_environment("WORLD_SIZE", 1)
+    if world_size <= 1:
+        return 0, 1
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name, "").strip()]:
+        raise InputError(
+            f"WORLD_SIZE: expected {' and '.join(missing)} beside it, as torchrun sets them; "
+            f"start with torchrun, or unset WORLD_SIZE (it is {world_size}) to use one process"
+        )
+    rank = _from_environment("RANK", 0)
+    if rank >= world_size:
+        raise InputError(f"RANK: expected less than WORLD_SIZE ({world_size}), got {rank}")
+    return rank, world_size
+
+
+def _from_environment(name: str, default: int) -> int:
+    """A number in an environment variable; an empty one counts as unset."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise InputError(f"{name}: expected a number in this environment variable, got {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group of ``torchrun``; without it, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the process group of ``torchrun``; without it, do nothing.
+
+    Raises:
+        InputError: the environment is incomplete, or the processes do not meet.
+    """
+    rank, world_size = announced_processes()
+    if world_size == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    except (RuntimeError, ValueError) as error:
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(
+            f"process {rank} of {world_size} cannot join the others at {meeting} "
+            f"({first_line(error)})"
+        ) from error
     try:
         yield
     finally:

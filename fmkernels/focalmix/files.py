@@ -5,13 +5,17 @@ removes.
 """
 
 import contextlib
+import errno
 import os
 import platform
 import re
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fmkernels.focalmix.errors import InputError
 
@@ -29,7 +33,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and replace ``path`` with it after the block.
 
     If the block raises, the temporary file is removed and ``path`` stays as it is. A reader never
-    sees a part of a file.
+    sees a part of a file. A symbolic link stays: the file that it points to is replaced. A device,
+    a pipe or ``/dev/stdout`` is not replaced either: it gets the contents after the block.
+
+    Raises:
+        OSError: names ``path``; on a full disk also how much was written and what is free.
 
     Example:
         >>> import tempfile
@@ -40,17 +48,72 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    try:
-        with _temporary(path) as temporary:
+    with naming(path):
+        stream = open_stream(path)
+        if stream is None:
+            target = Path(os.path.realpath(path))
+            with _temporary(target) as temporary, naming(path, temporary):
+                yield temporary
+                with open(temporary, "r+b") as file:
+                    os.fsync(file.fileno())
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(temporary, 0o666 & ~umask)
+                os.replace(temporary, target)
+            return
+        with stream, tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "contents")
+            temporary.touch()
             yield temporary
-            with open(temporary, "r+b") as file:
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
-    except OSError as error:  # name the file of the caller, not the temporary one
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+            with open(temporary, "rb") as file:
+                shutil.copyfileobj(file, stream)
+
+
+@contextlib.contextmanager
+def naming(path: Path, written: Path | None = None) -> Iterator[None]:
+    """Make an OSError of the block name ``path``, and a full disk what ``written`` holds."""
+    try:
+        yield
+    except OSError as error:
+        reason, number = error.strerror or str(error), error.errno
+        if number is None and re.search(r"\d+ requested and \d+ written", reason):  # by NumPy
+            reason, number = os.strerror(errno.ENOSPC), errno.ENOSPC
+        if written is not None and number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            with contextlib.suppress(OSError):
+                size, free = written.stat().st_size, shutil.disk_usage(written.parent).free
+                reason += f" ({size / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free)"
+        raise OSError(number, reason, str(path)) from error
+
+
+def open_stream(path: Path) -> BinaryIO | None:
+    """Open a device, a pipe, or a path such as ``/dev/stdout``; None if ``path`` is a file.
+
+    Raises:
+        InputError: ``path`` is a block device, whose contents are those of a disk.
+    """
+    if (descriptor := _descriptor(path)) is not None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return os.fdopen(os.dup(descriptor), "wb")
+    if not path.exists() or path.is_file() or path.is_dir():
+        return None
+    if stat.S_ISBLK(path.stat().st_mode):
+        raise InputError(f"{path}: expected a file, got a block device")
+    return open(path, "wb")
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a path or the links behind it stand for."""
+    text = os.fspath(path)
+    for _ in range(40):  # the links that Linux follows
+        folder = os.path.realpath(os.path.dirname(text))
+        text = os.path.join(folder, os.path.basename(text))
+        if match := re.fullmatch(rf"(?:/proc/{os.getpid()}|/dev)/fd/(\d+)", text):
+            return int(match[1])
+        if not os.path.islink(text):
+            return None
+        text = os.path.join(folder, os.readlink(text))
+    return None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from fmkernels import __version__
 from fmkernels.focalmix import cli
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import GROUPS, PRESETS, Config
@@ -103,10 +104,11 @@ def test_resume_needs_the_folder(data, capsys):
     refuses(capsys, ["train", data, "--resume"], "--resume: expected --out")
 
 
-def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch):
+def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(data), *SETTINGS]) == 0
     assert (tmp_path / "runs" / "supervised" / "evaluation.json").exists()
+    assert f"fmkernels: wrote {Path('runs', 'supervised')}\n" in capsys.readouterr().err
 
 
 def test_options_are_written_out(capsys):
@@ -189,6 +191,21 @@ def test_a_list_may_begin_with_a_negative_number(run, data, capsys):
     )
 
 
+@pytest.mark.parametrize("preset", ["demo", "luna16"])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_few_steps_need_no_other_burn_in(preset, steps):
+    arguments = ["train", "d", f"--preset={preset}", "--method=focalmix", f"--steps={steps}"]
+    config = replace(PRESETS[preset], **cli._given(cli._parse(arguments)))
+    assert config.burn_in_steps == {1: 0, 2: 1, 50: 30 if preset == "demo" else 25}[steps]
+
+
+def test_one_process_of_a_cluster_s_is_named(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refuses(capsys, train_arguments(data, tmp_path / "run"), "MASTER_ADDR", "torchrun", "unset")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failed_start_leaves_no_run_behind(data, tmp_path, capsys):
     run = tmp_path / "run"
     refuses(capsys, train_arguments(tmp_path / "typo", run), "typo")
@@ -219,7 +236,19 @@ def test_help(capsys):
         name = option.name.replace("_", "-")
         assert f" --{name} " in text or f" --{name}, --no-{name} " in text
     assert "--seed " not in help_of(capsys, "compare")
-    assert help_of(capsys).count("--") == 1
+    assert help_of(capsys).count("--") == 3  # help, and version twice
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    alone = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert alone == help_of(capsys) and "evaluate" in alone
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"fmkernels {__version__}\n"
 
 
 def test_the_program_itself():
@@ -235,7 +264,6 @@ def test_the_program_itself():
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        ([], "COMMAND"),
         (["fly"], "fly"),
         (["train", "data", "--out=x", "--steps=many"], "steps"),
         (["train", "data", "--out=x", "--spacing=1,a,1"], "spacing"),

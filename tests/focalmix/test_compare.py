@@ -225,7 +225,9 @@ def test_a_gain_over_nothing_has_no_upper_end():
 
 
 def test_one_process_compares(luna_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ({"WORLD_SIZE": "2"} | torchrun).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="compare: expected one process"):
         compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=1)
 

@@ -108,6 +108,19 @@ def test_rules_of_focalmix_bind_focalmix_only(changes, message):
     Config(**changes)
 
 
+def test_the_burn_in_is_a_number_of_steps_or_a_fraction():
+    def steps(burn_in, steps):
+        return Config(burn_in=burn_in, steps=steps, method="focalmix", labeled=1).burn_in_steps
+
+    assert [steps(0.6, n) for n in (1, 2, 50, 3000)] == [0, 1, 30, 1800]
+    assert [steps(n, 50) for n in (0, 0.999, 1, 49)] == [0, 49, 1, 49]
+    assert Config(burn_in=1800).result == Config(burn_in=0.6).result
+    assert Config(burn_in=1799).result != Config(burn_in=0.6).result
+    for burn_in in (1.5, -0.1, math.inf, math.nan):
+        with pytest.raises(InputError, match="burn_in: expected a number of steps, or a fraction"):
+            Config(burn_in=burn_in)
+
+
 def test_limits_of_hardware_are_not_ours():
     """Whoever has the memory may train it."""
     large = Config(widths=(4096,) * 3, channels=4096, batch_size=2**20, max_objects=2**20)

@@ -126,6 +126,8 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Confi
         InputError: there is no run, or its checkpoint is damaged.
     """
     path = Path(run) / CHECKPOINT
+    if not path.parent.is_dir():
+        raise InputError(f"{run}: expected the folder of a run, found no such folder")
     with _reading(path) as checkpoint:
         config = config_from_dict(checkpoint["config"], path)
         if sum(config.blocks) > len(checkpoint["ema"]):  # would take long to build
@@ -139,7 +141,7 @@ def learning_rate_factor(step: int, config: Config) -> float:
     """The learning rate of a step relative to the peak: linear warm-up times the schedule."""
     first, last = 0, config.steps
     if config.schedule == "restart":
-        turn = min(config.burn_in, config.steps)
+        turn = min(config.burn_in_steps, config.steps)
         first, last = (0, turn) if step < turn or turn == config.steps else (turn, config.steps)
     warmup = min(1.0, (step - first + 1) / (config.warmup + 1))
     progress = (step - first) / (last - first)

@@ -187,7 +187,7 @@ class _Trainer:
         labeled = self._batches(_labeled_patches(self.run), state.step)
         stopwatch.start()
 
-        supervised_steps = config.burn_in if is_focalmix else config.steps
+        supervised_steps = config.burn_in_steps if is_focalmix else config.steps
         for patches in itertools.islice(labeled, max(0, supervised_steps - state.step)):
             self._step(patches)
         if not is_focalmix:
@@ -221,7 +221,7 @@ class _Trainer:
         if not config.unlabeled_positive_fraction:
             return self.pseudo_boxes
         path = self.run.out / PSEUDO_BOXES
-        if path.exists() or state.step > config.burn_in:
+        if path.exists() or state.step > config.burn_in_steps:
             return load_pseudo_boxes(path, series)
         detections = _detect_all(config, state.ema.module, self.run.data, series)
         boxes = _pseudo_boxes(detections, series)
@@ -279,7 +279,7 @@ class _Trainer:
         """Log, validate, save and stop where it is due."""
         config, state, scans, out = self.run.config, self.run.state, self.run.scans, self.run.out
         last = state.step == config.steps
-        burned_in = state.step == config.burn_in
+        burned_in = state.step == config.burn_in_steps
         validate = bool(scans.validation) and (last or state.step % config.validate_every == 0)
         log = last or validate or state.step % config.log_every == 0
         stop = self.interrupt.requested
@@ -386,7 +386,7 @@ def _joint_batch(run: _Run, step: int, pseudo_boxes: torch.Tensor) -> dict[str, 
     patches: dict[str, tuple[PatchDataset, int]] = {
         "labeled": (_labeled_patches(run), run.config.batch_size)
     }
-    if run.config.method == "focalmix" and step >= run.config.burn_in:
+    if run.config.method == "focalmix" and step >= run.config.burn_in_steps:
         unlabeled = _unlabeled_patches(run, pseudo_boxes)
         patches["unlabeled"] = (unlabeled, run.config.unlabeled_batch_size)
     return {
@@ -589,7 +589,8 @@ def choose_scans(config: Config, data: LUNA16) -> Scans:
             )
     if config.method == "focalmix" and not scans["unlabeled"]:
         raise InputError(
-            f"labeled: expected fewer than the {len(train)} training scans, got {config.labeled}"
+            f"labeled: expected fewer than the {len(train)} training scans, so that the others are "
+            f"unlabeled, got {config.labeled or 'all'}"
         )
     for role, numbers in subsets.items():
         if scans[role] and not any(len(data.nodules(uid)) for uid in scans[role]):

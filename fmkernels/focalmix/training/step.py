@@ -89,7 +89,7 @@ def sample_draws(config: Config, step: int, rank: int = 0, world_size: int = 1) 
     generator = _generator(config.seed, step)
     masks = 1 + torch.randperm(7, generator=generator, device="cpu")
     flips = torch.cat([torch.zeros_like(masks[:1]), masks])[: config.views]
-    ramp = min(1.0, (step - config.burn_in + 1) / (config.rampup_steps + 1))
+    ramp = min(1.0, (step - config.burn_in_steps + 1) / (config.rampup_steps + 1))
     weight = torch.tensor(config.unlabeled_weight * ramp, **float32)
     priority.fill_diagonal_(-1.0)  # no object is its own donor
     return Draws(flips.to(torch.uint8), lam, index, object_lam, priority, weight)

@@ -203,7 +203,8 @@ def test_pseudo_boxes(tmp_path):
 
 
 def test_schedules():
-    cosine, step = Config(steps=100, warmup=9), Config(steps=100, warmup=0, schedule="step")
+    cosine = Config(steps=100, warmup=9, schedule="cosine")
+    step = Config(steps=100, warmup=0, schedule="step")
     factors = [learning_rate_factor(i, cosine) for i in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0)
     assert max(factors) > 0.95 and np.argmax(factors) in (8, 9, 10)

@@ -215,7 +215,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder in LUNA16's layout")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        type=Path,
+        help="folder of scans with a table of annotations, or in LUNA16's layout",
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -257,6 +262,8 @@ def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
             how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif choices := option.metadata["choices"]:
             how = {"choices": choices}
+        elif hint == tuple[str, ...]:
+            how = {"metavar": "FOLDER", "nargs": "+"}
         else:
             how = {"type": _reader(hint), "metavar": "LIST" if is_list else "VALUE"}
         groups[option.metadata["group"]].add_argument(
@@ -368,7 +375,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _add_detect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument(
-        "scans", metavar="SCAN", type=Path, nargs="+", help=".mhd files or folders containing them"
+        "scans",
+        metavar="SCAN",
+        type=Path,
+        nargs="+",
+        help="scans, DICOM folders, or folders containing them",
     )
     parser.add_argument(
         "--out", metavar="CSV", type=Path, help="output CSV (default: RUN/detections.csv)"
@@ -394,33 +405,31 @@ def _detect(arguments: argparse.Namespace) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"{out}: expected a file name in an existing folder")
     paths = _scans(arguments.scans)
-    for path in paths:
+    for path in paths.values():
         check_header(path)
     config, model = load_run(arguments.run_folder, choose_device(arguments.device))
     candidates = {}
-    for path in tqdm(paths, "detecting", unit="scan"):
+    for uid, path in tqdm(paths.items(), "detecting", unit="scan"):
         volume = load_volume(path, config.spacing)
-        candidates[path.stem] = detect(config, model, volume).candidates
+        candidates[uid] = detect(config, model, volume).candidates
     write_candidates(out, candidates)
     return 0
 
 
-def _scans(given: Sequence[Path]) -> list[Path]:
-    """The headers of scans: given files, those in a given folder, or else those in its subsets."""
-    from fmkernels.focalmix.data.luna16 import scan_headers
+def _scans(given: Sequence[Path]) -> dict[str, Path]:
+    """The scans that are named, or lie below the folders that are named, by their ids."""
+    from fmkernels.focalmix.data.dataset import name_scans
+    from fmkernels.focalmix.data.formats import SUPPORTED, scan_id
 
     paths: dict[str, Path] = {}
     for path in given:
-        inside = [path]
-        if path.is_dir():
-            folders = [path] if scan_headers(path) else sorted(path.glob("subset*"))
-            inside = [scan for folder in folders for scan in scan_headers(folder)]
-            if not inside:
-                raise InputError(f"{path}: expected scans (.mhd) in this folder, found none")
-        for scan in inside:
-            if paths.setdefault(scan.stem, scan) != scan:
-                raise InputError(f"{scan}: expected each series once, got {paths[scan.stem]} too")
-    return list(paths.values())
+        found = name_scans(path) if path.is_dir() else {scan_id(path): path}
+        if not found:
+            raise InputError(f"{path}: expected scans ({SUPPORTED}) in this folder, found none")
+        for uid, scan in found.items():
+            if paths.setdefault(uid, scan) != scan:
+                raise InputError(f"{scan}: expected each series once, got {paths[uid]} too")
+    return paths
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -443,11 +452,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.data.luna16 import LUNA16
+    from fmkernels.focalmix.data.own import open_data
     from fmkernels.focalmix.data.tables import read_candidates
     from fmkernels.focalmix.evaluation.froc import evaluate
 
-    data = LUNA16(arguments.data)
+    data = open_data(arguments.data)
     chosen = [
         uid
         for uid in data.series

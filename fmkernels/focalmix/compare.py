@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config, load_config
-from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.distributed import announced_processes
 from fmkernels.focalmix.errors import InputError
@@ -74,7 +74,7 @@ def compare(
 
     Args:
         config: the options of all runs; method, labeled scans and seed are set here.
-        root: a folder in LUNA16's layout.
+        root: the folder of a data set, as for `train`.
         out: the folder of the comparison.
         labeled: numbers of labeled scans; a seed chooses the same scans for every method.
         seeds: number of seeds per method, 0 ... seeds - 1.
@@ -100,10 +100,18 @@ def compare(
             raise InputError(f"{part}: expected a component that the options have switched on")
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
-    data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
+    data = open_data(
+        root,
+        subsets=subsets,
+        cache=config.cache,
+        coordinates=config.coordinates,
+        unlabeled=config.unlabeled_data,
+    )
     for count, seed in itertools.product(labeled, range(seeds)):
         # an impossible choice of scans is reported before hours of training
-        choose_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
+        scans = choose_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
+        if not scans.test:
+            raise InputError(f"{data.root}: expected scans in the test subsets, found none")
     runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
     results: dict[tuple[int, str], list[froc.Froc]] = {}
     for number, (count, name, seed) in enumerate(runs, start=1):
@@ -160,7 +168,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
-    data = LUNA16(root, subsets=config.test_subsets)
+    data = open_data(root, subsets=config.test_subsets, coordinates=config.coordinates)
     candidates, findings = read_candidates(run / CANDIDATES), data.findings(data.series)
     return froc.evaluate(candidates, *findings, data.series, bootstraps=bootstraps)
 

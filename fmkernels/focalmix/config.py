@@ -104,6 +104,19 @@ class Config:
         check=_Check("the name of a folder", str.isprintable),
         runtime=True,
     )
+    coordinates: str = _option(
+        "LPS",
+        "data",
+        "world coordinates of the annotations: LPS (DICOM, LUNA16) or RAS (NIfTI, 3D Slicer)",
+        choices=("LPS", "RAS"),
+    )
+    unlabeled_data: tuple[str, ...] = _option(
+        (),
+        "data",
+        "folders of more scans, without labels (focalmix; default: none)",
+        check=_Check("names of folders", lambda value: all(map(str.isprintable, value))),
+        runtime=True,
+    )
     patch_size: tuple[int, ...] = _option(
         (32, 32, 32),
         "patches",
@@ -193,7 +206,7 @@ class Config:
     unlabeled: int | None = _option(
         None,
         "FocalMix",
-        "number of unlabeled training scans (default: all the others)",
+        "number of unlabeled scans (default: all the others)",
         check=_AT_LEAST_1,
     )
     unlabeled_batch_size: int = _option(

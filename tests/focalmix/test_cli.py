@@ -170,7 +170,7 @@ def test_detect_does_not_replace_what_is_there(run, data, capsys):
     refuses(
         capsys,
         ["detect", run, run, "--device=cpu", "--out=x.csv"],
-        "expected scans (.mhd) in this folder",
+        "expected scans (.mhd, .mha, .nii, ",
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.dataset import DataSet
 from fmkernels.focalmix.data.volume import cut_patch
 
 _TISSUE = -950  # HU: the lungs and everything denser lie above, the air around the body below
@@ -51,12 +51,12 @@ class PatchDataset(Dataset, ABC):
 
     Raises:
         ValueError: an argument is out of its range, or a series is not in ``data``.
-        InputError: from an item, as `LUNA16.volume`.
+        InputError: from an item, as `DataSet.volume`.
     """
 
     def __init__(
         self,
-        data: LUNA16,
+        data: DataSet,
         series: Sequence[str],
         *,
         patch_size: Sequence[int] = (64, 64, 64),
@@ -75,7 +75,7 @@ class PatchDataset(Dataset, ABC):
         expect("positive_fraction", is_probability, "a probability in [0, 1]", positive_fraction)
         expect("length", length >= 1, "a positive number of items", length)
         expect("seed", seed >= 0, "a non-negative integer", seed)
-        unknown = sorted(set(series).difference(data.series))
+        unknown = sorted(set(series).difference(data.series, data.unlabeled))
         expect("series", not unknown, f"series of {data.root}", repr(next(iter(unknown), "")))
         expect("series", len(series) > 0, "one or more", "none")
         self.data = data
@@ -229,7 +229,7 @@ class UnlabeledPatches(PatchDataset):
 
     def __init__(
         self,
-        data: LUNA16,
+        data: DataSet,
         series: Sequence[str],
         pseudo_boxes: Mapping[str, np.ndarray],
         **options: Any,

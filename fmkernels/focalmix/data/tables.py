@@ -1,13 +1,19 @@
 """CSV tables in LUNA16's format: findings (nodules, excluded findings), candidates, series ids.
 
+Columns may be separated by commas, semicolons or tabs, with decimal commas where they are not
+separators; the text is UTF-8 or UTF-16. Spreadsheets write all of these.
+
 Findings and candidates are float64 arrays [n, 4] per series: world x, y, z in mm (LPS), then a
 diameter in mm or a probability.
 """
 
+import codecs
 import contextlib
 import csv
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -22,6 +28,8 @@ UNKNOWN_DIAMETER = 10.0
 
 CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 FINDING_COLUMNS = (*CANDIDATE_COLUMNS[:4], "diameter_mm")
+
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?|[+-]?\d+,")
 
 
 def diameters(findings: np.ndarray) -> np.ndarray:
@@ -70,7 +78,7 @@ def read_candidates(path: str | Path) -> dict[str, np.ndarray]:
 
 def read_series(path: str | Path) -> dict[str, int]:
     """Read ``seriesuids.csv``: series ids and their rows in the file, counted from 1."""
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_text(path).splitlines()
     return {line.strip(): row for row, line in enumerate(lines, start=1) if line.strip()}
 
 
@@ -82,10 +90,80 @@ def first_column(path: str | Path) -> set[str]:
 
 def find_row(path: str | Path, uid: str, k: int) -> int:
     """The row of the k-th finding of a series in its file; the header is row 1."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        column = [name.strip() for name in next(reader)].index("seriesuid")
-        return [reader.line_num for row in reader if row and row[column].strip() == uid][k]
+    table = records(path)
+    column = next(table)[1].index("seriesuid")
+    return [row for row, fields in table if fields[column] == uid][k]
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8 or UTF-16.
+
+    Raises:
+        InputError: names the row that is neither, and how to save a table.
+    """
+    data = Path(path).read_bytes()
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        found = f"the byte {data[error.start]:#04x}"
+        raise InputError(
+            f"{path}, row {row}: expected text in UTF-8, got {found}; save it as CSV UTF-8"
+        ) from None
+    if "\0" in text:
+        row = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(
+            f"{path}, row {row}: expected text in UTF-8, got the byte 0x00; save it as CSV UTF-8"
+        )
+    return text
+
+
+def records(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table, its header first, each with its number in the file, counted from 1.
+
+    Blanks around fields and empty rows are left out. Decimal commas become points where columns
+    are not separated by commas.
+
+    Raises:
+        InputError: names file and row: the file is empty, is not text, or a row has another number
+            of fields than the header.
+    """
+    lines = list(io.StringIO(read_text(path), newline=""))
+    first = lines[0].strip() if lines else ""
+    skipped = int(bool(re.fullmatch(r"sep=.", first)))  # a hint that spreadsheets write
+    top = lines[skipped] if len(lines) > skipped else ""
+    delimiter = max(",;\t", key=top.count)
+    reader = csv.reader(lines[skipped:], strict=True, delimiter=delimiter)
+    columns = 0
+    try:
+        for fields in reader:
+            row = reader.line_num + skipped
+            if not fields:
+                if not columns:
+                    break
+                continue
+            if columns and len(fields) != columns:
+                hint = "; decimal commas need semicolons between columns" * (len(fields) > columns)
+                raise InputError(
+                    f"{path}, row {row}: expected {columns} fields, got {len(fields)}{hint}"
+                )
+            fields = [field.strip() for field in fields]
+            if columns and delimiter != ",":
+                fields = [
+                    field.replace(",", ".") if _DECIMAL_COMMA.fullmatch(field) else field
+                    for field in fields
+                ]
+            columns = columns or len(fields)
+            yield row, fields
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, row {reader.line_num + skipped}: expected comma-separated values: {error}"
+        ) from None
+    if not columns:
+        raise InputError(f"{path}: expected a table with a header, got an empty file")
 
 
 def write_candidates(path: str | Path, candidates: Mapping[str, ArrayLike]) -> None:
@@ -138,44 +216,25 @@ def _read_table(
     uids: list[str] = []
     values: list[tuple[float, ...]] = []
     rows: list[int] = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    table_rows = records(path)
+    _, header = next(table_rows)
+    for name in columns:
+        if header.count(name) != 1:
+            raise InputError(
+                f"{path}: expected one column {name}, got the columns {','.join(header)}"
+            )
+    uid_of = itemgetter(header.index(columns[0]))
+    numbers_of = itemgetter(*map(header.index, columns[1:]))
+    for row, fields in table_rows:
+        if not (uid := uid_of(fields)):
+            raise InputError(f"{path}, row {row}: {columns[0]}: expected a series id, got nothing")
         try:
-            header = [name.strip() for name in next(reader, [])]
-            if not header:
-                raise InputError(
-                    f"{path}: expected a header with {','.join(columns)}, got an empty file"
-                )
-            for name in columns:
-                if header.count(name) != 1:
-                    raise InputError(
-                        f"{path}: expected one column {name}, got the columns {','.join(header)}"
-                    )
-            uid_of = itemgetter(header.index(columns[0]))
-            numbers_of = itemgetter(*map(header.index, columns[1:]))
-            for row in reader:
-                if not row:
-                    continue
-                where = f"{path}, row {reader.line_num}"
-                if len(row) != len(header):
-                    raise InputError(f"{where}: expected {len(header)} fields, got {len(row)}")
-                if not (uid := uid_of(row).strip()):
-                    raise InputError(f"{where}: {columns[0]}: expected a series id, got nothing")
-                try:
-                    values.append(tuple(map(float, numbers_of(row))))
-                except ValueError:
-                    problem = _first_problem(columns[1:], numbers_of(row))
-                    raise InputError(f"{where}: {problem}") from None
-                uids.append(uid)
-                rows.append(reader.line_num)
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: expected text in UTF-8, got the byte {error.object[error.start]:#04x}"
-            ) from None
-        except csv.Error as error:
-            raise InputError(
-                f"{path}, row {reader.line_num}: expected comma-separated values: {error}"
-            ) from None
+            values.append(tuple(map(float, numbers_of(fields))))
+        except ValueError:
+            problem = _first_problem(columns[1:], numbers_of(fields))
+            raise InputError(f"{path}, row {row}: {problem}") from None
+        uids.append(uid)
+        rows.append(row)
     table = np.array(values, dtype=np.float64).reshape(-1, 4)
     if (bad := np.argwhere(~np.isfinite(table))).size:
         row = bad[0, 0]

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fmkernels.focalmix.config import CONFIG, Config, load_config
-from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.dataset import DataSet
+from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.patches import (
     LabeledPatches,
     PatchDataset,
@@ -39,7 +41,7 @@ from fmkernels.focalmix.distributed import (
     rank_and_world_size,
     sum_of_ranks,
 )
-from fmkernels.focalmix.errors import InputError, first_line
+from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write, lock_folder
 from fmkernels.focalmix.model.detector import autocast
@@ -73,7 +75,7 @@ class Scans(NamedTuple):
 @dataclass(frozen=True)
 class _Run:
     config: Config
-    data: LUNA16
+    data: DataSet
     scans: Scans
     out: Path
     state: State
@@ -97,7 +99,7 @@ def train(
 
     Args:
         config: see :class:`Config`.
-        root: a folder in LUNA16's layout.
+        root: the folder of a data set; see `own.open_data`.
         out: the folder of the run.
         resume: continue from the checkpoint in ``out`` if there is one.
         profile: synchronize after each stage of a step, so that ``timing.json`` has their times on
@@ -407,7 +409,7 @@ def _pseudo_boxes(detections: Mapping[str, Detections], series: Sequence[str]) -
 
 
 def _detect_all(
-    config: Config, model: nn.Module, data: LUNA16, series: Sequence[str]
+    config: Config, model: nn.Module, data: DataSet, series: Sequence[str]
 ) -> dict[str, Detections]:
     """Detections of all scans; the work is divided among the processes, the result is in each."""
     rank, world_size = rank_and_world_size()
@@ -425,7 +427,7 @@ def _candidates(detections: Mapping[str, Detections]) -> dict[str, np.ndarray]:
 
 
 def _evaluate(
-    data: LUNA16,
+    data: DataSet,
     detections: Mapping[str, Detections],
     series: Sequence[str],
     bootstraps: int = 1000,
@@ -456,7 +458,7 @@ def _report(run: _Run) -> froc.Froc | None:
 
 
 def _sheet(
-    data: LUNA16,
+    data: DataSet,
     series: Sequence[str],
     found: Mapping[str, Detections],
     evaluation: froc.Froc,
@@ -546,18 +548,26 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
         _write_json(out / CONFIG, asdict(config))
 
 
-def _open_data(config: Config, root: str | Path) -> tuple[LUNA16, Scans]:
+def _open_data(config: Config, root: str | Path) -> tuple[DataSet, Scans]:
     subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
-    data = LUNA16(root, spacing=config.spacing, subsets=subsets, cache=config.cache)
+    data = open_data(
+        root,
+        spacing=config.spacing,
+        subsets=subsets,
+        cache=config.cache,
+        coordinates=config.coordinates,
+        unlabeled=config.unlabeled_data if config.method == "focalmix" else (),
+    )
     scans = choose_scans(config, data)
     if rank_and_world_size()[0] == 0:
-        data.prepare()
+        used = scans if config.method == "focalmix" else scans._replace(unlabeled=[])
+        data.prepare([uid for role in used for uid in role])
     if dist.is_initialized():
         dist.barrier()
     return data, scans
 
 
-def choose_scans(config: Config, data: LUNA16) -> Scans:
+def choose_scans(config: Config, data: DataSet) -> Scans:
     """The scans of a run by their role.
 
     Raises:
@@ -572,26 +582,44 @@ def choose_scans(config: Config, data: LUNA16) -> Scans:
         role: [uid for uid in data.series if data.subset(uid) in numbers]
         for role, numbers in subsets.items()
     }
-    train, scans["unlabeled"] = scans["train"], []
+    if not data.series:
+        raise InputError(
+            f"{data.root}: expected scans with labels; annotations.csv or .json gives them"
+        )
+    for role, numbers in subsets.items():
+        if not numbers or scans[role]:
+            continue
+        folds = sorted({data.subset(uid) for uid in data.series})
+        found = f"{role}_subsets: no scans in {numbers}; the scans with labels are in {folds}"
+        if role == "train":
+            raise InputError(found)
+        without = "evaluation" if role == "test" else role
+        warnings.warn(f"{found}: training goes without {without}", InputWarning, stacklevel=2)
+    train, rng = scans["train"], np.random.default_rng(config.seed)
+    left: list[str] = []
     if config.labeled is not None:
         if config.labeled > len(train):
             raise InputError(
                 f"labeled: expected at most {len(train)} training scans, got {config.labeled}"
             )
-        order = np.random.default_rng(config.seed).permutation(len(train))
-        last = None if config.unlabeled is None else config.labeled + config.unlabeled
+        order = rng.permutation(len(train))
         scans["train"] = [train[i] for i in sorted(order[: config.labeled])]
-        scans["unlabeled"] = [train[i] for i in sorted(order[config.labeled : last])]
-        if (others := len(scans["unlabeled"])) < (config.unlabeled or 0):
-            raise InputError(
-                f"unlabeled: expected at most the {others} other training scans, "
-                f"got {config.unlabeled}"
-            )
-    if config.method == "focalmix" and not scans["unlabeled"]:
+        left = [train[i] for i in order[config.labeled :]]
+    others = [*left, *data.unlabeled]
+    if data.unlabeled:
+        others = [others[i] for i in rng.permutation(len(others))]
+    if config.method == "focalmix" and not others:
         raise InputError(
             f"labeled: expected fewer than the {len(train)} training scans, so that the others are "
-            f"unlabeled, got {config.labeled or 'all'}"
+            f"unlabeled, got {config.labeled or 'all'}; --unlabeled-data gives others"
         )
+    asked = config.unlabeled or 0
+    if (config.labeled is not None or config.method == "focalmix") and len(others) < asked:
+        raise InputError(
+            f"unlabeled: expected at most the {len(others)} other training scans, got {asked}"
+        )
+    chosen = set(others[: config.unlabeled])
+    scans["unlabeled"] = [uid for uid in (*train, *data.unlabeled) if uid in chosen]
     for role, numbers in subsets.items():
         if scans[role] and not any(len(data.nodules(uid)) for uid in scans[role]):
             by_seed = role == "train" and config.labeled is not None

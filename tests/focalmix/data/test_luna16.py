@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 
-from fmkernels.focalmix.data import luna16
+from fmkernels.focalmix.data import dataset
 from fmkernels.focalmix.data.formats import load_volume
 from fmkernels.focalmix.data.luna16 import LUNA16
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, InputWarning
 
 
 class TestFolder:
@@ -97,7 +97,9 @@ class TestBadFolder:
             LUNA16(luna_folder, subsets=[10])
 
     def test_no_folder(self, tmp_path):
-        with pytest.raises(InputError, match=r"nowhere: expected a folder in LUNA16's layout"):
+        with pytest.raises(
+            InputError, match=r"nowhere: expected a folder with scans, found no such folder"
+        ):
             LUNA16(tmp_path / "nowhere")
 
     def test_empty_folder(self, tmp_path):
@@ -132,6 +134,21 @@ class TestBadFolder:
             InputError,
             match=r"annotations\.csv, row 7: seriesuid: expected a series .* got '9\.9\.9'",
         ):
+            LUNA16(luna_folder)
+
+    def test_findings_of_missing_subsets_are_counted(self, luna_folder, luna_scans):
+        """They may belong to scans that were not downloaded, or to misspelled ids."""
+        (luna_folder / "seriesuids.csv").unlink()
+        shutil.rmtree(luna_folder / "subset9")
+        with pytest.warns(
+            InputWarning,
+            match=rf"annotations\.csv: 1 findings are of 1 series without .* row 6 of "
+            rf"{luna_scans[4].uid}$",
+        ):
+            LUNA16(luna_folder)
+        table = luna_folder / "annotations.csv"
+        table.write_text(table.read_text().replace("1.3.6", "01.3.6"))
+        with pytest.raises(InputError, match=r"annotations\.csv, row 2: seriesuid: .* '01\.3\.6"):
             LUNA16(luna_folder)
 
     @pytest.mark.parametrize("uid", ["../../outside", "/etc/passwd", "..", "C:\\outside"])
@@ -209,7 +226,7 @@ class TestCache:
         (file,) = (luna_folder / ".cache-2x1.5x1.5").iterdir()
         before = file.stat()
         again, direct = data.volume(uid), load_volume(data.path(uid), data.spacing)
-        assert file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
+        assert file.stat().st_ino == before.st_ino
         for volume in (again, direct):
             np.testing.assert_array_equal(volume.voxels, first.voxels)
             assert (volume.spacing, volume.origin, volume.direction) == (
@@ -234,6 +251,32 @@ class TestCache:
             assert not np.array_equal(new.voxels, old.voxels)
         else:
             assert new.origin[0] == pytest.approx(old.origin[0] - 1)
+
+    def test_is_made_again_when_other_voxels_have_the_same_times(self, luna_folder):
+        """A broken archive is unpacked, then the right one, with its times."""
+        data = LUNA16(luna_folder)
+        uid = data.series[0]
+        old = np.array(data.volume(uid).voxels)
+        raw = data.path(uid).with_suffix(".raw")
+        times = raw.stat()
+        raw.write_bytes(raw.read_bytes()[::-1])
+        os.utime(raw, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert not np.array_equal(data.volume(uid).voxels, old)
+
+    def test_is_kept_when_the_same_voxels_come_again(self, luna_folder, monkeypatch):
+        data = LUNA16(luna_folder)
+        uid = data.series[0]
+        data.volume(uid)
+        raw = data.path(uid).with_suffix(".raw")
+        copied = raw.with_suffix(".copy")
+        shutil.copy(raw, copied)
+        copied.replace(raw)
+        monkeypatch.setattr(dataset, "load_volume", lambda *_: pytest.fail("resampled"))
+        data.volume(uid)
+        (file,) = data.cache.iterdir()
+        os.utime(file, ns=(0, raw.stat().st_ctime_ns + 2 * 10**9))
+        monkeypatch.setattr(dataset, "_checksums", lambda *_: pytest.fail("read the source"))
+        data.volume(uid)
 
     @pytest.mark.parametrize(
         "breakage",
@@ -278,7 +321,7 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         data = LUNA16(luna_folder)
-        monkeypatch.setattr(luna16.np, "save", full)
+        monkeypatch.setattr(dataset.np, "save", full)
         with pytest.raises(InputError, match="No space left on device"):
             data.prepare(workers=0, progress=False)
         assert list(data.cache.iterdir()) == []

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmkernels.focalmix.data.tables import read_candidates, read_findings, write_candidates
+from fmkernels.focalmix.data.tables import (
+    find_row,
+    read_candidates,
+    read_findings,
+    read_text,
+    write_candidates,
+)
 from fmkernels.focalmix.errors import InputError
 
 
@@ -18,17 +24,39 @@ from fmkernels.focalmix.errors import InputError
         "note,diameter_mm,coordZ,coordY,coordX,seriesuid\n,4,30,-2.5,1,a\nhm,-1,7,6,5,b\n,11,10,9,8,a",
         "seriesuid, coordX, coordY, coordZ, diameter_mm\n"
         ' a , 1 , -2.5, 30, 4\n\n"b",5,6,7,-1\na,8,9,10,11\n\n',
+        "seriesuid;coordX;coordY;coordZ;diameter_mm\na;1;-2,5;3e1;4\nb;5;6;7;-1\na;8;9,0;10;11",
+        "sep=;\r\nseriesuid;coordX;coordY;coordZ;diameter_mm\r\n"
+        "a;1;-2,5;3e1;4,0\r\nb;5;6;7;-1\r\na;8;9;10;11",
+        "seriesuid\tcoordX\tcoordY\tcoordZ\tdiameter_mm\na\t1\t-2,5\t30\t4\nb\t5\t6\t7\t-1\n"
+        "a\t8\t9\t10\t11",
+        "seriesuid\tcoordX\tcoordY\tcoordZ\tdiameter_mm\r\na\t1\t-2.5\t30\t4\r\n"
+        "b\t5\t6\t7\t-1\r\na\t8\t9\t10\t11".encode("utf-16").decode("latin-1"),
     ],
-    ids=["plain", "BOM and CRLF", "other columns and order", "blanks and quotes"],
+    ids=[
+        "plain",
+        "BOM and CRLF",
+        "other columns and order",
+        "blanks and quotes",
+        "semicolons",
+        "a hint of the separator",
+        "tabs",
+        "UTF-16",
+    ],
 )
 def test_findings_are_read_whatever_wrote_them(tmp_path, content):
     path = tmp_path / "annotations.csv"
-    path.write_bytes(content.encode())
+    is_utf16 = content.startswith("\xff\xfe")
+    path.write_bytes(content.encode("latin-1" if is_utf16 else "utf-8"))
     findings = read_findings(path)
     assert list(findings) == ["a", "b"]
     assert findings["a"].dtype == np.float64
     np.testing.assert_array_equal(findings["a"], [[1, -2.5, 30, 4], [8, 9, 10, 11]])
     np.testing.assert_array_equal(findings["b"], [[5, 6, 7, -1]])
+    row = find_row(path, "a", 1)
+    assert read_text(path).splitlines()[row - 1].replace("\t", ",").replace(";", ",")[:3] in (
+        "a,8",
+        ",11",
+    )
 
 
 def test_a_header_alone_is_an_empty_table(tmp_path):
@@ -55,7 +83,11 @@ HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
             "seriesuid,coordX,coordY,diameter_mm\na,1,2,3\n",
             ["column coordZ", "seriesuid,coordX,coordY,diameter_mm"],
         ),
-        ("seriesuid;coordX;coordY;coordZ;diameter_mm\n", ["column seriesuid"]),
+        ("seriesuid|coordX|coordY|coordZ|diameter_mm\n", ["column seriesuid"]),
+        (HEADER + "a,1,5,2,5,3,5,4,5\n", ["row 2", "5 fields", "got 9", "decimal commas need"]),
+        (HEADER.replace(",", ";") + "a;1;2,5,1;3;4\n", ["row 2", "coordY", "'2,5,1'"]),
+        (HEADER.encode("utf-16-le"), ["row 1", "0x00", "save it as CSV UTF-8"]),
+        (HEADER.encode() + "\nä,1,2,3,4".encode("latin-1"), ["row 3", "UTF-8", "0xe4"]),
         ("seriesuid,coordX,coordX,coordY,coordZ,diameter_mm\n", ["one column coordX"]),
         (HEADER + "a,1,2,3,4\na,1,two,3,4\n", ["row 3", "coordY", "'two'"]),
         (HEADER + "\na,1,2,,4\n", ["row 3", "coordZ", "''"]),

@@ -21,13 +21,13 @@ import torch
 from fmkernels.focalmix.config import CONFIG, Config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.tables import read_candidates
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, InputWarning
 from fmkernels.focalmix.model.inference import Detections
 from fmkernels.focalmix.training import loop
 from fmkernels.focalmix.training.checkpoint import CHECKPOINT, PSEUDO_BOXES, load_run
 from fmkernels.focalmix.training.loop import train
 from fmkernels.focalmix.training.metrics import METRICS
-from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.conftest import SCANS, write_luna, write_scan
 
 ROOT = Path(__file__).parents[3]
 TINY = Config(
@@ -530,6 +530,53 @@ def test_unlabeled_limits_the_number_of_scans(luna_folder, tmp_path, detected):
         InputError, match="unlabeled: expected at most the 2 other training scans, got 3"
     ):
         train(replace(FOCALMIX, unlabeled=3), luna_folder, tmp_path / "many")
+
+
+def test_unlabeled_scans_from_elsewhere_beside_a_fully_labeled_set(
+    luna_folder, luna_scans, tmp_path, detected
+):
+    other = tmp_path / "other"
+    for k in range(4):
+        write_scan(other / f"scan{k}.nii.gz", luna_scans[0])
+    config = replace(FOCALMIX, labeled=None, steps=3, unlabeled_data=(str(other),))
+    config = replace(config, test_subsets=())
+    train(config, luna_folder, tmp_path / "all")
+    assert detected == [f"scan{k}" for k in range(4)]
+    assert trained_on(tmp_path / "all") == [scan.uid for scan in luna_scans[:4]]
+    detected.clear()
+    train(replace(config, unlabeled=3, labeled=2), luna_folder, tmp_path / "few")
+    labeled = trained_on(tmp_path / "few")
+    assert len(detected) == 3 and not set(detected) & set(labeled)
+    assert len(list((other / ".cache-2.5x2x2").iterdir())) == 4
+    supervised = replace(config, method="supervised", unlabeled_data=(str(tmp_path / "nowhere"),))
+    train(supervised, luna_folder, tmp_path / "supervised")  # reads no unlabeled scan
+    with pytest.raises(InputError, match="nowhere: expected scans below this folder"):
+        train(replace(supervised, method="focalmix"), luna_folder, tmp_path / "none")
+
+
+def test_an_own_data_set_with_scans_without_labels(tmp_path, luna_scans, detected):
+    root = tmp_path / "own"
+    rows = ["scan,x,y,z,diameter,fold"]
+    for k, scan in enumerate(luna_scans[:3]):
+        image = write_scan(root / f"s{k}.nii.gz", scan)
+        z, y, x, diameter = scan.nodules[0]
+        point = image.TransformContinuousIndexToPhysicalPoint((x, y, z))
+        rows.append(",".join(map(str, (f"s{k}", *point, diameter, 2 * k))))
+    write_scan(root / "unread.nii.gz", luna_scans[3])
+    (root / "annotations.csv").write_text("\n".join(rows))
+    config = replace(FOCALMIX, labeled=None, steps=3, train_subsets=(0, 1, 2))
+    config = replace(config, validation_subsets=(3,), test_subsets=(4, 5))
+    with pytest.warns(
+        InputWarning, match=r"no scans in \(3,\); the .* in \[0, 2, 4\]: .* without val"
+    ):
+        evaluation = train(config, root, tmp_path / "run")
+    assert trained_on(tmp_path / "run") == ["s0", "s1"] and detected[:1] == ["unread"]
+    assert evaluation.n_scans == 1 and evaluation.n_nodules == 1
+    with pytest.raises(InputError, match=r"train_subsets: no scans in \(9,\); .* \[4\]"):
+        train(replace(config, train_subsets=(9,)), root, tmp_path / "none")
+    (root / "annotations.csv").unlink()
+    with pytest.raises(InputError, match=r"own: expected scans with labels; annotations\.csv"):
+        train(config, root, tmp_path / "none")
 
 
 def test_focalmix_needs_scans_without_labels(luna_folder, tmp_path):

@@ -1,0 +1,386 @@
+"""Data sets: scans with their annotations, resampled to one spacing and kept in a cache."""
+
+import contextlib
+import json
+import math
+import os
+import time
+import urllib.parse
+import warnings
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from fmkernels.focalmix.data.annotations import FOLDS
+from fmkernels.focalmix.data.formats import (
+    check_header,
+    find_scans,
+    load_volume,
+    scan_id,
+    scan_name,
+)
+from fmkernels.focalmix.data.volume import Volume
+from fmkernels.focalmix.data.workers import process_pool
+from fmkernels.focalmix.errors import InputError, InputWarning
+from fmkernels.focalmix.files import atomic_write
+
+BYTES_PER_WORKER = 1 << 26
+"""Bytes of scans to resample for which one more process is started."""
+
+_MAX_GEOMETRY_BYTES = 1 << 20
+_BLOCK = 1 << 22
+_CLOCK = 10**9  # nanoseconds by which clocks of file systems may differ
+
+
+class Scan(NamedTuple):
+    """A scan of a data set."""
+
+    path: Path
+    fold: int
+    cache: Path
+    """The folder that holds the resampled scan."""
+    is_labeled: bool = True
+    """Whether the annotations cover this scan; it may still have no nodule."""
+
+
+class DataSet(ABC):
+    """Scans, their nodules and excluded findings, resampled to one spacing.
+
+    Resampled scans are kept in a folder ``.cache-<spacing>``. They are made again if a source file
+    has changed or the cached file is broken. Instances are small and can be pickled.
+
+    A class of data sets sets ``_scans``, ``_nodules`` and ``_excluded`` in its constructor.
+
+    Args:
+        root: the folder.
+        spacing: z, y, x in mm.
+        cache: the folder for the cache; default: ``root``.
+        subsets: the folds to use, out of 0 ... 9, or None.
+
+    Raises:
+        ValueError: ``spacing`` is not three positive numbers, or a fold is not within 0 ... 9.
+        InputError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        spacing: Sequence[float],
+        cache: str | Path | None,
+        subsets: Sequence[int] | None,
+    ) -> None:
+        spacing = tuple(map(float, spacing))
+        if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
+            raise ValueError(
+                f"{type(self).__name__}: spacing: expected 3 positive numbers (z, y, x in mm), "
+                f"got {spacing}"
+            )
+        if subsets is not None and not set(subsets) <= set(FOLDS):
+            raise ValueError(
+                f"{type(self).__name__}: subsets: expected numbers of 0 to 9, got {list(subsets)}"
+            )
+        self.root = Path(root)
+        self.spacing = spacing
+        self.cache = self._cache_in(self.root if cache is None else cache)
+        self._shared_cache = cache is not None
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: expected a folder with scans, found no such folder")
+        self._scans: dict[str, Scan] = {}
+        self._nodules: dict[str, np.ndarray] = {}
+        self._excluded: dict[str, np.ndarray] = {}
+
+    def _cache_in(self, folder: str | Path) -> Path:
+        return Path(folder) / f".cache-{'x'.join(f'{step:g}' for step in self.spacing)}"
+
+    def __len__(self) -> int:
+        """Number of scans, with labels or without."""
+        return len(self._scans)
+
+    @property
+    def series(self) -> list[str]:
+        """The series ids of the scans with labels, sorted by fold, then by name."""
+        return [uid for uid, scan in self._scans.items() if scan.is_labeled]
+
+    @property
+    def unlabeled(self) -> list[str]:
+        """The series ids of the scans without labels."""
+        return [uid for uid, scan in self._scans.items() if not scan.is_labeled]
+
+    def subset(self, uid: str) -> int:
+        """The subset (the fold) of a series, 0 ... 9."""
+        return self._scan(uid).fold
+
+    def path(self, uid: str) -> Path:
+        """The file of a series, or the folder of its DICOM files."""
+        return self._scan(uid).path
+
+    @abstractmethod
+    def where(self, uid: str, k: int) -> str:
+        """The file and row of the k-th nodule of a series, for messages."""
+
+    def add_unlabeled(self, folder: str | Path) -> None:
+        """Add all scans below a folder, without labels.
+
+        Raises:
+            InputError: the folder holds no scan, or one of a name that the data set has already.
+        """
+        folder = Path(folder)
+        found = name_scans(folder)
+        if not found:
+            raise InputError(f"{folder}: expected scans below this folder, found none")
+        cache = self.cache if self._shared_cache else self._cache_in(folder)
+        for uid, path in found.items():
+            if uid in self._scans:
+                raise InputError(
+                    f"{path}: expected scans that are not in the data set, got the name of "
+                    f"{self._scans[uid].path} again; rename one if they differ"
+                )
+            self._scans[uid] = Scan(path, -1, cache, is_labeled=False)
+
+    def nodules(self, uid: str) -> np.ndarray:
+        """Nodules of a series, float64 [n, 4]: world x, y, z, diameter, in mm."""
+        self._scan(uid)
+        return self._nodules.get(uid, np.empty((0, 4)))
+
+    def excluded(self, uid: str) -> np.ndarray:
+        """Excluded findings of a series, float64 [n, 4], as `nodules`."""
+        self._scan(uid)
+        return self._excluded.get(uid, np.empty((0, 4)))
+
+    def findings(
+        self, series: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """`nodules` and `excluded` of some series."""
+        return {uid: self.nodules(uid) for uid in series}, {
+            uid: self.excluded(uid) for uid in series
+        }
+
+    def volume(self, uid: str) -> Volume:
+        """The resampled scan as a read-only memory map; it is made first if the cache lacks it.
+
+        Raises:
+            InputError: an unknown series, a bad scan, or a cache that cannot be written.
+        """
+        path, _, cache, _ = self._scan(uid)
+        volume = _open_cached(cache, uid, path, self.spacing)
+        if volume is None:
+            for message in _write_cached((uid, path, cache), self.spacing):
+                warnings.warn(message, InputWarning, stacklevel=2)
+            volume = _open_cached(cache, uid, path, self.spacing)
+        if volume is None:
+            raise InputError(
+                f"{path}: expected a scan that stays as it is, "
+                "but it changed while it was resampled"
+            )
+        return volume
+
+    def boxes(self, uid: str) -> tuple[np.ndarray, np.ndarray]:
+        """`Volume.boxes` of the nodules and of the excluded findings in the resampled scan.
+
+        Raises:
+            InputError: as `volume`, or a nodule lies outside its scan.
+        """
+        volume, nodules = self.volume(uid), self.nodules(uid)
+        centers = volume.from_world(nodules[:, :3])
+        outside = ((centers < 0) | (centers >= volume.voxels.shape)).any(axis=1)
+        if outside.any():
+            k = int(np.argmax(outside))
+            point = ", ".join(f"{value:g}" for value in nodules[k, :3])
+            raise InputError(
+                f"{self.where(uid, k)}: expected a point inside of scan {uid}, got ({point}) mm"
+            )
+        return volume.boxes(nodules), volume.boxes(self.excluded(uid))
+
+    def prepare(
+        self,
+        series: Sequence[str] | None = None,
+        *,
+        workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Check scans and findings, and resample the scans that the cache lacks.
+
+        Afterwards `volume` only opens files. Several processes may prepare the same data at once.
+        The workers are spawned: a script that calls this needs ``if __name__ == "__main__":``.
+
+        Args:
+            series: the scans to prepare; default: all.
+            workers: processes; 0 or 1 uses the current process only; default: one per core, at
+                most 8, and fewer for small scans.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: as `boxes`, for the first bad scan.
+        """
+        series = list(self._scans) if series is None else series
+        stale = [
+            (uid, path, cache)
+            for uid, (path, _, cache, _) in ((uid, self._scan(uid)) for uid in series)
+            if _open_cached(cache, uid, path, self.spacing) is None
+        ]
+        write = partial(_write_cached, spacing=self.spacing)
+        if workers is None:
+            size = sum(_size(path) for _, path, _ in stale)
+            workers = min(os.cpu_count() or 1, 8, 1 + size // BYTES_PER_WORKER)
+        with (
+            tqdm(
+                total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)
+            ) as bar,
+            contextlib.ExitStack() as stack,
+        ):
+            mapped: Iterable[list[str]] = map(write, stale)
+            if min(workers, len(stale)) > 1:
+                pool = stack.enter_context(process_pool(min(workers, len(stale))))
+                mapped = pool.map(write, stale)
+            for messages in mapped:
+                for message in messages:
+                    warnings.warn(message, InputWarning, stacklevel=2)
+                bar.update()
+        for uid in series:
+            self.boxes(uid)
+
+    def _scan(self, uid: str) -> Scan:
+        if uid not in self._scans:
+            raise InputError(f"{self.root}: expected a series of the data set, got {uid!r}")
+        return self._scans[uid]
+
+
+def name_scans(root: Path) -> dict[str, Path]:
+    """All scans below a folder by their ids, sorted by path.
+
+    The id is `formats.scan_id`. Scans that share it have their path from the folder instead.
+    """
+    paths = find_scans(root)
+    ids = [scan_id(path) for path in paths]
+    shared = {uid for uid in ids if ids.count(uid) > 1} if len(set(ids)) < len(ids) else set()
+    return {
+        (_relative(root, path) if uid in shared else uid): path
+        for uid, path in zip(ids, paths, strict=True)
+    }
+
+
+def _relative(root: Path, path: Path) -> str:
+    """The path of a scan from a folder, without its suffix."""
+    return (path.relative_to(root).parent / scan_name(path)).as_posix()
+
+
+def _open_cached(cache: Path, uid: str, path: Path, spacing: Sequence[float]) -> Volume | None:
+    """The cached volume of a scan; None if it is missing, broken, or made from other files."""
+    file = _cached_file(cache, uid)
+    try:
+        voxels = np.lib.format.open_memmap(file, mode="r")
+        with open(file, "rb") as stream:
+            stream.seek(voxels.offset + voxels.nbytes)
+            geometry = json.loads(stream.read(_MAX_GEOMETRY_BYTES))
+        if not _is_made_from(file, geometry["source"], path):
+            return None
+        if voxels.dtype != np.int16 or voxels.ndim != 3 or geometry["spacing"] != list(spacing):
+            return None
+        origin, direction = (
+            np.array(geometry[name], dtype=np.float64) for name in ("origin", "direction")
+        )
+        if origin.shape != (3,) or direction.shape != (3, 3):
+            return None
+        if not np.isfinite([*direction, origin]).all():
+            return None
+        return Volume(
+            voxels, tuple(spacing), tuple(origin.tolist()), tuple(map(tuple, direction.tolist()))
+        )
+    except Exception:  # numpy's reader raises many types, among them those of its tokenizer
+        return None
+
+
+def _write_cached(scan: tuple[str, Path, Path], spacing: Sequence[float]) -> list[str]:
+    """Resample a scan into the cache; return the warnings, which a worker cannot show.
+
+    One ``.npy`` file holds the array and, behind it, its geometry: the two always match.
+    """
+    uid, path, cache = scan
+    began = time.time_ns()
+    source = _checksums(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InputWarning)
+        volume = load_volume(path, spacing)
+    geometry = {
+        "source": source,
+        "spacing": list(spacing),
+        "origin": volume.origin,
+        "direction": volume.direction,
+    }
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_write(_cached_file(cache, uid)) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, volume.voxels)
+            stream.write(json.dumps(geometry).encode())
+            stream.flush()
+            os.utime(temporary, ns=(began, began))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{cache}: cannot write resampled scans here ({reason}); see --cache"
+        ) from None
+    return [str(warning.message) for warning in caught]
+
+
+def _cached_file(cache: Path, uid: str) -> Path:
+    return cache / f"{urllib.parse.quote(uid, safe=' ')}.npy"
+
+
+def _is_made_from(file: Path, source: Mapping[str, Sequence[int]], path: Path) -> bool:
+    """Whether a cached file was made from the present files of a scan.
+
+    Files that were there unchanged before the cached file are trusted. Others, such as those of an
+    archive that was unpacked again, are read to compare their checksums.
+    """
+    files = _source_files(path, source)
+    statuses = [other.stat() for other in files]
+    if sorted(source) != sorted(other.name for other in files) or any(
+        source[other.name][0] != status.st_size
+        for other, status in zip(files, statuses, strict=True)
+    ):
+        return False
+    newest = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in statuses)
+    if newest + _CLOCK < file.stat().st_mtime_ns:
+        return True
+    began = time.time_ns()
+    if _checksums(path) != {name: list(value) for name, value in source.items()}:
+        return False
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        os.utime(file, ns=(began, began))
+    return True
+
+
+def _source_files(path: Path, names: Iterable[str]) -> list[Path]:
+    """The files of a scan, of which some are known by name."""
+    if path.is_dir():
+        return [
+            file
+            for file in sorted(path.iterdir())
+            if file.is_file() and not file.name.startswith(".")
+        ]
+    return [path.with_name(name) for name in names]
+
+
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """Size and checksum of each file of a scan."""
+    found = {}
+    for file in _source_files(path, (file.name for file in check_header(path).files)):
+        size = checksum = 0
+        with open(file, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        found[file.name] = [size, checksum]
+    return found
+
+
+def _size(path: Path) -> int:
+    """Bytes of the files of a scan, or somewhat more."""
+    files = path.iterdir() if path.is_dir() else path.parent.glob(f"{scan_name(path)}.*")
+    return sum(file.stat().st_size for file in files)

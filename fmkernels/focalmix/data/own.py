@@ -1,0 +1,225 @@
+"""Own data sets: a folder of scans in any format with one table of annotations."""
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from fmkernels.focalmix.data.annotations import FOLDS, Annotation, read_annotations
+from fmkernels.focalmix.data.dataset import DataSet, Scan, name_scans
+from fmkernels.focalmix.data.formats import SUPPORTED, scan_name
+from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.tables import read_series
+from fmkernels.focalmix.errors import InputError, InputWarning
+
+_TABLES = (".csv", ".tsv", ".json")
+_ANNOTATIONS, _EXCLUDED, _SERIES = "annotations", "annotations_excluded", "seriesuids.csv"
+
+
+class OwnData(DataSet):
+    """A folder of scans with one table of annotations; see `DataSet`.
+
+    Scans are found in all folders below ``root``; see `formats.find_scans`. Annotations are in
+    ``annotations.csv`` (or ``.tsv``, ``.json``), or in the only such file in ``root``; see
+    `annotations.read_annotations`. ``annotations_excluded.csv`` is optional.
+
+    A table names a scan by its file (with or without suffix and folders), its series id, or the
+    folder that holds nothing else. Scans that no row names have no labels, unless
+    ``seriesuids.csv`` lists them: then they have no nodule.
+
+    Folds come from the column ``fold``, else from a hash of the id of the scan, which does not
+    depend on the other scans.
+
+    Args:
+        root: the folder.
+        spacing: z, y, x in mm.
+        subsets: the folds to use, out of 0 ... 9; default: all. Scans without labels are in none.
+        cache: the folder for the cache; default: ``root``.
+        coordinates: "LPS" or "RAS": those of the tables.
+
+    Warns:
+        InputWarning: rows name no scan.
+
+    Raises:
+        ValueError: ``spacing`` is not three positive numbers, or a number in ``subsets`` is not
+            within 0 ... 9.
+        InputError: there are no scans; there are several tables; a row names two scans, or none
+            names a scan; a scan is in two folds; a table is malformed.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        subsets: Sequence[int] | None = None,
+        cache: str | Path | None = None,
+        coordinates: str = "LPS",
+    ) -> None:
+        super().__init__(root, spacing=spacing, cache=cache, subsets=subsets)
+        paths = name_scans(self.root)
+        if not paths:
+            raise InputError(
+                f"{self.root}: expected scans ({SUPPORTED}) below this folder, found none"
+            )
+        self.annotations = _find_annotations(self.root)
+        self.excluded_table = _named(self.root, _EXCLUDED)
+        names = _Names(self.root, paths)
+        rows = _by_scan(self.annotations, names, coordinates)
+        excluded = _by_scan(self.excluded_table, names, coordinates)
+        listed = _listed(self.root / _SERIES, names)
+        scans = {}
+        for uid, path in paths.items():
+            fold = _fold(uid, rows.get(uid, ()))
+            is_labeled = uid in rows or uid in listed
+            if not is_labeled or subsets is None or fold in subsets:
+                scans[uid] = Scan(path, fold if is_labeled else -1, self.cache, is_labeled)
+        self._scans = dict(sorted(scans.items(), key=lambda item: (item[1].fold, item[0])))
+        self._where = {
+            uid: [row.where for row in found if row.finding is not None]
+            for uid, found in rows.items()
+        }
+        self._nodules, self._excluded = (
+            {uid: _findings(found) for uid, found in table.items() if uid in self._scans}
+            for table in (rows, excluded)
+        )
+
+    def where(self, uid: str, k: int) -> str:
+        return self._where[uid][k]
+
+
+def open_data(
+    root: str | Path,
+    *,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    subsets: Sequence[int] | None = None,
+    cache: str | Path | None = None,
+    coordinates: str = "LPS",
+    unlabeled: Iterable[str | Path] = (),
+) -> DataSet:
+    """Open a data set: `LUNA16` where the folder has folders ``subset0`` ..., else `OwnData`.
+
+    Args:
+        root, spacing, subsets, cache, coordinates: see there.
+        unlabeled: folders of more scans, without labels.
+    """
+    is_luna = any(Path(root, f"subset{fold}").is_dir() for fold in FOLDS)
+    kind = LUNA16 if is_luna else OwnData
+    data: DataSet = kind(
+        root, spacing=spacing, subsets=subsets, cache=cache, coordinates=coordinates
+    )
+    for folder in unlabeled:
+        data.add_unlabeled(folder)
+    return data
+
+
+def _find_annotations(root: Path) -> Path | None:
+    if (path := _named(root, _ANNOTATIONS)) is not None:
+        return path
+    others = [
+        path
+        for path in sorted(root.iterdir())
+        if path.suffix.lower() in _TABLES and path.stem != _EXCLUDED and path.name != _SERIES
+    ]
+    if len(others) > 1:
+        raise InputError(
+            f"{root}: expected one table of annotations, got {others[0].name} and "
+            f"{others[1].name}; name it {_ANNOTATIONS}{others[0].suffix}"
+        )
+    return others[0] if others else None
+
+
+def _named(root: Path, stem: str) -> Path | None:
+    """The table of this name."""
+    paths = [root / f"{stem}{suffix}" for suffix in _TABLES]
+    found = [path for path in paths if path.is_file()]
+    if len(found) > 1:
+        raise InputError(f"{root}: expected one of {found[0].name} and {found[1].name}, got both")
+    return found[0] if found else None
+
+
+class _Names:
+    """The names by which a table may call a scan."""
+
+    def __init__(self, root: Path, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+        self.whole: dict[str, str] = {}  # whole path in the folder -> id
+        self.all: dict[str, list[str]] = {}
+        parents = [path.parent for path in paths.values()]
+        for uid, path in paths.items():
+            relative = path.relative_to(root)
+            whole = {relative.as_posix(), (relative.parent / scan_name(path)).as_posix()}
+            names = {path.name, scan_name(path)} | whole
+            if path.parent != root and parents.count(path.parent) == 1:
+                names |= {path.parent.name, relative.parent.as_posix()}
+            self.whole |= dict.fromkeys(whole, uid)
+            for name in names:
+                self.all.setdefault(name, []).append(uid)
+        self.all |= {uid: [uid] for uid in paths}
+
+    def find(self, name: str, where: str) -> str | None:
+        """The id of the scan of a name; None if there is none.
+
+        The name may begin with other folders if it goes on with the whole path in the folder.
+        """
+        path = PurePosixPath(name.replace("\\", "/"))
+        found = self.all.get(str(path), [])
+        if len(found) > 1:
+            raise InputError(
+                f"{where}: expected the name of one scan, got {name!r}, which is "
+                f"{self.paths[found[0]]} and {self.paths[found[1]]}; name it with its folder"
+            )
+        if found:
+            return found[0]
+        tails = ("/".join(path.parts[first:]) for first in range(1, len(path.parts)))
+        return next((self.whole[tail] for tail in tails if tail in self.whole), None)
+
+
+def _by_scan(table: Path | None, names: _Names, coordinates: str) -> dict[str, list[Annotation]]:
+    """The rows of a table by the ids of their scans."""
+    found: dict[str, list[Annotation]] = {}
+    lost = []
+    for row in () if table is None else read_annotations(table, coordinates):
+        uid = names.find(row.scan, row.where)
+        if uid is None:
+            lost.append(row)
+        else:
+            found.setdefault(uid, []).append(row)
+    if lost:
+        near = difflib.get_close_matches(lost[0].scan, names.all, 1, cutoff=0.8)
+        hint = f" (is it {near[0]}?)" if near else ""
+        if not found:
+            raise InputError(f"{lost[0].where}: expected a scan, got {lost[0].scan!r}{hint}")
+        warnings.warn(
+            f"{lost[0].where}: {lost[0].scan!r} is no scan{hint}; {len(lost)} such rows",
+            InputWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _listed(table: Path, names: _Names) -> set[str | None]:
+    """The ids of the scans in a list."""
+    listed = read_series(table) if table.is_file() else {}
+    return {names.find(name, f"{table}, row {row}") for name, row in listed.items()}
+
+
+def _fold(uid: str, rows: Sequence[Annotation]) -> int:
+    given = [row for row in rows if row.fold is not None]
+    for row in given:
+        if row.fold != given[0].fold:
+            raise InputError(
+                f"{row.where}: fold: expected {given[0].fold} as in {given[0].where}, "
+                f"got {row.fold}"
+            )
+    if given and given[0].fold is not None:
+        return given[0].fold
+    return int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "big") % len(FOLDS)
+
+
+def _findings(rows: Sequence[Annotation]) -> np.ndarray:
+    found = [row.finding for row in rows if row.finding is not None]
+    return np.array(found, dtype=np.float64).reshape(-1, 4)

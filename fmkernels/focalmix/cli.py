@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fmkernels import __version__
-from fmkernels.focalmix.errors import InputError, InputWarning, first_line
+from fmkernels.focalmix.errors import InputError, InputWarning, first_line, is_out_of_memory
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(
             f"fmkernels: not enough memory ({first_line(error)}); try smaller patches or batches",
@@ -89,16 +89,6 @@ def _warnings_in_one_line() -> Iterator[None]:
         warnings.showwarning = print_line
         warnings.simplefilter("always", InputWarning)
         yield
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch has a type for GPUs and raises RuntimeError for the host; importing torch here is slow
-    texts = ("can't allocate memory", "not enough memory")
-    is_gpu, is_host = (
-        type(error).__name__ == "OutOfMemoryError",
-        any(t in str(error) for t in texts),
-    )
-    return isinstance(error, MemoryError) or is_gpu or is_host
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -373,16 +363,40 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _add_detect(parser: argparse.ArgumentParser) -> None:
+    from fmkernels.focalmix.data.formats import SUPPORTED
+
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument(
         "scans",
         metavar="SCAN",
         type=Path,
         nargs="+",
-        help="scans, DICOM folders, or folders containing them",
+        help=f"scans ({SUPPORTED}), or folders with scans at any depth",
     )
     parser.add_argument(
-        "--out", metavar="CSV", type=Path, help="output CSV (default: RUN/detections.csv)"
+        "--out",
+        metavar="CSV",
+        type=Path,
+        help="table of findings (default: RUN/detections.csv); it is continued if it exists",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="P",
+        type=_probability,
+        default=0.0,
+        help="minimum probability of a finding (default: %(default)g: the 100 most probable of "
+        "each scan, as evaluate needs them)",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="LIST",
+        type=_formats,
+        default=("csv",),
+        help="csv, which is always written; json, in one file beside it; slicer, a folder beside "
+        "it with a file for 3D Slicer per scan (default: csv)",
+    )
+    parser.add_argument(
+        "--sheet", metavar="PNG", type=Path, help="draw the most probable findings, at most 32"
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"
@@ -391,45 +405,51 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 
 
 def _detect(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from fmkernels.focalmix.data.formats import check_header, load_volume
-    from fmkernels.focalmix.data.tables import write_candidates
+    from fmkernels.focalmix.detect import count, detect_scans, peak_memory
     from fmkernels.focalmix.distributed import choose_device
-    from fmkernels.focalmix.model.inference import detect
-    from fmkernels.focalmix.training.checkpoint import load_run
 
+    device = choose_device(arguments.device)
     out = arguments.out or arguments.run_folder / "detections.csv"
-    if arguments.out is None and out.exists():
-        raise InputError(f"{out}: expected a new file; choose another one with --out")
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"{out}: expected a file name in an existing folder")
-    paths = _scans(arguments.scans)
-    for path in paths.values():
-        check_header(path)
-    config, model = load_run(arguments.run_folder, choose_device(arguments.device))
-    candidates = {}
-    for uid, path in tqdm(paths.items(), "detecting", unit="scan"):
-        volume = load_volume(path, config.spacing)
-        candidates[uid] = detect(config, model, volume).candidates
-    write_candidates(out, candidates)
-    return 0
+    report = detect_scans(
+        arguments.run_folder,
+        arguments.scans,
+        out,
+        threshold=arguments.threshold,
+        formats=arguments.format,
+        sheet=arguments.sheet,
+        device=device,
+    )
+    scans = report.table.finished.values()
+    text = count(sum(len(scan.findings) for scan in scans), "finding")
+    text += f" in {count(len(scans), 'scan')}"
+    if earlier := len(scans) - report.searched:
+        text += f", {earlier:,} of them searched earlier"
+    if report.searched:
+        text += f"; {report.seconds / report.searched:.1f} s per scan, {peak_memory(device)}"
+    print(f"fmkernels: {text}", file=sys.stderr)
+    _say_written(*report.written)
+    if not report.failed:
+        return 0
+    print(f"fmkernels: {count(len(report.failed), 'scan')} not searched:", file=sys.stderr)
+    for path, reason in report.failed.items():
+        print(reason if str(path) in reason else f"{path}: {reason}", file=sys.stderr)
+    return 1
 
 
-def _scans(given: Sequence[Path]) -> dict[str, Path]:
-    """The scans that are named, or lie below the folders that are named, by their ids."""
-    from fmkernels.focalmix.data.dataset import name_scans
-    from fmkernels.focalmix.data.formats import SUPPORTED, scan_id
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
+    return value
 
-    paths: dict[str, Path] = {}
-    for path in given:
-        found = name_scans(path) if path.is_dir() else {scan_id(path): path}
-        if not found:
-            raise InputError(f"{path}: expected scans ({SUPPORTED}) in this folder, found none")
-        for uid, scan in found.items():
-            if paths.setdefault(uid, scan) != scan:
-                raise InputError(f"{scan}: expected each series once, got {paths[uid]} too")
-    return paths
+
+def _formats(text: str) -> tuple[str, ...]:
+    from fmkernels.focalmix.detect import FORMATS
+
+    formats = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not formats or not set(formats) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(FORMATS)}, got {text!r}")
+    return formats
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

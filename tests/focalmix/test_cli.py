@@ -1,5 +1,6 @@
 """The command line end to end; bad input ends with one clear line and exit code 2."""
 
+import errno
 import io
 import json
 import pickle
@@ -17,7 +18,7 @@ import SimpleITK as sitk
 import torch
 
 from fmkernels import __version__
-from fmkernels.focalmix import cli
+from fmkernels.focalmix import cli, detect
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import GROUPS, PRESETS, Config
 from fmkernels.focalmix.data.tables import read_candidates
@@ -161,25 +162,149 @@ def test_from_phantoms_to_a_score(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_detect_does_not_replace_what_is_there(run, data, capsys):
-    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
-    assert main(["detect", str(run), str(scan), "--device=cpu"]) == 0
+def detect_in(capsys, *argv) -> tuple[int, str]:
+    """Exit code and messages of ``detect``."""
     capsys.readouterr()
-    refuses(capsys, ["detect", run, scan, "--device=cpu"], "detections.csv", "--out")
-    refuses(capsys, ["detect", run, scan, "--device=cpu", "--out", run], "expected a file name")
-    refuses(
-        capsys,
-        ["detect", run, run, "--device=cpu", "--out=x.csv"],
-        "expected scans (.mhd, .mha, .nii, ",
-    )
+    code = main(["detect", *map(str, argv), "--device=cpu"])
+    return code, capsys.readouterr().err
 
 
-def test_detect_checks_every_scan_before_it_runs_on_one(run, copy, tmp_path, capsys):
-    last = copy / "subset9" / f"{SCANS[-1].uid}.raw"
-    last.write_bytes(last.read_bytes()[:-1000])
+def test_detect_continues_its_own_table(run, data, capsys, monkeypatch):
+    """A scan is searched once, also if the call was interrupted; files beside are made up for."""
+    table, seen, stock = run / "detections.csv", [], detect.detect
+
+    def search(config, model, volume):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(volume)
+        return stock(config, model, volume)
+
+    monkeypatch.setattr(detect, "detect", search)
+    code, _ = detect_in(capsys, run, data)
+    assert code == 130 and len(read_candidates(table)) == 2
+    before = table.read_bytes()
+    monkeypatch.setattr(detect, "detect", stock)
+    code, text = detect_in(capsys, run, data, "--format=json,slicer")
+    assert code == 0 and table.read_bytes().startswith(before)
+    assert f"in {len(SCANS)} scans, 2 of them searched earlier; " in text
+    assert re.search(r"s per scan, peak memory \d\.\d\d GB\n", text)
+    for path in (table, run / "detections-slicer", run / "detections.json"):
+        assert f"fmkernels: wrote {path}\n" in text
+    names = {f"{uid}.mrk.json" for uid, rows in read_candidates(table).items() if len(rows)}
+    assert names == {path.name for path in (run / "detections-slicer").iterdir()}
+    assert len(json.loads((run / "detections.json").read_text())["scans"]) == len(SCANS)
+    whole = table.read_bytes()
+    code, text = detect_in(capsys, run, data)
+    assert code == 0 and table.read_bytes() == whole and "s per scan" not in text
+
+
+def test_detect_passes_over_bad_scans_and_lists_them(run, copy, tmp_path, capsys):
+    bad = copy / "subset0" / f"{FIRST}.raw"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:1000])
     out = tmp_path / "found.csv"
-    refuses(capsys, ["detect", run, copy, "--device=cpu", "--out", out], last.name, "bytes")
-    assert not out.exists()
+    code, text = detect_in(capsys, run, copy, "--out", out)
+    assert code == 1 and text.splitlines()[-2] == "fmkernels: 1 scan not searched:"
+    assert bad.name in text.splitlines()[-1] and "1000" in text.splitlines()[-1]
+    assert read_candidates(out).keys() == {scan.uid for scan in SCANS[1:]}
+    bad.write_bytes(whole)
+    code, text = detect_in(capsys, run, copy, "--out", out)
+    assert code == 0 and read_candidates(out).keys() == {scan.uid for scan in SCANS}
+
+
+def test_a_scan_that_does_not_fit_into_memory_is_a_bad_one(
+    run, data, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise MemoryError("Unable to allocate 8.00 TiB")
+
+    monkeypatch.setattr(detect, "load_volume", fail)
+    code, text = detect_in(capsys, run, data / "subset0", "--out", tmp_path / "found.csv")
+    assert code == 1 and text.count("Unable to allocate 8.00 TiB") == 2
+
+
+def test_a_full_disk_is_no_bad_scan(run, data, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    arguments = ["detect", run, data, "--out", tmp_path / "found.csv", "--device=cpu"]
+    refuses(capsys, arguments, f"{tmp_path / 'found.csv'}: No space left on device")
+
+
+def test_a_threshold_leaves_scans_without_findings(run, data, tmp_path, capsys):
+    out = tmp_path / "found.csv"
+    code, text = detect_in(capsys, run, data, "--out", out, "--threshold=1", "--sheet=none.png")
+    assert code == 0 and f"0 findings in {len(SCANS)} scans" in text and "none.png" not in text
+    candidates = read_candidates(out)
+    assert {uid: len(rows) for uid, rows in candidates.items()} == {scan.uid: 0 for scan in SCANS}
+    assert main(["evaluate", str(out), str(data)]) == 0
+
+
+def test_a_sheet_shows_the_most_probable_findings(run, data, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(detect.figures, "draw_examples", lambda *given: drawn.append(given))
+    out, sheet = tmp_path / "found.csv", tmp_path / "sheet.png"
+    code, text = detect_in(capsys, run, data, "--out", out, "--sheet", sheet)
+    assert code == 0 and f"wrote {sheet}" in text
+    ((path, panels),) = drawn
+    scores = sorted(
+        (row[3] for rows in read_candidates(out).values() for row in rows), reverse=True
+    )
+    assert path == sheet and len(panels) == 32
+    for panel, score in zip(panels, scores, strict=False):
+        assert score in panel.predicted[:, 4]
+        assert panel.image.size and panel.aspect == 1
+
+
+def test_standard_output_gets_the_table_alone(finished, data, tmp_path):
+    scan = data / "subset9" / f"{SCANS[-1].uid}.mhd"
+    arguments = ["detect", str(finished), str(scan), "--out=/dev/stdout", "--device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fmkernels", *arguments], capture_output=True, cwd=ROOT, check=True
+    )
+    (tmp_path / "found.csv").write_bytes(done.stdout)
+    assert read_candidates(tmp_path / "found.csv").keys() == {SCANS[-1].uid}
+
+
+def test_what_detect_cannot_begin_with(run, data, copy, tmp_path, capsys):
+    scan, out = data / "subset9" / f"{SCANS[-1].uid}.mhd", tmp_path / "found.csv"
+    for argv, words in [
+        ([tmp_path / "nope", scan], ("nope: expected the folder of a run",)),
+        ([tmp_path, scan], ("checkpoint.pt: expected the checkpoint of a run",)),
+        ([run, tmp_path / "missing.mhd", "--out", out], ("missing.mhd: expected a scan",)),
+        ([run, run, "--out", out], ("expected scans", "in this folder")),
+        ([run, scan, "--out", run], ("expected a file name in an existing folder",)),
+        ([run, scan, "--out", tmp_path / "a.json", "--format=json,csv"], ("name of a CSV file",)),
+        ([run, scan, "--out", out, "--format=xml"], ("--format", "csv,json,slicer", "xml")),
+        ([run, scan, "--out", out, "--threshold=2"], ("--threshold", "0 to 1")),
+        ([run, scan, copy, "--out", out], (scan.name, "each scan once", str(copy))),
+    ]:
+        refuses(capsys, ["detect", *argv, "--device=cpu"], *words)
+        assert not out.exists()
+    assert main(["detect", str(run), str(scan), "--out", str(out), "--device=cpu"]) == 0
+    capsys.readouterr()
+    other = shutil.copytree(copy / "subset9", tmp_path / "other")
+    refuses(capsys, ["detect", run, other, "--out", out], SCANS[-1].uid, "choose another --out")
+
+
+def test_two_calls_do_not_write_one_table(run, data, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "found.csv"
+    out.touch()
+    code = (
+        "import sys\n"
+        "from fmkernels.focalmix.files import lock_file\n"
+        f"file = open({str(out)!r}, 'r+b')\n"
+        "assert lock_file(file)\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as holder:
+        holder.stdout.readline()
+        refuses(capsys, ["detect", run, data, "--out", out], "another process is writing it")
+        holder.stdin.close()
 
 
 def test_a_list_may_begin_with_a_negative_number(run, data, capsys):

@@ -252,13 +252,22 @@ class DataSet(ABC):
         return self._scans[uid]
 
 
-def name_scans(root: Path) -> dict[str, Path]:
+def name_scans(root: Path, failed: dict[Path, str] | None = None) -> dict[str, Path]:
     """All scans below a folder by their ids, sorted by path.
 
     The id is `formats.scan_id`. Scans that share it have their path from the folder instead.
+    ``failed``, if given, gets the scans that have no id, and why; else they are errors.
     """
-    paths = find_scans(root)
-    ids = [scan_id(path) for path in paths]
+    paths, ids = [], []
+    for path in find_scans(root):
+        try:
+            ids.append(scan_id(path))
+        except InputError as error:
+            if failed is None:
+                raise
+            failed[path] = str(error)
+        else:
+            paths.append(path)
     shared = {uid for uid in ids if ids.count(uid) > 1} if len(set(ids)) < len(ids) else set()
     return {
         (_relative(root, path) if uid in shared else uid): path

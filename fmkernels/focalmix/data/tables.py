@@ -63,7 +63,8 @@ def read_candidates(path: str | Path) -> dict[str, np.ndarray]:
     """Read a submission.
 
     Columns ``seriesuid, coordX, coordY, coordZ, probability`` in any order; others are ignored. Any
-    finite score may stand for the probability: only the order matters.
+    finite score may stand for the probability: only the order matters. A row with nothing but the
+    series says that the scan was searched and nothing found.
 
     Returns:
         Series -> float64 [n, 4]: x, y, z (mm), probability, in the order of the file.
@@ -72,8 +73,9 @@ def read_candidates(path: str | Path) -> dict[str, np.ndarray]:
         InputError: names file, row and field: a column is missing, a row has another number of
             fields, a value is not a finite number.
     """
-    uids, values, _ = _read_table(path, CANDIDATE_COLUMNS)
-    return _by_series(uids, values)
+    without: set[str] = set()
+    uids, values, _ = _read_table(path, CANDIDATE_COLUMNS, without)
+    return dict.fromkeys(sorted(without), np.empty((0, 4))) | _by_series(uids, values)
 
 
 def read_series(path: str | Path) -> dict[str, int]:
@@ -210,9 +212,12 @@ def as_rows(name: str, uid: str, rows: ArrayLike) -> np.ndarray:
 
 
 def _read_table(
-    path: str | Path, columns: Sequence[str]
+    path: str | Path, columns: Sequence[str], without: set[str] | None = None
 ) -> tuple[list[str], np.ndarray, list[int]]:
-    """Series ids, the other columns [n, 4], and the row of each in the file (the header is 1)."""
+    """Series ids, the other columns [n, 4], and the row of each in the file (the header is 1).
+
+    ``without``, if given, gets the series of rows whose other columns are empty.
+    """
     uids: list[str] = []
     values: list[tuple[float, ...]] = []
     rows: list[int] = []
@@ -228,6 +233,9 @@ def _read_table(
     for row, fields in table_rows:
         if not (uid := uid_of(fields)):
             raise InputError(f"{path}, row {row}: {columns[0]}: expected a series id, got nothing")
+        if without is not None and not any(numbers_of(fields)):
+            without.add(uid)
+            continue
         try:
             values.append(tuple(map(float, numbers_of(fields))))
         except ValueError:

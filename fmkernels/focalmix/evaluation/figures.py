@@ -70,6 +70,8 @@ class Panel:
     """[m, 5]: y1, x1, y2, x2, score of the detections."""
     title: str = ""
     """About 30 characters fit."""
+    aspect: float = 1.0
+    """Height of a pixel divided by its width."""
 
 
 def slice_panel(
@@ -261,7 +263,7 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
         raise ValueError("draw_examples: panels: expected at least one, got none")
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    tallest = max(panel.image.shape[0] / panel.image.shape[1] for panel in panels)
+    tallest = max(panel.aspect * panel.image.shape[0] / panel.image.shape[1] for panel in panels)
     side = max(2.6, 5.6 / columns)
     with _figure(path, (side * columns, (side * tallest + 0.25) * rows + 0.55)) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -269,13 +271,14 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
             axes.set_axis_off()
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, panel)
+        missed: dict[str, Any] = {"edgecolor": _MISSED, "linestyle": "--", "linewidth": 1.8}
         handles = [
             Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="detected nodule"),
-            Patch(
-                fill=False, edgecolor=_MISSED, linewidth=1.8, linestyle="--", label="missed nodule"
-            ),
+            Patch(fill=False, **missed, label="missed nodule"),
             Patch(fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, score"),
         ]
+        if not any(len(panel.true) for panel in panels):
+            handles = handles[2:]
         window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
         figure.legend(
             handles=handles,
@@ -289,7 +292,14 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     height, width = panel.image.shape
     lower, upper = LUNG_WINDOW
-    axes.imshow(panel.image, cmap="gray", vmin=lower, vmax=upper, extent=(0, width, height, 0))
+    axes.imshow(
+        panel.image,
+        cmap="gray",
+        vmin=lower,
+        vmax=upper,
+        extent=(0, width, height, 0),
+        aspect=panel.aspect,
+    )
     axes.set_title(panel.title, fontsize="small")
     for box, detected in zip(panel.true, panel.detected, strict=True):
         if detected:

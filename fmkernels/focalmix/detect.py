@@ -1,0 +1,238 @@
+"""Detection in many scans: results as they come, bad scans passed over, a second call goes on."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fmkernels.focalmix.config import Config
+from fmkernels.focalmix.data.dataset import name_scans
+from fmkernels.focalmix.data.formats import SUPPORTED, check_header, load_volume, read_scan, scan_id
+from fmkernels.focalmix.data.volume import Volume
+from fmkernels.focalmix.errors import InputError, first_line, is_out_of_memory
+from fmkernels.focalmix.evaluation import figures
+from fmkernels.focalmix.evaluation.results import (
+    ScanFindings,
+    Table,
+    open_table,
+    slicer_path,
+    to_findings,
+    write_json,
+    write_slicer,
+)
+from fmkernels.focalmix.model.inference import detect
+from fmkernels.focalmix.training.checkpoint import CHECKPOINT, load_run
+
+FORMATS = ("csv", "json", "slicer")
+
+SHEET_PANELS = 32
+"""Maximum number of findings in the picture: the most probable."""
+
+
+@dataclass
+class Report:
+    """What `detect_scans` has done."""
+
+    table: Table
+    failed: dict[Path, str]
+    """Scans that could not be searched, and why."""
+    searched: int = 0
+    """Scans searched by this call; the others of the table are from earlier ones."""
+    seconds: float = 0.0
+    """Time that they took, reading included."""
+    written: list[Path] = field(default_factory=list)
+    """Files and folders of the results."""
+
+
+def detect_scans(
+    run: str | Path,
+    scans: Iterable[str | Path],
+    out: str | Path,
+    *,
+    threshold: float = 0.0,
+    formats: Iterable[str] = ("csv",),
+    sheet: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Search scans for nodules, one after another.
+
+    Each finished scan is in the table before the next one begins. Scans that the table already
+    holds are passed over. So are scans that cannot be read or do not fit into memory; the report
+    lists them.
+
+    Args:
+        run: the folder of a run.
+        scans: scan files, folders of a DICOM series, or folders with such inside, at any depth.
+        out: the table (CSV), which is continued if it exists.
+        threshold: minimum probability of a finding; at most 100 findings of a scan are kept.
+        formats: of `FORMATS`; csv is always written. json is a file beside the table, slicer a
+            folder beside it with markups for 3D Slicer, one file per scan with findings.
+        sheet: a picture of the most probable findings of the table, at most `SHEET_PANELS`.
+        device: the device to search on.
+
+    Raises:
+        InputError: there is no run; a scan is missing or given twice; ``out`` is no file or holds
+            something else.
+        FloatingPointError: the output of the detector is not finite.
+    """
+    run, out, device, formats = Path(run), Path(out), torch.device(device), set(formats)
+    config, model = load_run(run, device)
+    digest = hashlib.sha256((run / CHECKPOINT).read_bytes()).hexdigest()[:12]
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"{out}: expected a file name in an existing folder")
+    beside = out.with_suffix(".json"), out.with_name(f"{out.stem}-slicer")
+    if len(formats) > 1 and (out in beside or (out.exists() and not out.is_file())):
+        raise InputError(f"{out}: expected the name of a CSV file, others are written beside it")
+    paths, failed = list_scans(scans)
+    with open_table(out, digest, threshold) as table:
+        report = Report(table, failed, written=[out])
+        new = {uid for uid, path in paths.items() if not _is_finished(table, uid, path)}
+        if "slicer" in formats:
+            beside[1].mkdir(exist_ok=True)
+            report.written.append(beside[1])
+        for uid, path in (bar := tqdm(paths.items(), "detecting", unit="scan")):
+            began = time.monotonic()
+            try:
+                if uid in new:
+                    scan = _search(config, model, uid, path, threshold)
+                header = check_header(path) if "slicer" in formats else None
+            except (InputError, OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
+                failed[path] = first_line(error)
+                continue
+            if uid in new:
+                table.add(scan)
+                seconds = time.monotonic() - began
+                report.searched, report.seconds = report.searched + 1, report.seconds + seconds
+                findings, peak = count(len(scan.findings), "finding"), peak_memory(device)
+                bar.write(f"{uid}: {findings}, {seconds:.1f} s, {peak}", file=sys.stderr)
+            if header is not None and table.finished[uid].findings:
+                write_slicer(slicer_path(beside[1], uid), table.finished[uid], header)
+        if "json" in formats:
+            write_json(beside[0], table)
+            report.written.append(beside[0])
+        if sheet is not None and (panels := _panels(table)):
+            figures.draw_examples(sheet, panels)
+            report.written.append(Path(sheet))
+    return report
+
+
+def list_scans(given: Iterable[str | Path]) -> tuple[dict[str, Path], dict[Path, str]]:
+    """The scans in files and folders by their ids, and those without an id with the reason.
+
+    Raises:
+        InputError: a path does not exist or is a folder without a scan; two scans have one id.
+    """
+    paths: dict[str, Path] = {}
+    failed: dict[Path, str] = {}
+    for path in map(Path, given):
+        if not path.exists():
+            raise InputError(f"{path}: expected a scan ({SUPPORTED}), found no such file or folder")
+        before = len(failed)
+        found = name_scans(path, failed) if path.is_dir() else {scan_id(path): path}
+        if not found and len(failed) == before:
+            raise InputError(f"{path}: expected scans ({SUPPORTED}) in this folder, found none")
+        for uid, scan in found.items():
+            if paths.setdefault(uid, scan).absolute() != scan.absolute():
+                raise InputError(
+                    f"{scan}: expected each scan once, got {paths[uid]} with the same id {uid}; "
+                    "give the folder that holds both"
+                )
+    return paths, failed
+
+
+def _is_finished(table: Table, uid: str, path: Path) -> bool:
+    if uid not in table.finished:
+        return False
+    if (file := table.finished[uid].file) != str(path.absolute()):
+        raise InputError(
+            f"{table.path}: expected no other scan with the id {uid} of {path}, got {file}; "
+            "choose another --out"
+        )
+    return True
+
+
+def _search(
+    config: Config, model: torch.nn.Module, uid: str, path: Path, threshold: float
+) -> ScanFindings:
+    header = check_header(path)
+    volume = load_volume(path, config.spacing)
+    findings = to_findings(detect(config, model, volume), volume, header, threshold)
+    return ScanFindings(uid, str(path.absolute()), findings)
+
+
+def _panels(table: Table) -> list[figures.Panel]:
+    """Slices through the most probable findings of a table, from the stored scans."""
+    ranked = sorted(
+        (-finding.probability, uid, number)
+        for uid, scan in table.finished.items()
+        for number, finding in enumerate(scan.findings)
+    )[:SHEET_PANELS]
+    panels: dict[tuple[str, int], figures.Panel] = {}
+    for uid in dict.fromkeys(uid for _, uid, _ in ranked):  # reads each scan once
+        scan = table.finished[uid]
+        volume = read_scan(scan.file)
+        for _, other, number in ranked:
+            if other == uid:
+                panels[uid, number] = finding_panel(volume, scan, number)
+    return [panels[uid, number] for _, uid, number in ranked]
+
+
+def finding_panel(
+    volume: Volume, scan: ScanFindings, number: int, *, side: float = 100.0
+) -> figures.Panel:
+    """A square of ``side`` mm around a finding in its slice, with all findings there.
+
+    Args:
+        volume: the stored scan.
+        scan: its findings.
+        number: index of the finding.
+        side: length of the square in mm; it is cut at the edges of the scan.
+    """
+    finding = scan.findings[number]
+    boxes = np.array([finding.box for finding in scan.findings])[:, [2, 1, 0, 5, 4, 3]]
+    center = boxes[number].reshape(2, 3).mean(0)
+    half = side / 2 / np.array(volume.spacing)
+    low = np.floor(center - half).clip(0).astype(int)[1:]
+    high = np.ceil(center + half).astype(int)[1:]
+    image = volume.voxels[finding.slice, low[0] : high[0], low[1] : high[1]]
+    cut = (boxes[:, 0] < finding.slice + 1) & (finding.slice < boxes[:, 3])
+    plane = boxes[:, [1, 2, 4, 5]] - [*low, *low]
+    seen = (plane[:, 2:] > 0).all(axis=1) & (plane[:, :2] < image.shape).all(axis=1)
+    scores = [finding.probability for finding in scan.findings]
+    return figures.Panel(
+        image,
+        predicted=np.column_stack([plane, scores])[cut & seen],
+        title=f"{scan.uid[-16:]}, slice {finding.slice}",
+        aspect=volume.spacing[1] / volume.spacing[2],
+    )
+
+
+def count(number: int, name: str) -> str:
+    """A number of things: 1 scan, 2 scans."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held so far, for people."""
+    text = f"peak memory {_peak_bytes() / 1e9:.2f} GB"
+    if device.type == "cuda":
+        text += f", of the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    return text
+
+
+def _peak_bytes() -> int:
+    try:  # getrusage counts what the process was before exec, too
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

@@ -43,15 +43,16 @@ ROOMS = {
     "model": {"config", "data"},
     "evaluation": {"data", "errors", "files"},
     "training": {"config", "data", "distributed", "errors", "evaluation", "files", "model"},
-    "compare": {"config", "data", "errors", "evaluation", "files", "training"},
+    "compare": {"config", "data", "distributed", "errors", "evaluation", "files", "training"},
+    "detect": {"config", "data", "errors", "evaluation", "model", "training"},
     "cli": {
         "compare",
         "config",
         "data",
+        "detect",
         "distributed",
         "errors",
         "evaluation",
-        "model",
         "training",
     },
 }

@@ -14,19 +14,20 @@ from tqdm import tqdm
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.dataset import name_scans
 from fmkernels.focalmix.data.formats import SUPPORTED, check_header, load_volume, read_scan, scan_id
+from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.errors import InputError, first_line, is_out_of_memory
 from fmkernels.focalmix.evaluation import figures
 from fmkernels.focalmix.evaluation.results import (
+    Finding,
     ScanFindings,
     Table,
     open_table,
     slicer_path,
-    to_findings,
     write_json,
     write_slicer,
 )
-from fmkernels.focalmix.model.inference import detect
+from fmkernels.focalmix.model.inference import Detections, detect
 from fmkernels.focalmix.training.checkpoint import CHECKPOINT, load_run
 
 FORMATS = ("csv", "json", "slicer")
@@ -166,6 +167,34 @@ def _search(
     volume = load_volume(path, config.spacing)
     findings = to_findings(detect(config, model, volume), volume, header, threshold)
     return ScanFindings(uid, str(path.absolute()), findings)
+
+
+def to_findings(
+    found: Detections, volume: Volume, header: Header, threshold: float
+) -> list[Finding]:
+    """The detections of at least a probability, on the grid of the stored scan.
+
+    Args:
+        found: the detections in the resampled scan.
+        volume: the resampled scan.
+        header: the stored scan; both grids begin at the same corner and have the same axes.
+        threshold: minimum probability.
+    """
+    chosen = found.probabilities >= threshold
+    boxes = found.boxes[chosen].astype(np.float64).reshape(-1, 2, 3)
+    sides = (boxes[:, 1] - boxes[:, 0]) * volume.spacing  # mm
+    stored = boxes * (np.array(volume.spacing) / header.spacing)
+    slices = np.floor(stored[:, :, 0].mean(axis=1)).clip(0, header.shape[0] - 1).astype(int)
+    return [
+        Finding((x, y, z), probability, round(diameter, 3), index, tuple(box))
+        for (x, y, z, probability), diameter, index, box in zip(
+            found.candidates[chosen].tolist(),
+            np.cbrt(sides.prod(axis=1)).tolist(),
+            slices.tolist(),
+            stored[:, :, ::-1].reshape(-1, 6).round(3).tolist(),
+            strict=True,
+        )
+    ]
 
 
 def _panels(table: Table) -> list[figures.Panel]:

@@ -6,6 +6,7 @@ removes.
 
 import contextlib
 import errno
+import io
 import os
 import platform
 import re
@@ -166,7 +167,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def lock_file(file: BinaryIO) -> bool:
+def lock_file(file: BinaryIO | io.FileIO) -> bool:
     """Lock a file until it is closed; False if another process has locked it."""
     try:
         if sys.platform == "win32":

@@ -117,6 +117,8 @@ def read(path: Path):
     if path.suffix == ".png":
         assert content.endswith(b"IEND\xaeB`\x82")
         return "a picture"
+    if path.name == "found.csv":  # grows
+        return content
     if path.suffix == ".csv":
         assert content.endswith(b"\n")
         if path.name == "metrics.csv":
@@ -126,7 +128,7 @@ def read(path: Path):
             return [
                 {name: value for name, value in row.items() if name != "seconds"} for row in rows
             ]
-        if path.name in ("candidates.csv", "found.csv"):
+        if path.name == "candidates.csv":
             read_candidates(path)
     return content
 
@@ -163,6 +165,8 @@ def whole_meanwhile(folder: Path, finished: dict[str, object]) -> None:
                 for rows in (content, finished[name])
             )
             assert ours == final
+        elif name == "found.csv":
+            assert finished[name].startswith(content)
         elif not name.endswith(("checkpoint.pt", "burn_in.pt")):  # a later one may follow
             assert content == finished[name], name
 
@@ -262,7 +266,7 @@ def test_two_at_once_in_one_folder(name, data, finished, tmp_path):
     pair = [faults.start(*JOBS[name](data, tmp_path), tmp_path) for _ in range(2)]
     for ended in [running.end() for running in pair]:
         if ended.code:
-            assert name not in ("prepare", "detect")
+            assert name != "prepare"
             assert_says_so(ended, "another process")
     assert run(*JOBS[name](data, tmp_path), tmp_path).code == 0
     assert written(tmp_path) == finished(name).files

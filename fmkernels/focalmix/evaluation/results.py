@@ -19,10 +19,8 @@ import numpy as np
 
 from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.tables import CANDIDATE_COLUMNS
-from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.files import atomic_write, lock_file, naming, open_stream
-from fmkernels.focalmix.model.inference import Detections
 
 _BOX = ("x1", "y1", "z1", "x2", "y2", "z2")
 COLUMNS = (
@@ -60,42 +58,16 @@ class ScanFindings:
     findings: Sequence[Finding]
 
 
-def to_findings(
-    found: Detections, volume: Volume, header: Header, threshold: float
-) -> list[Finding]:
-    """The detections of at least a probability, on the grid of the stored scan.
-
-    Args:
-        found: the detections in the resampled scan.
-        volume: the resampled scan.
-        header: the stored scan; both grids begin at the same corner and have the same axes.
-        threshold: minimum probability.
-    """
-    chosen = found.probabilities >= threshold
-    boxes = found.boxes[chosen].astype(np.float64).reshape(-1, 2, 3)
-    sides = (boxes[:, 1] - boxes[:, 0]) * volume.spacing  # mm
-    stored = boxes * (np.array(volume.spacing) / header.spacing)
-    slices = np.floor(stored[:, :, 0].mean(axis=1)).clip(0, header.shape[0] - 1).astype(int)
-    return [
-        Finding((x, y, z), probability, round(diameter, 3), index, tuple(box))
-        for (x, y, z, probability), diameter, index, box in zip(
-            found.candidates[chosen].tolist(),
-            np.cbrt(sides.prod(axis=1)).tolist(),
-            slices.tolist(),
-            stored[:, :, ::-1].reshape(-1, 6).round(3).tolist(),
-            strict=True,
-        )
-    ]
-
-
 class Table:
     """The CSV table of `open_table`."""
 
-    def __init__(self, path: Path, stream: BinaryIO, model: str, threshold: float) -> None:
+    def __init__(
+        self, path: Path, stream: BinaryIO | io.FileIO, model: str, threshold: float
+    ) -> None:
         self.path, self.model, self.threshold = path, model, threshold
         self.finished: dict[str, ScanFindings] = {}
         """The scans in the table, by their ids."""
-        self._stream, self._is_file = stream, isinstance(stream, io.BufferedRandom)
+        self._stream, self._is_file = stream, isinstance(stream, io.FileIO)
 
     def add(self, scan: ScanFindings) -> None:
         """Write the rows of a scan; they are on the disk when this returns."""
@@ -113,8 +85,10 @@ class Table:
     def _write(self, rows: Iterable[Sequence[Any]]) -> None:
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(rows)
+        content = text.getvalue().encode()
         with naming(self.path):
-            self._stream.write(text.getvalue().encode())
+            while content:
+                content = content[self._stream.write(content) :]
             self._stream.flush()
             if self._is_file:
                 os.fsync(self._stream.fileno())
@@ -198,7 +172,7 @@ def open_table(path: Path, model: str, threshold: float) -> Iterator[Table]:
         return
     with naming(path):
         path.touch()
-    with open(path, "r+b") as file:
+    with open(path, "r+b", buffering=0) as file:  # or closing it would try to write again
         if not lock_file(file):
             raise InputError(f"{path}: expected an unused file, another process is writing it")
         table = Table(path, file, model, threshold)

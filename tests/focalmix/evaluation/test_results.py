@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from fmkernels.focalmix.data.formats import check_header, load_volume
 from fmkernels.focalmix.data.tables import read_candidates
+from fmkernels.focalmix.detect import to_findings
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.results import (
     COLUMNS,
@@ -18,7 +19,6 @@ from fmkernels.focalmix.evaluation.results import (
     ScanFindings,
     open_table,
     slicer_path,
-    to_findings,
     write_json,
     write_slicer,
 )

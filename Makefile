@@ -1,5 +1,6 @@
 # make train | test | bench | lint | types | docs | floor
 #                                          in an environment of its own (.venv), made at first use with exact versions
+# make help                                these lines
 # make train PYTHON=python                 in the active environment (a GPU build of torch, say): adds what is missing
 # make compat                              the tests with the oldest and with the newest versions of what is needed
 # make gpu                                 on a machine with a GPU: checks, benchmarks and tuning, 9
@@ -22,13 +23,17 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test nightly coverage bench lint types docs compat quick floor gpu gpu-checks gpu-bench gpu-tune clean environment-in-use
+.PHONY: help train test nightly coverage bench lint types docs compat quick floor gpu gpu-checks gpu-bench gpu-tune clean environment-in-use
+
+help:
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS)
 
 test: $(READY)
+	@echo "all tests, about 25 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
 	$(PYTHON) -m pytest -n auto
 
 # long fault injection and fuzzing

@@ -2,24 +2,27 @@
 
     python -m benchmarks.plot benchmarks/results/cpu/benchmarks.json
 
-writes benchmarks.md and benchmarks.png next to each JSON and prints the table. `--readme README.md`
-also writes a short table of the workloads in `SPEED` between the markers for that JSON.
+writes benchmarks.md and a chart per op, benchmarks-<op>.png, next to each JSON and prints the
+table. `--page docs/benchmarks.md` also writes a short table of the workloads in `SPEED` between the
+markers for that JSON. `--chart docs/images/speed` draws the chart of the README, light and dark.
 """
 
 import argparse
 import json
+import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.common import OURS
 
+Style = tuple[tuple[float, float, float], str]  # color and marker of a provider
 HEADER = (
     "op",
     "workload",
@@ -27,7 +30,7 @@ HEADER = (
     "provider",
     "median ms",
     "p20 - p80",
-    "GB/s at the floor",
+    "GB/s of minimum traffic",
     "% of a copy",
     f"time / {OURS}",
     "extra MB",
@@ -75,14 +78,24 @@ LIBRARIES = (
     "torchvision",
 )  # as providers begin
 END = "<!-- end of speed -->"
+# of the chart: indices of SPEED and their labels
+BARS = (
+    (0, "soft_target_focal_loss, 4 M"),
+    (1, "predict_targets, 4 views of 96 K"),
+    (3, "mixup3d, int16 with window, 8 x 96³"),
+    (4, "crop_and_resize3d, 64 boxes"),
+    (5, "crop_and_resize3d, fractional boxes"),
+    (6, "object_mixup3d, 16 objects"),
+    (7, "group_norm3d, float32, channels last"),
+    (8, "group_norm3d, bfloat16, channels last"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.plot", description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
-    parser.add_argument(
-        "--readme", type=Path, help="a file with markers, to write the short table into"
-    )
+    parser.add_argument("--page", type=Path, help="a file with markers for the short table")
+    parser.add_argument("--chart", type=Path, help="path of the short chart, without its ending")
     options = parser.parse_args(arguments)
     problems = 0
     for path in options.json:
@@ -92,10 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError("no benchmark in it")
             text = report(run)
             path.with_suffix(".md").write_text(text, encoding="utf-8")
-            figure(rows_of(run), caption(run)).savefig(path.with_suffix(".png"), dpi=130)
+            for op, drawn in figures(rows_of(run)).items():
+                name = f"{path.stem}-{op.replace(' ', '-')}.png"
+                drawn.savefig(path.with_name(name), dpi=110)
             print(text)
-            if options.readme:
-                write_speed(options.readme, path, speed(run))
+            if options.page:
+                write_speed(options.page, path, speed(run))
+            for theme in ("light", "dark") if options.chart else ():
+                target = options.chart.with_name(f"{options.chart.name}-{theme}.png")
+                chart(run, target, dark=theme == "dark")
         except (OSError, ValueError, KeyError) as problem:
             print(f"{path}: {problem}", file=sys.stderr)
             problems += 1
@@ -179,12 +197,7 @@ def speed(run: dict) -> str:
     rows, lines = rows_of(run), []
     for op, workload, phase, first in SPEED:
         for threads in ("", ", one thread"):
-            at = {
-                row["provider"]: row for row in rows if key(row) == (op, workload + threads, phase)
-            }
-            at = {
-                name: row for name, row in at.items() if name != "copy" and "formula" not in name
-            }  # no rivals
+            at = rivals(rows, (op, workload + threads, phase))
             if OURS not in at:
                 continue
             ours = at.pop(OURS)
@@ -207,6 +220,49 @@ def speed(run: dict) -> str:
     return "\n\n".join(
         filter(None, [markdown(SPEED_HEADER, lines), host_time(rows), caption(run), left_out(run)])
     )
+
+
+def rivals(rows: list[dict], comparison: tuple[str, str, str]) -> dict[str, dict]:
+    """The rows of a comparison by provider, without copies, and formulas that are only parts."""
+    return {
+        row["provider"]: row
+        for row in rows
+        if key(row) == comparison and row["provider"] != "copy" and "formula" not in row["provider"]
+    }
+
+
+def chart(run: dict, path: Path, *, dark: bool) -> None:
+    """Speed-up over the best rival of the workloads in BARS, with all threads and with one."""
+    rows, lines = rows_of(run), []
+    for index, label in BARS:
+        op, workload, phase, _ = SPEED[index]
+        factors, names = [], []
+        for threads in ("", ", one thread"):
+            at = rivals(rows, (op, workload + threads, phase))
+            if OURS in at and len(at) > 1:
+                ours = at.pop(OURS)
+                factor, _, name = faster(ours, list(at.values())).partition(", ")
+                factors.append(float(factor))
+                names.append(name)
+        if factors:
+            lines.append((label, factors, names[0]))
+    ink, ours = ("#e6edf3", "#56B4E9") if dark else ("#1f2328", "#0072B2")
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.style.context(["default", dict.fromkeys(names, ink)]):
+        drawn = Figure(figsize=(8, 0.45 * len(lines) + 0.8), layout="constrained")
+        axes = drawn.subplots()
+        for place, (_, factors, name) in enumerate(lines):
+            axes.barh(place, factors[0], height=0.55, color=ours)
+            axes.plot(factors[1:], [place] * len(factors[1:]), "o", color="#D55E00", markersize=7)
+            text = f"   {factors[0]:.1f}x {name}"
+            axes.text(max(factors), place, text, va="center", fontsize=8.5)
+        axes.axvline(1, color="0.5", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.45 * max(max(factors) for _, factors, _ in lines))
+        axes.set_xlabel("times faster than the best rival; bar: all threads, dot: one thread")
+        axes.spines[["top", "right"]].set_visible(False)
+        drawn.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
 def faster(ours: dict, others: Sequence[dict]) -> str:
@@ -232,14 +288,15 @@ def host_time(rows: list[dict]) -> str:
     )
 
 
-def write_speed(readme: Path, path: Path, text: str) -> None:
+def write_speed(page: Path, path: Path, text: str) -> None:
     """Put the text where the file has the JSON's markers."""
-    start = f"<!-- speed: {path.resolve().relative_to(readme.resolve().parent).as_posix()} -->"
-    before, found, after = readme.read_text(encoding="utf-8").partition(start)
+    name = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
+    start = f"<!-- speed: {name} -->"
+    before, found, after = page.read_text(encoding="utf-8").partition(start)
     _, ended, rest = after.partition(END)
     if not (found and ended):
-        raise ValueError(f"{readme} has no {start} with {END} behind it")
-    readme.write_text(f"{before}{start}\n{text}\n{END}{rest}", encoding="utf-8")
+        raise ValueError(f"{page} has no {start} with {END} behind it")
+    page.write_text(f"{before}{start}\n{text}\n{END}{rest}", encoding="utf-8")
 
 
 def whole(rows: list[dict]) -> list[dict]:
@@ -252,53 +309,60 @@ def key(row: dict) -> tuple[str, str, str]:
     return row["op"], row["workload"], row["phase"]
 
 
-def figure(rows: list[dict], title: str) -> Figure:
-    """One panel per op: time against size in a series that grows, else a line per workload.
+def figures(rows: list[dict]) -> dict[str, Figure]:
+    """A chart per op: time against size in a series that grows, else a line per workload.
 
     Providers are compared by their share of copy bandwidth, or by time where no bytes are counted.
+    A provider has the same color and marker in all charts.
     """
-    panels: dict[str, list[dict]] = {}
-    for row in sorted(whole(rows), key=lambda row: row["op"]):
-        panels.setdefault(row["op"], []).append(row)
-    heights = [
-        2.8 if mine[0]["elements"] else 1 + 0.3 * len(set(map(key, mine)))
-        for mine in panels.values()
-    ]
-    result = Figure(figsize=(12, sum(heights) + 0.6), layout="constrained")
-    grid = result.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for (op, mine), axes in zip(panels.items(), grid[:, 0], strict=True):
-        if mine[0]["elements"]:
+    names = dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: row["provider"]))
+    others = [name for name in names if name != OURS]
+    palette = matplotlib.color_sequences["tab20"]
+    styles = {name: (palette[i % 20], "os^"[i // 20 % 3]) for i, name in enumerate(others)}
+    styles[OURS] = ((0.0, 0.0, 0.0), "D")
+    charts: dict[str, list[dict]] = {}
+    for row in sorted(whole(rows), key=lambda row: (row["op"], row["provider"] != OURS)):
+        charts.setdefault(row["op"], []).append(row)
+    results = {}
+    for op, mine in charts.items():
+        grows = bool(mine[0]["elements"])
+        height = 4.0 if grows else 1.4 + 0.32 * len(set(map(key, mine)))
+        results[op] = Figure(figsize=(11, max(height, 2.6)), layout="constrained")
+        axes = results[op].subplots()
+        if grows:
             axes.set_title(f"{op}, {_phase(mine[0])}: median, from p20 to p80")
-            _growth(axes, mine)
+            _growth(axes, mine, styles)
         elif all(row["share_of_copy"] is not None for row in mine):
-            axes.set_title(f"{op}: bytes of the floor / time")
+            axes.set_title(f"{op}: minimum traffic / time")
             axes.set_xlabel("% of a copy's bytes per second")
-            _dots(axes, mine, lambda row: 100 * row["share_of_copy"])
+            _dots(axes, mine, lambda row: 100 * row["share_of_copy"], styles)
         else:
             axes.set_title(f"{op}: median")
             axes.set_xlabel("milliseconds")
-            _dots(axes, mine, lambda row: 1e3 * row["median_s"])
+            _dots(axes, mine, lambda row: 1e3 * row["median_s"], styles)
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    result.suptitle(textwrap.fill(title, 180), fontsize=8)
-    return result
+    return results
 
 
 def _phase(row: dict) -> str:
     return "forward and backward" if row["phase"] == "both" else row["phase"]
 
 
-def _dots(axes: Axes, rows: list[dict], value: Callable[[dict], float]) -> None:
+def _dots(
+    axes: Axes, rows: list[dict], value: Callable[[dict], float], styles: dict[str, Style]
+) -> None:
     """Of all providers, on a line for each workload."""
     lines = {key(row): f"{row['workload']}, {_phase(row)}" for row in rows}
     places = {line: place for place, line in enumerate(lines)}
-    for place, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
+    for provider in dict.fromkeys(row["provider"] for row in rows):
         values = {places[key(row)]: value(row) for row in rows if row["provider"] == provider}
         axes.plot(
             values.values(),
             values.keys(),
-            "osD"[place // 10 % 3],
+            styles[provider][1],
             label=provider,
-            color=_color(place),
+            color=styles[provider][0],
+            zorder=3 if provider == OURS else 2,
         )
     axes.set_yticks(range(len(lines)), lines.values(), fontsize="small")
     axes.invert_yaxis()
@@ -309,9 +373,9 @@ def _dots(axes: Axes, rows: list[dict], value: Callable[[dict], float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _growth(axes: Axes, rows: list[dict]) -> None:
+def _growth(axes: Axes, rows: list[dict], styles: dict[str, Style]) -> None:
     """A line for each provider, both axes logarithmic."""
-    for place, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
+    for provider in dict.fromkeys(row["provider"] for row in rows):
         line = sorted(
             (row for row in rows if row["provider"] == provider), key=lambda row: row["elements"]
         )
@@ -319,17 +383,13 @@ def _growth(axes: Axes, rows: list[dict]) -> None:
         low, median, high = (
             [1e3 * row[name] for row in line] for name in ("p20_s", "median_s", "p80_s")
         )
-        axes.plot(sizes, median, ".-", label=provider, color=_color(place))
-        axes.fill_between(sizes, low, high, alpha=0.2, linewidth=0, color=_color(place))
+        axes.plot(sizes, median, ".-", label=provider, color=styles[provider][0])
+        axes.fill_between(sizes, low, high, alpha=0.2, linewidth=0, color=styles[provider][0])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("elements")
     axes.set_ylabel("milliseconds")
     axes.grid(alpha=0.3)
-
-
-def _color(place: int) -> tuple[float, float, float]:
-    return matplotlib.color_sequences["tab10"][place % 10]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patches import ConnectionPatch, FancyArrowPatch, Rectangle
 from torch import Tensor
 
 import fmkernels
@@ -58,11 +58,13 @@ def scan(index: int) -> Scan:
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.style.context(["default", STYLE]):
+def figure(path: Path, width: float, height: float, *, ink: str = "black") -> Iterator[Figure]:
+    """A figure to draw on. With an ink its ground is transparent: for light and dark pages."""
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.style.context(["default", STYLE, dict.fromkeys(names, ink)]):
         drawn = Figure(figsize=(width, height))
         yield drawn
-        drawn.savefig(path, metadata={"Software": None})
+        drawn.savefig(path, metadata={"Software": None}, transparent=ink != "black")
 
 
 def show(
@@ -263,6 +265,151 @@ def object_mixup3d(path: Path) -> None:
             outline(axes, edges, GREEN)
 
 
+def minimum(path: Path, *, dark: bool) -> None:
+    """The loss of one target here and in other libraries, at alpha 0.25 and gamma 2."""
+    p = torch.linspace(0.02, 0.999, 999)
+    y = torch.full_like(p, 0.7)
+    cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log())
+    p_t = p * y + (1 - p) * (1 - y)
+    losses = {
+        "fmkernels": fmkernels.soft_target_focal_loss(
+            torch.logit(p), y, alpha0=0.75, alpha1=0.25, reduction="none"
+        ),
+        "torchvision, fvcore, optax": (1 - p_t) ** 2 * cross_entropy,
+        "kornia": -(y / 4 * (1 - p) ** 2 * p.log() + (1 - y) * 3 / 4 * p**2 * (1 - p).log()),
+        "MONAI": torch.sigmoid((1 - 2 * y) * torch.logit(p)) ** 2 * cross_entropy,
+    }
+    ink = "#e6edf3" if dark else "#1f2328"
+    colors = ("#56B4E9" if dark else BLUE, ORANGE, GREEN, PURPLE)
+    with figure(path, 4.6, 3.2, ink=ink) as drawn:
+        axes = drawn.subplots()
+        axes.grid(False)
+        axes.axvline(0.7, color="0.5", linewidth=0.8, linestyle="--")
+        for (name, loss), color in zip(losses.items(), colors, strict=True):
+            loss = loss / loss[p >= 0.2][0]
+            width = 2.5 if name == "fmkernels" else 1.2
+            axes.plot(p, loss, color=color, label=name, linewidth=width)
+            axes.plot(p[loss.argmin()], loss.min(), "o", color=color, clip_on=False)
+        axes.set(xlim=(0.2, 1), ylim=(0, 1.05), xlabel="predicted probability", yticks=[])
+        axes.set(ylabel="loss", title="Focal losses of a target of 0.7")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, fontsize=9)
+
+
+def step(path: Path, *, dark: bool) -> None:
+    """A FocalMix step on slices of two phantoms, each arrow with the name of its op."""
+    ink, accent = ("#e6edf3", "#56B4E9") if dark else ("#1f2328", BLUE)
+    scans = [scan(OWN), scan(OTHER)]
+    side, middle = 88, DEPTH // 2
+    patches, boxes = [], []
+    for volumes, box in scans:
+        corner = ((box[0, 2:4] + box[0, 5:7]) / 2 - side / 2).round().int()
+        corner = corner.clamp(min=0)
+        y, x = corner.tolist()
+        patches.append(volumes[..., y : y + side, x : x + side])
+        boxes.append(box - torch.tensor([[0, 0, y, x, 0, y, x]]))
+    images = torch.cat(patches)
+    boxes[1][:, 0] = 1
+    lam, index = torch.tensor([0.75, 0.75]), torch.tensor([1, 0])
+    mixed = fmkernels.mixup3d(images, lam, index, window=WINDOW)
+    objects = fmkernels.object_mixup3d(
+        mixed,
+        torch.cat(boxes),
+        torch.cat(boxes[::-1]),
+        torch.tensor([0.6, 0.6]),
+        donors=images,
+        window=WINDOW,
+    )
+    flips = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    views = fmkernels.mixup3d(
+        images[[1] * 4], torch.ones(4), torch.arange(4), flips=flips, window=WINDOW
+    )
+    cell = torch.arange(side // 8, dtype=torch.float32)
+    center = (boxes[1][0, 2:4] + boxes[1][0, 5:7]) / 16 - 0.5
+    bump = torch.exp(-((cell[:, None] - center[0]) ** 2 + (cell - center[1]) ** 2) / 2.5)
+    noise = torch.randn(4, *bump.shape, generator=torch.Generator().manual_seed(3))
+    seen = [
+        view.flip([axis for axis in range(2) if mask >> axis + 1 & 1])
+        for view, mask in zip(5.5 * bump - 3 + 0.8 * noise, flips.tolist(), strict=True)
+    ]
+    targets = fmkernels.predict_targets(torch.stack(seen)[:, None, None, None], flips)
+
+    with figure(path, 10, 4.3, ink=ink) as drawn:
+        drawn.set_layout_engine("none")
+        width, height = 0.135, 0.135 * 10 / 4.3
+
+        def panel(x: float, y: float, image: Tensor, title: str, cmap: str = "gray") -> Axes:
+            axes = drawn.add_axes((x, y, width, height))
+            show(axes, image, title, WINDOW if image.dtype == torch.int16 else (0, 1), cmap)
+            axes.title.set_fontsize(9)
+            return axes
+
+        def arrow(start: tuple[float, float], end: tuple[float, float], name: str = "") -> None:
+            drawn.add_artist(
+                FancyArrowPatch(
+                    start,
+                    end,
+                    transform=drawn.transFigure,
+                    arrowstyle="-|>",
+                    mutation_scale=12,
+                    color=accent,
+                    linewidth=1.5,
+                )
+            )
+            if name:
+                x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+                drawn.text(
+                    x, y + 0.025, name, ha="center", color=accent, family="monospace", fontsize=8.5
+                )
+
+        top, bottom = 0.58, 0.08
+        for axes, box, color in (
+            (panel(0.005, top, images[0, 0, middle], "labeled patch, HU"), boxes[0], GREEN),
+            (panel(0.005, bottom, images[1, 0, middle], "unlabeled patch, HU"), None, ORANGE),
+            (panel(0.31, top, mixed[0, 0, middle], "images mixed"), boxes[0], GREEN),
+            (panel(0.615, top, objects[0, 0, middle], "nodules mixed"), boxes[0], GREEN),
+        ):
+            if box is not None:
+                outline(axes, box, color)
+        small = width / 2.1
+        for k in range(4):
+            x = 0.31 + (k % 2) * (width - small)
+            y = bottom + (1 - k // 2) * (height - small * 10 / 4.3)
+            axes = drawn.add_axes((x, y, small, small * 10 / 4.3))
+            show(axes, views[k, 0, middle], "", (0, 1))
+        drawn.text(0.31 + width / 2, bottom + height + 0.03, "K flipped views", ha="center", size=9)
+        panel(0.615, bottom, targets[0, 0, 0], "soft targets", "viridis")
+        middle_top, middle_bottom = top + height / 2, bottom + height / 2
+        arrow((0.15, middle_top), (0.3, middle_top), "mixup3d")
+        arrow((0.455, middle_top), (0.605, middle_top), "object_mixup3d")
+        arrow((0.15, middle_bottom), (0.3, middle_bottom), "mixup3d")
+        arrow((0.455, middle_bottom), (0.605, middle_bottom), "predict_targets")
+        drawn.text(0.53, middle_bottom - 0.06, "teacher", ha="center", size=8.5)
+        arrow((0.15, bottom + height - 0.04), (0.3, middle_top - 0.08))
+        axes = drawn.add_axes((0.865, 0.36, width * 0.95, height * 0.9))
+        p = torch.linspace(0.001, 0.999, 300)
+        for y, color in ((0.1, PURPLE), (0.4, GREEN), (0.75, ORANGE)):
+            loss = fmkernels.soft_target_focal_loss(
+                torch.logit(p), torch.full_like(p, y), alpha0=1, alpha1=1, reduction="none"
+            )
+            axes.plot(p, loss, color=color, linewidth=1.5)
+            axes.plot(p[loss.argmin()], loss.min(), "o", color=color, markersize=4)
+        axes.grid(False)
+        axes.set(xlim=(0, 1), ylim=(-0.02, 0.6), xticks=[], yticks=[])
+        axes.set_title("loss and gradient", size=9)
+        arrow((0.76, middle_top), (0.86, 0.62))
+        arrow((0.76, middle_bottom), (0.86, 0.42))
+        drawn.text(0.795, middle_top - 0.0, "student", ha="left", size=8.5)
+        drawn.text(
+            0.865 + width / 2,
+            0.27,
+            "soft_target_\nfocal_loss",
+            ha="center",
+            color=accent,
+            family="monospace",
+            fontsize=8.5,
+        )
+
+
 PICTURES: Sequence[Callable[[Path], None]] = (
     soft_target_focal_loss,
     predict_targets,
@@ -280,3 +427,10 @@ def draw(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in PICTURES:
         picture(folder / f"{picture.__name__}.png")
+
+
+if __name__ == "__main__":  # the pictures of the README
+    for draw_one in (minimum, step):
+        for theme in ("light", "dark"):
+            target = Path(__file__).parent / "images" / f"{draw_one.__name__}-{theme}.png"
+            draw_one(target, dark=theme == "dark")

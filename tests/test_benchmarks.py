@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks import bench_growth, bench_host_time, common, device_checks, plot
@@ -233,9 +234,10 @@ ROWS = [
 ]
 
 
-def test_each_kind_of_op_has_its_panel():
-    panels = {axes.get_title().split(":")[0]: axes for axes in plot.figure(ROWS, "title").axes}
-    counted, uncounted, growing = panels["counted"], panels["uncounted"], panels["growing, forward"]
+def test_each_op_has_its_chart():
+    charts = plot.figures(ROWS)
+    counted, uncounted, growing = (charts[op].axes[0] for op in ("counted", "uncounted", "growing"))
+    assert growing.get_title().startswith("growing, forward")
     assert [(line.get_label(), *line.get_xdata()) for line in counted.lines] == [
         (OURS, 25),
         ("rival", 25),
@@ -249,6 +251,7 @@ def test_each_kind_of_op_has_its_panel():
         20,
         2000,
     ]
+    assert counted.lines[0].get_color() == uncounted.lines[0].get_color() == lines[OURS].get_color()
     assert growing.get_xscale() == growing.get_yscale() == "log"
 
 
@@ -256,7 +259,7 @@ def test_every_workload_is_drawn_in_the_phase_that_holds_all_of_it():
     trained = [
         row("op", "trained", OURS, 1.0, phase=phase) for phase in ("forward", "backward", "both")
     ]
-    (axes,) = plot.figure([*trained, row("op", "other", OURS, 4.0)], "title").axes
+    (axes,) = plot.figures([*trained, row("op", "other", OURS, 4.0)])["op"].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "trained, forward and backward",
         "other, forward",
@@ -280,10 +283,9 @@ def test_plots_what_is_there_and_names_what_is_not(tmp_path, capsys):
     assert "| counted | one | forward | rival | 8.000 |" in out and "| 4.00 |  | 7 |" in out
     assert "A copy moves 20.0 GB/s with 2 CPU threads." in out
     assert "No time was left: growing, of 2. Not installed: timm." in out
-    assert (
-        good.with_suffix(".png").stat().st_size > 10_000
-        and good.with_suffix(".md").read_text() in out
-    )
+    for op in ("counted", "uncounted", "growing"):
+        assert (tmp_path / f"good-{op}.png").stat().st_size > 10_000
+    assert good.with_suffix(".md").read_text() in out
     assert plot.main([str(good)]) == 0
 
 
@@ -305,19 +307,17 @@ def test_the_short_table_holds_ours_to_the_best_of_each_kind(tmp_path):
     assert (
         text.count("`mixup3d`") == 2 and "`mixup3d` 2.0." in text and "Not installed: timm." in text
     )
-    path, readme = tmp_path / "run.json", tmp_path / "README.md"
+    (tmp_path / "docs").mkdir()
+    path, page = tmp_path / "run.json", tmp_path / "docs" / "speed.md"
     path.write_text(json.dumps(run_of(RIVALS)))
-    readme.write_text("before\n<!-- speed: run.json -->\nold\n<!-- end of speed -->\nafter\n")
+    page.write_text("before\n<!-- speed: ../run.json -->\nold\n<!-- end of speed -->\nafter\n")
     for _ in range(2):
-        assert plot.main([str(path), "--readme", str(readme)]) == 0
-        assert "old" not in readme.read_text() and "4.5, eager" in readme.read_text()
-        assert readme.read_text().startswith("before\n") and readme.read_text().endswith(
-            "\nafter\n"
-        )
-    readme.write_text("without markers")
+        assert plot.main([str(path), "--page", str(page)]) == 0
+        assert "old" not in page.read_text() and "4.5, eager" in page.read_text()
+        assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+    page.write_text("without markers")
     assert (
-        plot.main([str(path), "--readme", str(readme)]) == 1
-        and readme.read_text() == "without markers"
+        plot.main([str(path), "--page", str(page)]) == 1 and page.read_text() == "without markers"
     )
 
 
@@ -330,19 +330,40 @@ def test_the_short_table_asks_for_rows_that_there_are():
             ], each
 
 
-def test_the_readme_has_the_table_of_every_committed_run():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"<!-- speed: (\S+) -->\n(.*?)<!-- end of speed -->", readme, re.S))
+def test_the_chart_holds_ours_to_the_best_rival(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "BARS", ((2, "mixup"), (3, "not measured")))
+    seen = []
+    barh = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda *a, **k: seen.append(a[1:3]) or barh(*a, **k))
+    one = [
+        row(r["op"], f"{r['workload']}, one thread", r["provider"], r["median_s"] * 2)
+        for r in RIVALS[:2]
+    ]
+    plot.chart(run_of([*RIVALS, *one]), tmp_path / "chart.png", dark=True)
+    assert seen == [(0, 2.0)] and (tmp_path / "chart.png").stat().st_size > 5000
+
+
+def test_the_page_has_the_table_of_every_committed_run():
+    page = ROOT / "docs" / "benchmarks.md"
+    text = page.read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- speed: (\S+) -->\n(.*?)<!-- end of speed -->", text, re.S))
     found = sorted(ROOT.glob("benchmarks/results/*/benchmarks.json"))
     runs = {
-        path.relative_to(ROOT).as_posix(): path for path in found if path.parent.name != "local"
+        f"../{path.relative_to(ROOT).as_posix()}": path
+        for path in found
+        if path.parent.name != "local"
     }
     assert runs.keys() == {name for name, block in blocks.items() if block}
     for name, path in runs.items():
         run = json.loads(path.read_text(encoding="utf-8"))
         assert blocks[name] == f"{plot.speed(run)}\n"
         assert path.with_suffix(".md").read_text(encoding="utf-8") == plot.report(run)
-        assert path.with_suffix(".png").exists() and path.stat().st_size < 3 * 2**19
+        charts = {
+            f"{path.stem}-{op.replace(' ', '-')}.png" for op in plot.figures(plot.rows_of(run))
+        }
+        assert charts == {chart.name for chart in path.parent.glob("*.png")}
+        assert path.stat().st_size < 3 * 2**19
+        assert all(f"({name.rpartition('/')[0]}/{chart})" in text for chart in charts)
 
 
 def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_path):

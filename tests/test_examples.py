@@ -1,4 +1,4 @@
-"""Every example runs and shows what it says, and so does the README's Python."""
+"""Every example runs and shows what it says, and so does the Python of README and docs."""
 
 import os
 import re
@@ -7,9 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+
+import fmkernels
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -143,10 +148,10 @@ def test_monai_focalmix():
     )
 
 
-def test_the_diff_of_the_readme_is_the_example():
+def test_the_diff_of_the_page_is_the_example():
     """Kept and added lines are lines of the example, in order; added ones are marked."""
     (diff,) = re.findall(
-        r"^```diff\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+        r"^```diff\n(.+?)^```", (ROOT / "docs/monai.md").read_text(encoding="utf-8"), re.M | re.S
     )
     example = iter((EXAMPLES / "monai_focalmix.py").read_text(encoding="utf-8").splitlines())
     shown = [line for line in diff.splitlines() if line[0] in "+ "]
@@ -156,6 +161,16 @@ def test_the_diff_of_the_readme_is_the_example():
             code.split("  #")[0] == line[1:] and (line[0] == " " or "# +" in code)
             for code in example
         ), line
+
+
+def test_the_diff_of_the_readme_is_part_of_that_of_the_page():
+    short, long = (
+        re.findall(r"^```diff\n(.+?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
+        for name in ("README.md", "docs/monai.md")
+    )
+    lines = iter(long[0].splitlines())
+    for line in short[0].splitlines():
+        assert line in lines, line
 
 
 def test_every_example_is_tested_and_short():
@@ -168,27 +183,94 @@ def test_every_example_is_tested_and_short():
         )
 
 
-def test_python_in_the_readme():
-    blocks = re.findall(
+def test_the_quick_start_runs_as_pasted():
+    """In a fresh interpreter, which has imported nothing."""
+    (block,) = re.findall(
         r"^```python\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and re.fullmatch(r"loss 0\.\d{4}\n", done.stdout), done
+
+
+def python_of(page: str) -> list[str]:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.+?)^```", text, re.M | re.S)
+
+
+def test_python_in_the_pages():
+    boxes = torch.tensor([[0.0, 1, 1, 1, 9, 9, 9], [1, 4, 4, 4, 10, 10, 10]])
     given = {
         "torch": torch,
-        "logits": [
-            torch.zeros(2, 3, 4, 4, 4, requires_grad=True),
-            torch.zeros(2, 3, 2, 2, 2, requires_grad=True),
-        ],
-        "targets": [torch.rand(2, 3, 4, 4, 4), torch.rand(2, 3, 2, 2, 2)],
+        "soft_target_focal_loss": fmkernels.soft_target_focal_loss,
+        "logits": [torch.zeros(2, 3, n, n, n, requires_grad=True) for n in (4, 2)],
+        "targets": [torch.rand(2, 3, n, n, n) for n in (4, 2)],
         "number_of_positives": torch.tensor(5),
         "view_logits": torch.zeros(4, 2, 3, 4, 4, 4),
         "flips": torch.tensor([0, 1, 2, 4], dtype=torch.uint8),
         "scans": torch.zeros(2, 1, 16, 16, 16, dtype=torch.int16),
-        "boxes": torch.tensor([[0.0, 1, 1, 1, 9, 9, 9], [1, 4, 4, 4, 10, 10, 10]]),
-        "donor_boxes": torch.tensor([[1.0, 1, 1, 1, 5, 5, 5], [0, 4, 4, 4, 10, 10, 10]]),
-        "share": torch.tensor([0.5, 0.7]),
+        "boxes": boxes,
+        "donor_boxes": boxes.flip(0),
     }
-    assert blocks
+    blocks = [*python_of("soft_targets"), *python_of("quickstart")]
+    assert len(blocks) == 2
     for block in blocks:
         exec(block, given)
-    assert all(level.grad is not None for level in given["logits"])
-    assert given["lesions"].shape == (2, 1, 32, 32, 32) and given["mixed"].dtype == torch.bfloat16
+    assert given["loss"].isfinite() and given["mixed"].dtype == torch.bfloat16
+    assert given["lesions"].shape == (2, 1, 32, 32, 32)
+
+
+def sigmoid_focal_loss(x, y, *, alpha, gamma, reduction):
+    """As torchvision defines it."""
+    p = x.sigmoid()
+    p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha * y + (1 - alpha) * (1 - y)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    return getattr(alpha_t * (1 - p_t) ** gamma * cross_entropy, reduction)()
+
+
+def test_what_is_replaced_gives_the_same():
+    """Both halves of each block, before and after, on the same arguments."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([[0.0, 1, 1, 1, 9, 9, 9], [1, 4, 4, 4, 10, 10, 10]])
+    arguments = {
+        "F": F,
+        "np": np,
+        "torch": torch,
+        "torchvision": SimpleNamespace(ops=SimpleNamespace(sigmoid_focal_loss=sigmoid_focal_loss)),
+        "fmkernels": fmkernels,
+        "model": lambda volumes: volumes.mean((2, 3, 4), keepdim=True),
+        "logits": torch.randn(2, 1, 1, 1, 1),
+        "targets": torch.rand(2, 1, 1, 1, 1).round(),
+        "view_logits": torch.randn(4, 2, 3, 4, 4, 4),
+        "flips": torch.tensor([0, 1, 2, 4], dtype=torch.uint8),
+        "flipped": [[], [-3], [-2], [-1]],
+        "T": 0.7,
+        "scans": torch.rand(2, 1, 16, 16, 16),
+        "boxes": boxes,
+        "donor_boxes": torch.tensor([[0.0, 10, 10, 10, 15, 16, 14], [1, 11, 0, 0, 15, 4, 4]]),
+        "lam": torch.tensor([0.6, 0.7]),
+        "x": torch.randn(2, 4, 4, 4, 4),
+        "groups": 2,
+        "weight": torch.randn(4),
+        "bias": torch.randn(4),
+        "residual": torch.randn(2, 4, 4, 4, 4),
+    }
+    results = ("loss", None, "crops", "scans", "targets", "y")  # MixUp draws its numbers
+    for block, result in zip(python_of("replaces"), results, strict=True):
+        seen = []
+        for part in block.split("# after"):
+            given = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
+            exec(f"#{part}", given)
+            seen.append(given[result] if result else None)
+        before, after = (torch.cat(x) if isinstance(x, list) else x for x in seen)
+        if result:
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+        else:
+            assert given["loss"].isfinite() and given["mixed"].shape == (2, 1, 16, 16, 16)

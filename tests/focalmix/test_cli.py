@@ -81,9 +81,10 @@ def refuses(capsys, argv, *words) -> None:
     assert all(word in lines[0] for word in words), lines[0]
 
 
-def test_the_readme_s_commands_are_understood():
+def test_the_commands_of_the_documents_are_understood():
     """Including the number of processes of torchrun."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", "")
     commands = re.findall(
         r"^(?:torchrun --nproc-per-node (\d+) -m )?fmkernels ([^#\n]+)", text, re.M
     )

@@ -45,6 +45,7 @@ ROOMS = {
     "training": {"config", "data", "distributed", "errors", "evaluation", "files", "model"},
     "compare": {"config", "data", "distributed", "errors", "evaluation", "files", "training"},
     "detect": {"config", "data", "errors", "evaluation", "model", "training"},
+    "evaluate": {"data", "errors", "evaluation"},
     "cli": {
         "compare",
         "config",
@@ -52,6 +53,7 @@ ROOMS = {
         "detect",
         "distributed",
         "errors",
+        "evaluate",
         "evaluation",
         "training",
     },

@@ -111,7 +111,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         (
             "evaluate",
             _add_evaluate,
-            "CANDIDATES DATA",
+            "CANDIDATES [DATA]",
             "compute FROC and CPM of candidates by LUNA16's rules",
         ),
         ("doctor", _add_doctor, "", "show versions and devices, and self-test every operation"),
@@ -405,8 +405,9 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 
 
 def _detect(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.detect import count, detect_scans, peak_memory
+    from fmkernels.focalmix.detect import detect_scans, peak_memory
     from fmkernels.focalmix.distributed import choose_device
+    from fmkernels.focalmix.evaluation.froc import count
 
     device = choose_device(arguments.device)
     out = arguments.out or arguments.run_folder / "detections.csv"
@@ -457,14 +458,36 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "candidates",
         metavar="CANDIDATES",
         type=Path,
-        help="CSV file with the columns seriesuid,coordX,coordY,coordZ,probability",
+        help="table with the columns seriesuid,coordX,coordY,coordZ,probability",
     )
-    _add_data(parser)
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        type=Path,
+        nargs="?",
+        help="data set, or folder with its tables alone; not needed where the tables are given",
+    )
+    for name, text in (
+        ("annotations", "table of nodules (default: annotations.csv in DATA)"),
+        (
+            "excluded",
+            "table of findings that are not scored (default: annotations_excluded.csv in DATA); "
+            "none: there is none",
+        ),
+        ("series", "list of the scans to evaluate (default: all scans of DATA, or its list)"),
+    ):
+        parser.add_argument(f"--{name}", metavar="TABLE", type=Path, help=text)
     parser.add_argument(
         "--subsets",
         metavar="LIST",
         type=_reader(tuple[int, ...]),
         help="subsets to evaluate, e.g. 8,9 (default: all)",
+    )
+    parser.add_argument(
+        "--coordinates",
+        choices=("LPS", "RAS"),
+        default="LPS",
+        help="world coordinates of the annotations (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="PNG", type=Path, help="write the FROC curve to this PNG")
@@ -472,34 +495,30 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from fmkernels.focalmix.data.own import open_data
-    from fmkernels.focalmix.data.tables import read_candidates
-    from fmkernels.focalmix.evaluation.froc import evaluate
+    from fmkernels.focalmix.evaluate import evaluate, read_truth
 
-    data = open_data(arguments.data)
-    chosen = [
-        uid
-        for uid in data.series
-        if arguments.subsets is None or data.subset(uid) in arguments.subsets
-    ]
-    if not chosen:
-        raise InputError(
-            f"{arguments.data}: expected scans in the subsets {_written(arguments.subsets)}, "
-            "found none"
-        )
-    candidates = read_candidates(arguments.candidates)
-    if unknown := sorted(set(candidates) - set(data.series)):
-        raise InputError(
-            f"{arguments.candidates}: seriesuid: expected series of {arguments.data}, "
-            f"got {unknown[0]}"
-        )
-    candidates = {uid: rows for uid, rows in candidates.items() if uid in chosen}
-    result = evaluate(candidates, *data.findings(chosen), chosen)
-    print(json.dumps(result.to_dict(), allow_nan=False) if arguments.json else result)
+    if arguments.data is None and arguments.annotations is None:
+        raise InputError("evaluate: expected DATA, or --annotations and --series")
+    truth = read_truth(
+        arguments.data,
+        annotations=arguments.annotations,
+        excluded=arguments.excluded,
+        series=arguments.series,
+        subsets=arguments.subsets,
+        coordinates=arguments.coordinates,
+    )
+    result = evaluate(arguments.candidates, truth)
+    if arguments.json:
+        print(json.dumps(result.to_dict(), allow_nan=False))
+        for warning in result.warnings:
+            print(f"fmkernels: WARNING: {warning}", file=sys.stderr)
+    else:
+        print(result)
     if arguments.plot:
         from fmkernels.focalmix.evaluation.figures import draw_froc
 
-        draw_froc(arguments.plot, {arguments.candidates.stem: result})
+        draw_froc(arguments.plot, {arguments.candidates.stem: result.froc})
+        _say_written(arguments.plot)
     return 0
 
 

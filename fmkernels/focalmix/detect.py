@@ -18,6 +18,7 @@ from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.errors import InputError, first_line, is_out_of_memory
 from fmkernels.focalmix.evaluation import figures
+from fmkernels.focalmix.evaluation.froc import count
 from fmkernels.focalmix.evaluation.results import (
     Finding,
     ScanFindings,
@@ -242,11 +243,6 @@ def finding_panel(
         title=f"{scan.uid[-16:]}, slice {finding.slice}",
         aspect=volume.spacing[1] / volume.spacing[2],
     )
-
-
-def count(number: int, name: str) -> str:
-    """A number of things: 1 scan, 2 scans."""
-    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def peak_memory(device: torch.device) -> str:

@@ -159,6 +159,8 @@ def test_from_phantoms_to_a_score(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 0
     evaluation = json.loads(capsys.readouterr().out)
+    for name in ("scans_without_candidates", "warnings", "notes"):
+        assert evaluation.pop(name) == []
     assert evaluation == json.loads((run / "evaluation.json").read_text())
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -92,6 +92,7 @@ class DataSet(ABC):
         self._shared_cache = cache is not None
         if not self.root.is_dir():
             raise InputError(f"{self.root}: expected a folder with scans, found no such folder")
+        self.excluded_table: Path | None = None
         self._scans: dict[str, Scan] = {}
         self._nodules: dict[str, np.ndarray] = {}
         self._excluded: dict[str, np.ndarray] = {}

@@ -73,7 +73,7 @@ class LUNA16(DataSet):
             raise InputError(
                 f"{self.root}: expected scans subset0/<seriesuid>.mhd to subset9/..., found none"
             )
-        annotations = _find_table(self.root, "annotations.csv")
+        annotations = find_table(self.root, "annotations.csv")
         if annotations is None:
             raise InputError(
                 f"{self.root / 'annotations.csv'}: expected the table of nodules, "
@@ -81,13 +81,13 @@ class LUNA16(DataSet):
             )
         self.annotations = annotations
         nodules = read_findings(annotations)
-        self.excluded_table = _find_table(self.root, "annotations_excluded.csv")
+        self.excluded_table = find_table(self.root, "annotations_excluded.csv")
         excluded = {} if self.excluded_table is None else read_findings(self.excluded_table)
         complete = len(present) == len(FOLDS)
         tables = {annotations: nodules}
         if self.excluded_table is not None:
             tables[self.excluded_table] = excluded
-        _check_known(all_scans, tables, _find_table(self.root, "seriesuids.csv"), complete)
+        _check_known(all_scans, tables, find_table(self.root, "seriesuids.csv"), complete)
         if coordinates == "RAS":
             nodules, excluded = (
                 {uid: negated(rows) for uid, rows in table.items()} for table in (nodules, excluded)
@@ -99,7 +99,7 @@ class LUNA16(DataSet):
         return f"{self.annotations}, row {find_row(self.annotations, uid, k)}"
 
 
-def _find_table(root: Path, name: str) -> Path | None:
+def find_table(root: Path, name: str) -> Path | None:
     """A table of the data set, from the first folder that contains it."""
     paths = (root / folder / name for folder in _TABLE_FOLDERS)
     return next((path for path in paths if path.is_file()), None)

@@ -5,6 +5,8 @@ Findings and candidates are float64 arrays [n, 4] per series, as in `data.tables
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +22,83 @@ BAND_RATES = np.array([2.0 ** (k / 10) for k in range(-30, 31)])
 
 MAX_CANDIDATES = 100
 """Only the most probable candidates of a scan count, at most this many."""
+
+DIAMETERS = (0.0, 6.0, 8.0, 15.0, np.inf)
+"""Limits of the groups of nodules by diameter (mm), the lower one included."""
+
+
+class Miss(NamedTuple):
+    """A nodule that no candidate hits."""
+
+    uid: str
+    point: tuple[float, float, float]
+    """World x, y, z in mm."""
+    diameter: float
+    """In mm, negative if unknown."""
+
+
+class Group(NamedTuple):
+    """The nodules of similar diameters."""
+
+    low: float
+    high: float
+    """Limits in mm, the lower one included; see `tables.diameters` for unknown ones."""
+    n_nodules: int
+    sensitivities: tuple[float, ...]
+    """At each of the `OPERATING_POINTS`. Their mean, weighted by nodules, is that of all."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What became of the candidates and nodules of one evaluation, all thresholds together."""
+
+    n_candidates: int
+    """Candidates in the scans evaluated: the sum of the next five, unless some hit two nodules."""
+    n_true: int
+    """Nodules that are hit: each by its best candidate."""
+    n_false: int
+    """Candidates that hit nothing."""
+    n_ignored: int
+    """Candidates that hit an excluded finding and no nodule."""
+    n_repeated: int
+    """Candidates on nodules, of which none is their best."""
+    n_capped: int
+    """Candidates beyond the 100 most probable of their scan."""
+    misses: tuple[Miss, ...]
+    """The nodules that no candidate hits."""
+    groups: tuple[Group, ...]
+    """Nodules by diameter, without empty groups."""
+    thresholds: tuple[float | None, ...]
+    """Lowest probability that is kept at each of the `OPERATING_POINTS`; None: no candidate is."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything except the thresholds, as numbers for strict JSON."""
+        names = ("n_candidates", "n_true", "n_false", "n_ignored", "n_repeated", "n_capped")
+        return {
+            "counts": {name: getattr(self, name) for name in names}
+            | {"n_missed": len(self.misses)},
+            "by_diameter": [
+                {
+                    "low": group.low,
+                    "high": group.high if np.isfinite(group.high) else None,
+                    "n_nodules": group.n_nodules,
+                    "sensitivities": list(group.sensitivities),
+                }
+                for group in self.groups
+            ],
+            "missed": [
+                {"seriesuid": miss.uid, "point": list(miss.point), "diameter": miss.diameter}
+                for miss in self.misses
+            ],
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_candidates:,} candidates: {self.n_true:,} true positives, "
+            f"{self.n_false:,} false positives, {self.n_ignored:,} ignored on excluded findings, "
+            f"{self.n_repeated:,} repeated, {self.n_capped:,} beyond the {MAX_CANDIDATES} of a "
+            f"scan; {len(self.misses):,} nodules missed"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +128,12 @@ class Froc:
     n_scans: int
     n_nodules: int
     n_bootstraps: int
+    details: Details | None = field(default=None, repr=False)
+    """None for a mean of several evaluations."""
 
     def to_dict(self) -> dict[str, object]:
         """Everything except samples and most of the band, as numbers for strict JSON."""
-        points = [
+        points: list[dict[str, float | None]] = [
             {"fps_per_scan": rate, "sensitivity": sensitivity}
             for rate, sensitivity in zip(
                 OPERATING_POINTS, self.operating_sensitivities, strict=True
@@ -61,6 +142,9 @@ class Froc:
         if self.band is not None:
             for point, lower, upper in zip(points, *self.band[:, ::10].tolist(), strict=True):
                 point |= {"lower": lower, "upper": upper}
+        if self.details is not None:
+            for point, threshold in zip(points, self.details.thresholds, strict=True):
+                point["threshold"] = threshold
         return {
             "n_scans": self.n_scans,
             "n_nodules": self.n_nodules,
@@ -73,15 +157,15 @@ class Froc:
                 "fps_per_scan": self.fps_per_scan.tolist(),
                 "sensitivity": self.sensitivities.tolist(),
             },
+            **(self.details.to_dict() if self.details is not None else {}),
         }
 
     def __str__(self) -> str:
         def line(name: str, values: Sequence[float]) -> str:
             return _line(name, [f"{100 * value:.1f}" for value in values])
 
-        scans, nodules = "s" * (self.n_scans != 1), "s" * (self.n_nodules != 1)
         lines = [
-            f"{self.n_scans} scan{scans}, {self.n_nodules} nodule{nodules}",
+            f"{count(self.n_scans, 'scan')}, {count(self.n_nodules, 'nodule')}",
             _line("False positives per scan", ("1/8", "1/4", "1/2", "1", "2", "4", "8")),
             line("Sensitivity (%)", self.operating_sensitivities),
         ]
@@ -93,7 +177,23 @@ class Froc:
             ]
             lower, upper = self.interval
             cpm += f" (95 % interval {lower:.3f} to {upper:.3f}, {self.n_bootstraps} bootstraps)"
+        if self.details is not None:
+            for group in self.details.groups:
+                ends = f"{group.low:g} to {group.high:g} mm"
+                ends = f"under {group.high:g} mm" if not group.low else ends
+                ends = f"{group.low:g} mm and over" if np.isinf(group.high) else ends
+                lines.append(line(f"  {ends} ({group.n_nodules:,})", group.sensitivities))
+            cells = [
+                "-" if threshold is None else f"{threshold:.3g}"
+                for threshold in self.details.thresholds
+            ]
+            lines += [_line("Threshold", cells), str(self.details)]
         return "\n".join([*lines, cpm])
+
+
+def count(number: int, name: str) -> str:
+    """A number of things: 1 scan, 2 scans."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
@@ -160,7 +260,8 @@ def evaluate(
     if not n_nodules.any():
         raise InputError("nodules: expected at least one in the scans evaluated, got none")
 
-    events = _Events.of([_score_scan(*scan) for scan in rows])
+    scores = [_score_scan(*scan) for scan in rows]
+    events = _Events.of([(score.detected, score.false) for score in scores])
     fps, detected = events.count(np.ones(len(scans)))
     rates = np.array(OPERATING_POINTS) * len(scans)
     operating = interpolate(rates, fps, detected) / n_nodules.sum()
@@ -179,6 +280,7 @@ def evaluate(
         n_scans=len(scans),
         n_nodules=int(n_nodules.sum()),
         n_bootstraps=bootstraps,
+        details=_details(list(scans), rows, scores, events, fps),
     )
 
 
@@ -241,16 +343,75 @@ def _intervals(samples: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
     return (lower, upper), np.quantile(samples, (0.025, 0.975), axis=0)
 
 
-def _score_scan(
-    candidates: np.ndarray, nodules: np.ndarray, excluded: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the detected nodules (best candidate each) and of the false positives."""
+class _Scores(NamedTuple):
+    """The candidates of a scan that count, and what they hit."""
+
+    detected: np.ndarray  # probability of the best candidate of each nodule that is hit
+    false: np.ndarray  # probability of each false positive
+    is_hit: np.ndarray  # bool [nodules]
+    n_ignored: int
+    n_repeated: int
+    n_capped: int
+
+
+def _score_scan(candidates: np.ndarray, nodules: np.ndarray, excluded: np.ndarray) -> _Scores:
+    n_capped = max(0, len(candidates) - MAX_CANDIDATES)
     candidates = candidates[np.argsort(-candidates[:, 3], kind="stable")[:MAX_CANDIDATES]]
     points, probability = candidates[:, :3], candidates[:, 3]
     on_nodule = hits(points, nodules)
+    hits_nodule, is_hit = np.asarray(on_nodule.any(axis=1)), np.asarray(on_nodule.any(axis=0))
+    on_excluded = hits(points, excluded).any(axis=1)
     best = np.where(on_nodule, probability[:, None], -np.inf).max(axis=0, initial=-np.inf)
-    is_false = ~on_nodule.any(axis=1) & ~hits(points, excluded).any(axis=1)
-    return best[on_nodule.any(axis=0)], probability[is_false]
+    bests = on_nodule[:, is_hit].argmax(axis=0) if is_hit.any() else ()  # candidates are sorted
+    return _Scores(
+        best[is_hit],
+        probability[~hits_nodule & ~on_excluded],
+        is_hit,
+        int((~hits_nodule & on_excluded).sum()),
+        int(hits_nodule.sum()) - len(np.unique(bests)),
+        n_capped,
+    )
+
+
+def _details(
+    series: Sequence[str],
+    rows: Sequence[Sequence[np.ndarray]],
+    scores: Sequence[_Scores],
+    events: "_Events",
+    fps: np.ndarray,
+) -> Details:
+    misses = tuple(
+        Miss(uid, (x, y, z), diameter)
+        for uid, (_, nodules, _), score in zip(series, rows, scores, strict=True)
+        for x, y, z, diameter in nodules[~score.is_hit].tolist()
+    )
+    # in the order of the events
+    detected = np.concatenate([score.detected for score in scores])
+    order = np.argsort(-detected, kind="stable")
+    sizes = [diameters(nodules) for _, nodules, _ in rows]
+    hit = [size[score.is_hit] for size, score in zip(sizes, scores, strict=True)]
+    all_sizes, hit_sizes = np.concatenate(sizes), np.concatenate(hit)[order]
+    rates = np.array(OPERATING_POINTS) * len(series)
+    groups = []
+    for low, high in pairwise(DIAMETERS):
+        total = int(((low <= all_sizes) & (all_sizes < high)).sum())
+        of_group = np.cumsum(np.append(0.0, (low <= hit_sizes) & (hit_sizes < high)))
+        if total:
+            at = interpolate(rates, fps, of_group[events.n_detected]) / total
+            groups.append(Group(low, high, total, tuple(at.tolist())))
+    last = np.searchsorted(fps, rates, side="right") - 1
+    thresholds = [float(events.thresholds[i]) if i >= 0 else None for i in last.tolist()]
+    return Details(
+        n_candidates=sum(len(candidates) for candidates, _, _ in rows),
+        n_true=len(detected),
+        n_false=len(events.false_scan),
+        n_ignored=sum(score.n_ignored for score in scores),
+        n_repeated=sum(score.n_repeated for score in scores),
+        n_capped=sum(score.n_capped for score in scores),
+        misses=misses,
+        groups=tuple(groups),
+        thresholds=tuple(thresholds),
+    )
 
 
 @dataclass(frozen=True)

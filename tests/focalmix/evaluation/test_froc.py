@@ -105,6 +105,92 @@ def test_it_agrees_with_a_count_at_every_threshold(cases, extent, crowded):
     assert len(seen) > 20
 
 
+def counted(candidates, nodules, excluded, series):
+    """Counts of the whole evaluation in the order of `Details`, and the nodules missed."""
+    counts, missed = np.zeros(6, dtype=int), []
+    for uid in series:
+        ranked = sorted(map(tuple, candidates.get(uid, [])), key=lambda c: -c[3])
+        taken, true = ranked[:100], np.reshape(nodules.get(uid, []), (-1, 4))
+        on = [np.flatnonzero(hits(np.array([c[:3]]), true)[0]) for c in taken]
+        best = {
+            n: next(i for i, found in enumerate(on) if n in found)
+            for n in np.concatenate([*on, []])
+        }
+        off = [c for c, found in zip(taken, on, strict=True) if not len(found)]
+        dropped = np.reshape(excluded.get(uid, []), (-1, 4))
+        ignored = sum(hits(np.array([c[:3]]), dropped).any() for c in off)
+        repeated = sum(len(found) > 0 for found in on) - len(set(best.values()))
+        counts += [
+            len(ranked), len(best), len(off) - ignored, ignored, repeated, len(ranked) - len(taken),
+        ]  # fmt: skip
+        missed += [(uid, *row) for n, row in enumerate(true.tolist()) if n not in best]
+    return counts.tolist(), missed
+
+
+@pytest.mark.parametrize(
+    ("cases", "extent", "crowded"), [(40, 8, False), (30, 14, False), (4, 20, True)]
+)
+def test_it_counts_what_becomes_of_candidates_and_nodules(cases, extent, crowded):
+    rng = np.random.default_rng(2)
+    seen = set()
+    for _ in range(cases):
+        case = random_case(rng, extent=extent, crowded=crowded)
+        froc = evaluate(*case, bootstraps=0)
+        details, (counts, missed) = froc.details, counted(*case)
+        names = ("candidates", "true", "false", "ignored", "repeated", "capped")
+        assert [getattr(details, f"n_{name}") for name in names] == counts
+        assert [(miss.uid, *miss.point, miss.diameter) for miss in details.misses] == missed
+        assert details.n_true + len(missed) == froc.n_nodules
+        seen |= {name for name, value in zip(names, counts, strict=True) if value}
+    assert len(seen) == 6 - (not crowded)
+
+
+def test_groups_by_diameter_are_those_of_their_nodules_alone():
+    """With the false positives of all: the other nodules become excluded findings."""
+    rng, compared = np.random.default_rng(3), 0
+    for _ in range(30):
+        candidates, nodules, _, series = random_case(rng, extent=14, crowded=False)
+        nodules = {uid: rows * [3, 3, 3, 2] for uid, rows in nodules.items()}
+        candidates = {uid: rows * [3, 3, 3, 1] for uid, rows in candidates.items()}
+        froc = evaluate(candidates, nodules, {}, series, bootstraps=0)
+        for group in froc.details.groups:
+
+            def inside(rows, group=group):
+                size = np.where(rows[:, 3] < 0, 10, rows[:, 3])
+                return (group.low <= size) & (size < group.high)
+
+            own = {uid: rows[inside(rows)] for uid, rows in nodules.items()}
+            rest = {uid: rows[~inside(rows)] for uid, rows in nodules.items()}
+            alone = evaluate(candidates, own, rest, series, bootstraps=0)
+            assert group.n_nodules == alone.n_nodules
+            if np.array_equal(alone.fps_per_scan, froc.fps_per_scan):  # no point was left out
+                np.testing.assert_allclose(group.sensitivities, alone.operating_sensitivities)
+                compared += 1
+        weights = [group.n_nodules for group in froc.details.groups]
+        mean = np.average([group.sensitivities for group in froc.details.groups], 0, weights)
+        np.testing.assert_allclose(mean, froc.operating_sensitivities, atol=1e-12)
+        assert sum(weights) == froc.n_nodules
+    assert compared > 10
+
+
+def test_thresholds_keep_the_sensitivity_at_no_more_false_positives():
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        candidates, nodules, excluded, series = random_case(rng, extent=14, crowded=False)
+        froc = evaluate(candidates, nodules, excluded, series, bootstraps=0)
+        for rate, threshold, sensitivity in zip(
+            OPERATING_POINTS, froc.details.thresholds, froc.operating_sensitivities, strict=True
+        ):
+            if threshold is None:
+                assert not len(froc.fps_per_scan) or froc.fps_per_scan[0] > rate
+                continue
+            kept = {uid: rows[rows[:, 3] >= threshold] for uid, rows in candidates.items()}
+            at = evaluate(kept, nodules, excluded, series, bootstraps=0)
+            assert at.fps_per_scan[-1] <= rate
+            above = froc.sensitivities[froc.fps_per_scan <= rate].max()
+            assert at.sensitivities[-1] == above <= sensitivity + 1e-12
+
+
 def test_the_lowest_threshold_counts():
     froc = froc_of([[0, 0, 0, 0.4], *wrong(1, 0.5)], [[0, 0, 0, 6]])
     assert froc.operating_sensitivities == (0, 0, 0, 1, 1, 1, 1)
@@ -371,12 +457,15 @@ def test_the_dictionary_is_strict_json(candidates, bootstraps):
 
 def test_the_table_shows_what_counts():
     text = str(froc_of([[0, 0, 0, 0.4], *wrong(1, 0.5)], [[0, 0, 0, 6]]))
-    lines = text.splitlines()
+    lines, zeros, all_found = text.splitlines(), ["0.0"] * 3, ["100.0"] * 4
     assert lines[0] == "1 scan, 1 nodule"
     assert lines[1].split()[-7:] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
-    assert lines[2].split()[-7:] == ["0.0", "0.0", "0.0", "100.0", "100.0", "100.0", "100.0"]
-    assert lines[3] == "CPM 0.571"
-    assert len(set(map(len, lines[1:3]))) == 1
+    assert lines[2].split()[-7:] == [*zeros, *all_found]
+    assert lines[3].split() == ["6", "to", "8", "mm", "(1)", *zeros, *all_found]
+    assert lines[4].split() == ["Threshold", "-", "-", "-", "0.4", "0.4", "0.4", "0.4"]
+    assert lines[5].startswith("2 candidates: 1 true positives, 1 false positives, 0 ignored")
+    assert lines[6:] == ["CPM 0.571"]
+    assert len(set(map(len, lines[1:5]))) == 1
     with_interval = str(froc_of([[0, 0, 0, 0.4]], [[0, 0, 0, 6]], scans=3, bootstraps=10))
     assert with_interval.startswith("3 scans, 1 nodule\n")
     assert with_interval.endswith("CPM 1.000 (95 % interval 1.000 to 1.000, 10 bootstraps)")

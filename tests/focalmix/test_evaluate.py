@@ -1,0 +1,205 @@
+"""Candidates against data sets and against tables alone: what is counted, and what is doubted."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.evaluate import NO_TABLE, evaluate, read_truth
+from tests.focalmix.conftest import SCANS, write_luna
+
+IDS = ["007", "008", "009", "010"]
+NODULES = {"007": [(1, 2, 3, 6)], "008": [(1, 2, 3, 9), (50, 2, 3, 20)], "010": [(1, 2, 3, -1)]}
+
+
+@pytest.fixture
+def tables(tmp_path) -> Path:
+    """Four scans, one without a nodule, and candidates that hit the first nodule of each."""
+    rows = [f"{uid},{x},{y},{z},{d}" for uid, found in NODULES.items() for x, y, z, d in found]
+    write(tmp_path / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", *rows)
+    write(
+        tmp_path / "annotations_excluded.csv",
+        "seriesuid,coordX,coordY,coordZ,diameter_mm",
+        *(f"{uid},90,2,3,-1" for uid in IDS),
+    )
+    write(tmp_path / "seriesuids.csv", *IDS)
+    write_candidates(tmp_path / "found.csv", IDS)
+    return tmp_path
+
+
+def write(path: Path, *lines: str) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_candidates(path: Path, ids) -> None:
+    places = [(1, 2, 3, 0.9), (1, 2, 3.5, 0.8), (90, 2, 3, 0.7), (200, 2, 3, 0.1)]
+    rows = [f"{uid},{x},{y},{z},{p}" for uid in ids for x, y, z, p in places]
+    write(path, "seriesuid,coordX,coordY,coordZ,probability", *rows)
+
+
+def test_tables_alone(tables):
+    given = {name: tables / f"{name}.csv" for name in ("annotations",)}
+    given |= {"excluded": tables / "annotations_excluded.csv", "series": tables / "seriesuids.csv"}
+    for truth in (read_truth(tables), read_truth(None, **given)):
+        result = evaluate(tables / "found.csv", truth, bootstraps=0)
+        details = result.froc.details
+        assert (result.froc.n_scans, result.froc.n_nodules, details.n_candidates) == (4, 4, 16)
+        # in 009 the candidates on the place of the others' nodules are false
+        assert (details.n_true, details.n_false, details.n_ignored, details.n_repeated) == (
+            3, 6, 4, 3,
+        )  # fmt: skip
+        assert [(miss.uid, miss.point, miss.diameter) for miss in details.misses] == [
+            ("008", (50, 2, 3), 20)
+        ]
+        assert result.warnings == result.notes == result.without_candidates == []
+
+
+def test_own_annotations_may_name_files(tables):
+    write(tables / "own.csv", "scan,x,y,z,diameter", "007.nii.gz,-1,-2,3,6", "a/008.mhd,-1,-2,3,9")
+    truth = read_truth(None, annotations=tables / "own.csv", series=tables / "seriesuids.csv",
+                       excluded=NO_TABLE, coordinates="RAS")  # fmt: skip
+    result = evaluate(tables / "found.csv", truth, bootstraps=0)
+    assert result.froc.details.n_true == result.froc.n_nodules == 2 and not result.warnings
+
+
+def test_ids_without_a_leading_zero_are_not_overlooked(tables):
+    """Of some scans: of all of them is an error."""
+    write_candidates(tables / "found.csv", ["7", "8", "009", "010"])
+    result = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0)
+    first, second = result.warnings
+    assert "8 candidates in 2 scans do not count" in first and "(is it 007?)" in first
+    assert "2 of the 4 scans; their 3 nodules count as missed" in second
+    assert result.without_candidates == ["007", "008"]
+    write_candidates(tables / "found.csv", ["7", "8"])
+    with pytest.raises(InputError, match=r"expected the scans to evaluate.*got 7 \(is it 007\?\)"):
+        evaluate(tables / "found.csv", read_truth(tables))
+
+
+def test_annotations_that_may_mean_a_scan_are_not_overlooked(tables):
+    text = (tables / "annotations.csv").read_text().replace("\n007,", "\n7.mhd,")
+    (tables / "annotations.csv").write_text(text)
+    (warning,) = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0).warnings
+    assert "1 nodule of 1 scan do not count" in warning and "(is it 007?)" in warning
+
+
+@pytest.mark.parametrize("near", ["", "Annotations_Excluded (1).csv"])
+def test_a_missing_table_of_excluded_findings_is_not_overlooked(tables, near):
+    if near:
+        (tables / "annotations_excluded.csv").rename(tables / near)
+    else:
+        (tables / "annotations_excluded.csv").unlink()
+    (warning,) = read_truth(tables).warnings
+    assert warning.startswith("no table of excluded findings") and "--excluded none" in warning
+    assert near in warning and ("is it" in warning) == bool(near)
+    assert read_truth(tables, excluded=NO_TABLE).warnings == []
+    result = evaluate(tables / "found.csv", read_truth(tables, excluded=NO_TABLE), bootstraps=0)
+    assert result.froc.details.n_false == 10
+
+
+def test_excluded_findings_of_other_scans_alone_are_not_overlooked(tables):
+    write(tables / "x.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", "1.2,90,2,3,-1")
+    (warning,) = read_truth(tables, excluded=tables / "x.csv").warnings
+    assert "no excluded finding is of a scan" in warning
+
+
+def test_a_fold_beside_whole_tables_is_right(tables):
+    write(tables / "seriesuids.csv", "007", "009")
+    result = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0)
+    assert (result.froc.n_scans, result.froc.n_nodules, result.warnings) == (2, 1, [])
+    assert "3 nodules of 2 scans do not count" in result.notes[0]
+    assert "8 candidates in 2 scans do not count" in result.notes[1]
+
+
+def test_a_scan_that_was_searched_in_vain_has_a_row(tables):
+    write_candidates(tables / "found.csv", IDS[:3])
+    truth = read_truth(tables)
+    assert "1 of the 4 scans" in evaluate(tables / "found.csv", truth, bootstraps=0).warnings[0]
+    with open(tables / "found.csv", "a") as file:
+        file.write("010,,,,\n")
+    assert evaluate(tables / "found.csv", truth, bootstraps=0).warnings == []
+
+
+def test_scans_with_a_list_or_other_tables(tmp_path):
+    root = write_luna(tmp_path / "luna", SCANS)
+    write(tmp_path / "list.csv", SCANS[0].uid, SCANS[4].uid)
+    truth = read_truth(root, series=tmp_path / "list.csv")
+    assert truth.series == [SCANS[0].uid, SCANS[4].uid] and set(truth.others) == {
+        scan.uid for scan in SCANS[1:4]
+    }
+    assert len(read_truth(root, excluded=NO_TABLE).excluded) == 0
+    other = read_truth(root, annotations=root / "annotations.csv", excluded=NO_TABLE)
+    assert sorted(other.series) == sorted(scan.uid for scan in SCANS)
+    (root / "seriesuids.csv").unlink()
+    assert read_truth(root, annotations=root / "annotations.csv").series
+    write(tmp_path / "list.csv", "1.2.3")
+    with pytest.raises(InputError, match=r"list\.csv: expected scans of .*got 1\.2\.3"):
+        read_truth(root, series=tmp_path / "list.csv")
+
+
+def test_findings_without_a_scan_are_in_the_warnings(tmp_path):
+    root = write_luna(tmp_path / "luna", SCANS)
+    (root / "seriesuids.csv").unlink()
+    (root / "subset3").rmdir()
+    for path in (root / "subset2").iterdir():
+        path.unlink()
+    with open(root / "annotations.csv", "a") as file:
+        file.write("1.2.3,0,0,0,5\n")
+    (warning,) = read_truth(root).warnings
+    assert "1 findings are of 1 series without a scan" in warning
+
+
+@pytest.mark.parametrize(
+    ("remove", "options", "message"),
+    [
+        ("annotations.csv", {}, "--annotations: expected the table of nodules"),
+        ("seriesuids.csv", {}, "--series: expected the list of all scans: false positives"),
+        (None, {"subsets": [1]}, "--subsets: expected scans in subsets"),
+        (None, {"excluded": Path("typo.csv")}, "typo.csv: expected a table of findings, found no"),
+    ],
+)
+def test_what_is_missing_is_named(tables, remove, options, message):
+    if remove:
+        (tables / remove).unlink()
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_truth(tables, **options)
+
+
+def test_the_command(tables, capsys):
+    (tables / "annotations_excluded.csv").unlink()
+    found, plot = str(tables / "found.csv"), tables / "froc.png"
+    assert main(["evaluate", found, str(tables), "--plot", str(plot)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "Nodules that no candidate hits (x, y, z, diameter in mm):",
+        "  008  50.0, 2.0, 3.0, 20.0",
+    ]
+    assert "4 scans, 4 nodules" in lines and lines[-1].startswith("WARNING: no table of excluded")
+    assert lines[-2].startswith("CPM 0.") and lines[-2].endswith("bootstraps) - with 1 WARNING:")
+    assert err == f"fmkernels: wrote {plot}\n" and plot.stat().st_size > 1000
+
+    assert main(["evaluate", found, str(tables), "--json"]) == 0
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert values["counts"]["n_true"] == 3 and len(values["warnings"]) == 1
+    assert values["missed"] == [{"seriesuid": "008", "point": [50, 2, 3], "diameter": 20}]
+    assert err == f"fmkernels: WARNING: {values['warnings'][0]}\n"
+
+    assert main(["evaluate", found]) == 2
+    assert "expected DATA, or --annotations and --series" in capsys.readouterr().err
+    assert main(["evaluate", found, str(tables / "nope")]) == 2
+    assert "nope: expected a folder with scans or tables" in capsys.readouterr().err
+
+
+def test_long_lists_are_cut(tables, capsys):
+    ids = [f"{number:03}" for number in range(40)]
+    write(tables / "seriesuids.csv", *ids)
+    rows = [f"{uid},300,2,3,5" for uid in ids]
+    write(tables / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", *rows)
+    assert main(["evaluate", str(tables / "found.csv"), str(tables)]) == 0
+    out = capsys.readouterr().out
+    assert "  ... and 20 more; --json lists all\n" in out  # of 40 nodules
+    assert "  ... and 26 more; --json lists all\n" in out  # of 36 scans

@@ -129,6 +129,25 @@ class Config:
     positive_fraction: float = _option(
         0.7, "patches", "fraction of labeled patches placed around a nodule", check=_FRACTION
     )
+    contrast: float = _option(
+        0.0,
+        "patches",
+        "augmentation: largest relative change of contrast, and change of brightness in widths of "
+        "the window",
+        check=_FRACTION,
+    )
+    noise: float = _option(
+        0.0,
+        "patches",
+        "augmentation: largest standard deviation of noise in HU",
+        check=_NOT_NEGATIVE,
+    )
+    blur: float = _option(
+        0.0,
+        "patches",
+        "augmentation: largest standard deviation of the blur in voxels",
+        check=_Check("0 to 4", lambda value: 0 <= value <= 4),
+    )
     strides: tuple[int, ...] = _option(
         (2, 4, 8), "detector", "strides of the pyramid levels in voxels, the last of 2, 4, 8, ..."
     )
@@ -218,8 +237,21 @@ class Config:
         "fraction of unlabeled patches placed around detections of the burn-in model",
         check=_FRACTION,
     )
+    pseudo_box_probability: float = _option(
+        0.0,
+        "FocalMix",
+        "minimum probability of a detection that unlabeled patches are placed around",
+        check=_FRACTION,
+    )
     unlabeled_weight: float = _option(
         4.0, "FocalMix", "final weight of the unlabeled loss", check=_NOT_NEGATIVE
+    )
+    unlabeled_normalizer: str = _option(
+        "labeled",
+        "FocalMix",
+        "what divides the unlabeled loss: the number of labeled positives, or the sum of its own "
+        "pseudo-targets",
+        choices=("labeled", "own"),
     )
     burn_in: float = _option(
         0.6,
@@ -236,11 +268,25 @@ class Config:
         "steps over which the weight of the unlabeled loss ramps up",
         check=_NOT_NEGATIVE,
     )
+    student: str = _option(
+        "continued",
+        "FocalMix",
+        "after the burn-in, continue with its weights, or with fresh ones (supervised runs too)",
+        choices=("continued", "fresh"),
+    )
     teacher: str = _option(
         "ema",
         "FocalMix",
-        "weights that predict the pseudo-targets: averaged or current",
-        choices=("ema", "current"),
+        "weights that predict the pseudo-targets: averaged, current, or the averaged ones of the "
+        "burn-in (fixed)",
+        choices=("ema", "current", "fixed"),
+    )
+    follow_after: int | None = _option(
+        None,
+        "FocalMix",
+        "steps after the burn-in from which a fixed teacher is replaced by the averaged weights "
+        "(default: never)",
+        check=_NOT_NEGATIVE,
     )
     views: int = _option(
         4,
@@ -260,8 +306,26 @@ class Config:
         "pseudo-targets are probabilities (soft), or 0 and 1 (hard)",
         choices=("soft", "hard"),
     )
+    ignored_targets: tuple[float, float] = _option(
+        (0.0, 0.0),
+        "FocalMix",
+        "pseudo-targets between these two have no loss",
+        check=_Check(
+            "two numbers of 0 to 1, the lower first",
+            lambda value: len(value) == 2 and 0 <= value[0] <= value[1] <= 1,
+        ),
+    )
     image_mixup: bool = _option(True, "FocalMix", "mix whole images")
+    mixed_images: str = _option(
+        "all",
+        "FocalMix",
+        "images that image MixUp changes: all, or unlabeled ones",
+        choices=("all", "unlabeled"),
+    )
     object_mixup: bool = _option(True, "FocalMix", "mix objects")
+    supervised_mixup: bool = _option(
+        False, "FocalMix", "mix images and objects in supervised steps too"
+    )
     eta: float = _option(0.2, "FocalMix", "Beta(eta, eta) parameter of MixUp", check=_POSITIVE)
     confidence: float = _option(
         0.8,
@@ -340,7 +404,22 @@ class Config:
         for name in ("validation_subsets", "test_subsets"):
             apart = not set(getattr(self, name)) & set(self.train_subsets)
             self._expect(name, apart, "none of train_subsets")
+        self._expect(
+            "supervised_mixup",
+            not self.supervised_mixup or self.image_mixup or self.object_mixup,
+            "image_mixup or object_mixup with it",
+        )
+        self._expect(
+            "follow_after",
+            self.follow_after is None or self.teacher == "fixed",
+            "none where teacher is not fixed",
+        )
         if self.method == "focalmix":
+            self._expect(
+                "burn_in",
+                self.burn_in_steps > 0 or self.teacher != "fixed",
+                "more than 0, so that a fixed teacher has learned something",
+            )
             if self.burn_in_steps >= self.steps:
                 raise InputError(
                     f"burn_in: expected less than the {self.steps} steps, got {self.burn_in_steps}"

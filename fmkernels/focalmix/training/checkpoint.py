@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -54,6 +55,14 @@ class State:
         """Number of steps in the sums."""
         self.seconds = 0.0
         """Training time so far, over all sessions."""
+
+    def start_anew(self, config: Config) -> None:
+        """Draw fresh weights, and forget average and optimizer; step and schedule go on."""
+        seed = np.random.SeedSequence((config.seed, self.step)).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(seed >> 1))
+        self.model.load_state_dict(build_model(config).state_dict())
+        self.ema.n_averaged.zero_()  # the next update copies the weights
+        self.optimizer.state.clear()
 
     def save(self, path: Path, config: Config, series: Sequence[str]) -> None:
         checkpoint = {
@@ -119,13 +128,20 @@ def _check_series(path: Path, stored: Any, series: Sequence[str], name: str) -> 
         )
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[Config, nn.Module]:
+def load_run(
+    run: str | Path, device: torch.device | str = "cpu", name: str = CHECKPOINT
+) -> tuple[Config, nn.Module]:
     """Read the configuration of a run, and its averaged weights onto the device.
+
+    Args:
+        run: the folder of the run.
+        device: where the weights go.
+        name: the checkpoint: its last one, or `BURN_IN`.
 
     Raises:
         InputError: there is no run, or its checkpoint is damaged.
     """
-    path = Path(run) / CHECKPOINT
+    path = Path(run) / name
     if not path.parent.is_dir():
         raise InputError(f"{run}: expected the folder of a run, found no such folder")
     with _reading(path) as checkpoint:

@@ -46,12 +46,14 @@ from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write, lock_folder
 from fmkernels.focalmix.model.detector import autocast
 from fmkernels.focalmix.model.inference import Detections, detect
+from fmkernels.focalmix.training.augment import augmented
 from fmkernels.focalmix.training.checkpoint import (
     BURN_IN,
     CHECKPOINT,
     PSEUDO_BOXES,
     State,
     load_pseudo_boxes,
+    load_run,
     save_pseudo_boxes,
     save_tensors,
 )
@@ -61,6 +63,8 @@ from fmkernels.focalmix.training.step import Losses, focalmix_loss, sample_draws
 CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
 MAX_PSEUDO_BOXES = 5
 """Maximum number of pseudo-boxes of an unlabeled scan."""
+PSEUDO_BOX_POWER = 4
+"""Patches are placed around a pseudo-box with this power of its probability."""
 
 
 class Scans(NamedTuple):
@@ -174,6 +178,7 @@ class _Trainer:
         )
         self.began = time.monotonic() - run.state.seconds
         self.pseudo_boxes = torch.empty(0, 8, dtype=torch.float32, device="cpu")
+        self.burn_in_model: nn.Module | None = None
         self.health: list[torch.Tensor] = []
         """Loss and gradient norm of each step since they were last checked."""
 
@@ -185,17 +190,22 @@ class _Trainer:
     def fit(self) -> None:
         """Burn-in, detection in the unlabeled scans, FocalMix steps."""
         config, state, stopwatch = self.run.config, self.run.state, self.run.stopwatch
-        is_focalmix = config.method == "focalmix"
         labeled = self._batches(_labeled_patches(self.run), state.step)
         stopwatch.start()
 
-        supervised_steps = config.burn_in_steps if is_focalmix else config.steps
-        for patches in itertools.islice(labeled, max(0, supervised_steps - state.step)):
+        for patches in itertools.islice(labeled, max(0, config.burn_in_steps - state.step)):
             self._step(patches)
-        if not is_focalmix:
+        if config.method == "focalmix":
+            self.pseudo_boxes = self._find_pseudo_boxes()
+            if config.teacher == "fixed":
+                self.burn_in_model = self._load_burn_in()
+        if config.student == "fresh" and state.step == config.burn_in_steps:
+            state.start_anew(config)
+        if config.method == "supervised":
+            for patches in labeled:
+                self._step(patches)
             return
 
-        self.pseudo_boxes = self._find_pseudo_boxes()
         stopwatch.restart()
         unlabeled = self._batches(_unlabeled_patches(self.run, self.pseudo_boxes), state.step)
         for patches, unlabeled_patches in zip(labeled, unlabeled, strict=True):
@@ -230,6 +240,15 @@ class _Trainer:
         if self.rank == 0:
             save_pseudo_boxes(path, boxes, series)
         return boxes
+
+    def _load_burn_in(self) -> nn.Module:
+        """The averaged weights at the end of the burn-in."""
+        if self.world_size > 1:
+            dist.barrier()  # the first process has written them
+        _, model = load_run(self.run.out, self.run.stopwatch.device, BURN_IN)
+        if self.run.config.compile != "off":
+            _compile(model, graph=self.run.config.compile == "graph")
+        return model
 
     def _step(self, labeled: Mapping[str, Any], unlabeled: Mapping[str, Any] | None = None) -> None:
         """One step of the optimizer, and what is due after it."""
@@ -269,13 +288,30 @@ class _Trainer:
         stopwatch.start()
 
     def _losses(self, labeled: Mapping[str, Any], unlabeled: torch.Tensor | None) -> Losses:
-        config, state = self.run.config, self.run.state
+        config, step = self.run.config, self.run.state.step
+        model = augmented(self.model, config, (config.seed, step, self.rank))
+        if unlabeled is None and not config.supervised_mixup:
+            return supervised_loss(model, labeled, config)
+        device = labeled["image"].device
+        only_labeled = unlabeled is None
+        draws = sample_draws(config, step, self.rank, self.world_size, only_labeled=only_labeled)
+        draws = draws.to(device)
         if unlabeled is None:
-            return supervised_loss(self.model, labeled, config)
-        teacher = state.ema.module if config.teacher == "ema" else state.model
-        draws = sample_draws(config, state.step, self.rank, self.world_size)
-        device = unlabeled.device
-        return focalmix_loss(self.model, teacher, labeled, unlabeled, config, draws.to(device))
+            return supervised_loss(model, labeled, config, draws)
+        return focalmix_loss(model, self._teacher(), labeled, unlabeled, config, draws)
+
+    def _teacher(self) -> nn.Module:
+        """The weights that predict the pseudo-targets of this step."""
+        config, state = self.run.config, self.run.state
+        if config.teacher == "current":
+            return state.model
+        follows = config.follow_after is not None and (
+            state.step - config.burn_in_steps >= config.follow_after
+        )
+        if config.teacher == "ema" or follows:
+            return state.ema.module
+        assert self.burn_in_model is not None
+        return self.burn_in_model
 
     def _after_step(self, rate: float) -> None:
         """Log, validate, save and stop where it is due."""
@@ -371,7 +407,9 @@ def _labeled_patches(run: _Run) -> LabeledPatches:
 
 def _unlabeled_patches(run: _Run, pseudo_boxes: torch.Tensor) -> UnlabeledPatches:
     """The unlabeled patches of all steps, placed around the pseudo-boxes."""
+    least = run.config.pseudo_box_probability**PSEUDO_BOX_POWER
     rows = pseudo_boxes.numpy()
+    rows = rows[rows[:, 7] >= least]
     return UnlabeledPatches(
         run.data,
         run.scans.unlabeled,
@@ -398,11 +436,15 @@ def _joint_batch(run: _Run, step: int, pseudo_boxes: torch.Tensor) -> dict[str, 
 
 
 def _pseudo_boxes(detections: Mapping[str, Detections], series: Sequence[str]) -> torch.Tensor:
-    """float32 [n, 8]: index of the series, box, weight = probability^4, for the best of a scan."""
+    """float32 [n, 8]: index of the series, box, sampling weight, for the best of each scan."""
     rows = [
-        np.column_stack([np.full(len(found.boxes), i), found.boxes, found.probabilities**4])[
-            :MAX_PSEUDO_BOXES
-        ]
+        np.column_stack(
+            [
+                np.full(len(found.boxes), i),
+                found.boxes,
+                found.probabilities**PSEUDO_BOX_POWER,
+            ]
+        )[:MAX_PSEUDO_BOXES]
         for i, found in enumerate(detections[uid] for uid in series)
     ]
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
@@ -522,7 +564,9 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
     rank, world_size = rank_and_world_size()
     names = ["batch_size"]
     if config.method == "focalmix":
-        names += ["unlabeled_batch_size", "groups"]
+        names += ["unlabeled_batch_size"]
+    if config.method == "focalmix" or config.supervised_mixup:
+        names += ["groups"]
     for name in names:
         if (value := getattr(config, name)) % world_size:
             raise InputError(

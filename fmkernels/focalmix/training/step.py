@@ -59,19 +59,23 @@ class Draws(NamedTuple):
         return Draws(self.flips, *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
-def sample_draws(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Draws:
+def sample_draws(
+    config: Config, step: int, rank: int = 0, world_size: int = 1, *, only_labeled: bool = False
+) -> Draws:
     """The random numbers of a step for one process, on the CPU, determined by seed and step.
+
+    With ``only_labeled``, the batch has no unlabeled images.
 
     The joint batch consists of ``config.groups`` groups: equal parts of its labeled and of its
     unlabeled images, in order. Images are mixed within their group, with random numbers that depend
     on the group, so that several processes mix as one process with the joint batch would.
     """
     labeled = config.batch_size // world_size
-    batch = labeled + config.unlabeled_batch_size // world_size
+    batch = labeled + (0 if only_labeled else config.unlabeled_batch_size // world_size)
     groups, count = config.groups // world_size, batch * config.max_objects
     images, slots = (torch.arange(n, device="cpu") for n in (batch, count))
     slots = slots.view(batch, -1)  # of the objects of each image
-    parts = images[:labeled].chunk(groups), images[labeled:].chunk(groups)
+    parts = images[:labeled].tensor_split(groups), images[labeled:].tensor_split(groups)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     lam, index = torch.empty(batch, **float32), torch.empty_like(images)
     object_lam = torch.empty(count, **float32)
@@ -92,6 +96,8 @@ def sample_draws(config: Config, step: int, rank: int = 0, world_size: int = 1) 
     ramp = min(1.0, (step - config.burn_in_steps + 1) / (config.rampup_steps + 1))
     weight = torch.tensor(config.unlabeled_weight * ramp, **float32)
     priority.fill_diagonal_(-1.0)  # no object is its own donor
+    if config.mixed_images == "unlabeled":
+        lam[:labeled] = 1.0
     return Draws(flips.to(torch.uint8), lam, index, object_lam, priority, weight)
 
 
@@ -100,17 +106,26 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int(seed))
 
 
-def supervised_loss(model: nn.Module, batch: Mapping[str, Any], config: Config) -> Losses:
-    """Focal loss of every anchor, and smooth L1 loss of the boxes of positive anchors."""
-    matches = _match(batch, config)
-    views = _views(config)
-    image = views(batch["image"], [0], window=config.window, dtype=input_dtype(batch["image"]))
-    outputs = model(image)
-    return _losses(outputs, matches.targets, matches, config)
+def supervised_loss(
+    model: Callable, batch: Mapping[str, Any], config: Config, draws: Draws | None = None
+) -> Losses:
+    """Focal loss of every anchor, and smooth L1 loss of the boxes of positive anchors.
+
+    With ``draws``, images and objects are mixed as in a FocalMix step.
+    """
+    matches, images, mix = _match(batch, config), batch["image"], None
+    if draws is None:
+        inputs = _views(config)(images, [0], window=config.window, dtype=input_dtype(images))
+    else:
+        mix = (draws.lam, draws.index) if config.image_mixup else None
+        inputs = mix_images(images, mix, config)
+        if config.object_mixup:
+            mix_objects(inputs, images, _first(batch["boxes"], config.max_objects), config, draws)
+    return _losses(model(inputs), matches.targets, matches, config, mix=mix)
 
 
 def focalmix_loss(
-    model: nn.Module,
+    model: Callable,
     teacher: nn.Module,
     labeled: Mapping[str, Any],
     unlabeled: Tensor,
@@ -118,9 +133,7 @@ def focalmix_loss(
     draws: Draws,
 ) -> Losses:
     """The losses of a FocalMix step. All images are int16 HU, labeled ones come first."""
-    ops = _ops(config)
     images = torch.cat([labeled["image"], unlabeled])
-    no_mixing = torch.ones_like(draws.lam), torch.arange(len(images), device=images.device)
 
     # 1. Targets: from the labels, and from the teacher's predictions
     matches = _match(labeled, config)
@@ -129,28 +142,48 @@ def focalmix_loss(
 
     # 2. Image MixUp; the loss mixes the targets in the same way
     mix = (draws.lam, draws.index) if config.image_mixup else None
-    mixed = ops.mixup3d(
-        images, *(mix or no_mixing), window=config.window, dtype=input_dtype(images)
-    )
+    mixed = mix_images(images, mix, config)
 
     # 3. Object MixUp; both are objects, so that the targets stay
     if config.object_mixup:
         objects = torch.cat([_first(labeled["boxes"], config.max_objects), pseudo_objects])
-        boxes, donor_boxes = pair_objects(objects, draws.priority)
-        ops.object_mixup3d(
-            mixed,
-            boxes,
-            donor_boxes,
-            draws.object_lam,
-            donors=images,
-            window=config.window,
-            out=mixed,
-        )
+        mix_objects(mixed, images, objects, config, draws)
 
     # 4. Loss
     weight = torch.ones_like(draws.lam).view(-1, 1, 1, 1, 1)
     weight[len(labeled["image"]) :] = draws.unlabeled_weight
+    if config.unlabeled_normalizer == "own":
+        positives, pseudo = (
+            sum_of_ranks(x) for x in (matches.positive.sum(), _sum(pseudo_targets))
+        )
+        weight[len(labeled["image"]) :] *= positives.clamp(min=1) / pseudo.clamp(min=1)
     return _losses(model(mixed), targets, matches, config, mix=mix, weight=weight)
+
+
+def mix_images(images: Tensor, mix: tuple[Tensor, Tensor] | None, config: Config) -> Tensor:
+    """Images in HU, windowed and mixed with weights and partners, or only windowed."""
+    if mix is None:
+        count, device = len(images), images.device
+        weights = torch.ones(count, dtype=torch.float32, device=device)
+        mix = weights, torch.arange(count, device=device)
+    dtype = input_dtype(images)
+    return _ops(config).mixup3d(images, *mix, window=config.window, dtype=dtype)
+
+
+def mix_objects(
+    mixed: Tensor, images: Tensor, objects: Tensor, config: Config, draws: Draws
+) -> None:
+    """Mix each object of the mixed images, in place, with another one of the images in HU."""
+    boxes, donor_boxes = pair_objects(objects, draws.priority)
+    _ops(config).object_mixup3d(
+        mixed,
+        boxes,
+        donor_boxes,
+        draws.object_lam,
+        donors=images,
+        window=config.window,
+        out=mixed,
+    )
 
 
 @torch.no_grad()
@@ -184,9 +217,20 @@ def predict_unlabeled(
         objects.append(box.masked_fill((score < config.confidence)[..., None], torch.nan))
         suppressed = box_iou(boxes, box) > config.nms_threshold
         scores = scores.masked_fill(suppressed, -1.0).scatter(1, best, -1.0)
+    low, high = config.ignored_targets
+    ignored = [(level > low) & (level < high) for level in targets] if low < high else None
     if config.pseudo_labels == "hard":
         targets = [(level >= 0.5).float() for level in targets]
+    if ignored is not None:
+        targets = [
+            level.masked_fill(where, -1.0) for level, where in zip(targets, ignored, strict=True)
+        ]
     return targets, torch.cat(objects, 1)
+
+
+def _sum(targets: Sequence[Tensor]) -> Tensor:
+    """The sum of all targets that are not ignored."""
+    return torch.stack([level.clamp(min=0).sum() for level in targets]).sum()
 
 
 def pair_objects(objects: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:

@@ -248,3 +248,28 @@ def test_other_errors_of_programming_are_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", raises)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         main(["train", str(tmp_path), "--out", str(tmp_path / "run")])
+
+
+def test_starting_anew_forgets_everything_but_step_and_schedule():
+    first, config = State(TINY, CPU), TINY
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+    for _ in range(2):
+        sum(parameter.square().sum() for parameter in first.model.parameters()).backward()
+        first.optimizer.step()
+        first.scheduler.step()
+        first.ema.update_parameters(first.model)
+        first.step += 1
+    first.start_anew(config)
+    weights = first.model.state_dict()
+    kernels = [name for name in before if before[name].dim() > 1]
+    assert all(not torch.equal(weights[name], before[name]) for name in kernels)
+    assert not first.optimizer.state and first.ema.n_averaged == 0
+    assert first.step == first.scheduler.last_epoch == 2
+    first.ema.update_parameters(first.model)
+    averaged = first.ema.module.state_dict()
+    assert all(torch.equal(averaged[name], weights[name]) for name in weights)
+
+    again = State(TINY, CPU)
+    again.step = 2
+    again.start_anew(config)
+    assert all(torch.equal(again.model.state_dict()[name], weights[name]) for name in weights)

@@ -24,7 +24,12 @@ from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.errors import InputError, InputWarning
 from fmkernels.focalmix.model.inference import Detections
 from fmkernels.focalmix.training import loop
-from fmkernels.focalmix.training.checkpoint import CHECKPOINT, PSEUDO_BOXES, load_run
+from fmkernels.focalmix.training.checkpoint import (
+    BURN_IN,
+    CHECKPOINT,
+    PSEUDO_BOXES,
+    load_run,
+)
 from fmkernels.focalmix.training.loop import train
 from fmkernels.focalmix.training.metrics import METRICS
 from tests.focalmix.conftest import SCANS, write_luna, write_scan
@@ -323,6 +328,117 @@ def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
     assert 1 < len(chosen) <= 3
     with pytest.raises(InputError, match="labeled: expected at most 3 training scans, got 4"):
         train(replace(TINY, labeled=4), luna_folder, tmp_path / "many")
+
+
+FRESH = replace(
+    FOCALMIX, student="fresh", teacher="fixed", steps=6, checkpoint_every=1, supervised_mixup=True
+)
+
+
+def test_a_fresh_student_learns_from_the_weights_of_the_burn_in(luna_folder, tmp_path, monkeypatch):
+    """Stopped after the burn-in, and one step later, it goes on with the same teacher."""
+    teachers, students, stock = [], [], loop.focalmix_loss
+
+    def step(model, teacher, *rest):
+        teachers.append({name: value.clone() for name, value in teacher.state_dict().items()})
+        students.append({name: value.clone() for name, value in model.state_dict().items()})
+        return stock(model, teacher, *rest)
+
+    monkeypatch.setattr(loop, "focalmix_loss", step)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(FRESH, luna_folder, whole)
+    _, burn_in = load_run(whole, name=BURN_IN)
+    assert len(teachers) == 4
+    for teacher in teachers:
+        assert all(torch.equal(teacher[name], burn_in.state_dict()[name]) for name in teacher)
+    name = "stages.0.0.0.weight"
+    assert not torch.allclose(students[0][name], burn_in.state_dict()[name], atol=0.01)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        if calls[0] == 0:
+            raise Killed
+        calls[0] -= 1
+        return stock(*arguments)
+
+    monkeypatch.setattr(loop, "focalmix_loss", killed)
+    for allowed in (0, 1):  # before the first step of the student, after it
+        calls = [allowed]
+        with pytest.raises(Killed):
+            train(FRESH, luna_folder, resumed, resume=True)
+    monkeypatch.setattr(loop, "focalmix_loss", stock)
+    train(FRESH, luna_folder, resumed, resume=True)
+    assert_same_weights(whole, resumed)
+    assert metrics(whole) == metrics(resumed)
+
+
+def test_a_fixed_teacher_can_be_followed_by_the_average(luna_folder, tmp_path, monkeypatch):
+    teachers, stock = [], loop.focalmix_loss
+
+    def step(model, teacher, *rest):
+        teachers.append(teacher)
+        return stock(model, teacher, *rest)
+
+    monkeypatch.setattr(loop, "focalmix_loss", step)
+    config = replace(FRESH, follow_after=3, test_subsets=())
+    train(config, luna_folder, tmp_path)
+    assert teachers[0] is teachers[1] is teachers[2] is not teachers[3]
+
+
+def test_a_supervised_run_can_start_anew_after_the_burn_in(luna_folder, tmp_path):
+    """The rival of a fresh student: the same steps without unlabeled images."""
+    plain = replace(TINY, burn_in=4, steps=5, checkpoint_every=1, test_subsets=())
+    train(plain, luna_folder, tmp_path / "plain")
+    train(replace(plain, student="fresh"), luna_folder, tmp_path / "fresh")
+    burn_ins = [
+        torch.load(tmp_path / name / BURN_IN, weights_only=True)["model"]
+        for name in ("plain", "fresh")
+    ]
+    name = "stages.0.0.0.weight"
+    assert torch.equal(burn_ins[0][name], burn_ins[1][name])
+    after = [weights(tmp_path / run)[name] for run in ("plain", "fresh")]
+    assert torch.allclose(after[0], burn_ins[0][name], atol=0.05)
+    assert not torch.allclose(after[1], burn_ins[0][name], atol=0.05)
+
+
+def test_unlabeled_patches_lie_around_probable_detections(luna_folder, tmp_path, monkeypatch):
+    boxes = torch.tensor([[0.0, 2, 2, 2, 9, 9, 9, 0.9**4], [0.0, 12, 12, 12, 19, 19, 19, 0.7**4]])
+    monkeypatch.setattr(loop._Trainer, "_find_pseudo_boxes", lambda self: boxes)
+    seen, stock = [], loop.UnlabeledPatches
+
+    def patches(data, series, boxes, **options):
+        seen.append(boxes[series[0]])
+        return stock(data, series, boxes, **options)
+
+    monkeypatch.setattr(loop, "UnlabeledPatches", patches)
+    config = replace(FOCALMIX, steps=3, test_subsets=())
+    for least in (0.0, 0.8):
+        chosen = replace(config, pseudo_box_probability=least)
+        train(chosen, luna_folder, tmp_path / f"{least}")
+    assert [len(rows) for rows in seen] == [2, 1] and seen[1][0, 0] == 2
+
+
+@pytest.mark.parametrize("method", ["supervised", "focalmix"])
+def test_images_are_augmented_for_the_student_alone(luna_folder, tmp_path, monkeypatch, method):
+    config = replace(FOCALMIX, method=method, steps=3, test_subsets=(), image_mixup=False)
+    counts, stock = [], loop.augmented
+
+    def augmented(model, config, key):
+        def count(images):
+            counts.append((key[1], len(images)))
+            return stock(model, config, key)(images)
+
+        return count
+
+    monkeypatch.setattr(loop, "augmented", augmented)
+    train(replace(config, noise=30.0), luna_folder, tmp_path / "noise")
+    unlabeled = 4 if method == "focalmix" else 0
+    assert counts == [(0, 2), (1, 2), (2, 2 + unlabeled)]
+    train(config, luna_folder, tmp_path / "clean")
+    name = "stages.0.0.0.weight"
+    assert not torch.equal(weights(tmp_path / "noise")[name], weights(tmp_path / "clean")[name])
 
 
 @pytest.mark.parametrize(("choice", "mode"), [("on", None), ("graph", "reduce-overhead")])

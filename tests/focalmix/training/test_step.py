@@ -105,6 +105,18 @@ class TestDraws:
             2.0,
         ]
 
+    def test_labeled_images_can_stay_as_they_are(self):
+        some, all_images = (
+            sample_draws(replace(TINY, mixed_images=which), 3).lam for which in ("unlabeled", "all")
+        )
+        assert torch.equal(some[2:], all_images[2:])
+        assert (some[:2] == 1).all() and (all_images[:2] < 1).any()
+
+    def test_labeled_images_alone_are_mixed_with_each_other(self):
+        draws = sample_draws(TINY, 0, only_labeled=True)
+        assert draws.lam.shape == draws.index.shape == (2,)
+        assert draws.priority.shape == (2 * TINY.max_objects,) * 2
+
 
 class TestPredict:
     def test_targets_are_the_mean_of_the_views_sharpened(self, model):
@@ -127,6 +139,19 @@ class TestPredict:
             model, images(1), replace(TINY, pseudo_labels="hard"), sample_draws(TINY, 0).flips
         )
         assert {v for level in targets for v in level.unique().tolist()} == {0.0, 1.0}
+
+    def test_targets_in_between_are_ignored(self, model):
+        flips, config = sample_draws(TINY, 0).flips, replace(TINY, ignored_targets=(0.4, 0.6))
+        targets, objects = predict_unlabeled(model, images(1), TINY, flips)
+        for kind in ("soft", "hard"):
+            chosen = replace(config, pseudo_labels=kind)
+            fewer, same = predict_unlabeled(model, images(1), chosen, flips)
+            for level, left in zip(targets, fewer, strict=True):
+                ignored = (level > 0.4) & (level < 0.6)
+                assert 0 < ignored.sum() < ignored.numel()
+                kept = level if kind == "soft" else (level >= 0.5).float()
+                assert torch.equal(left, torch.where(ignored, -1.0, kept))
+            torch.testing.assert_close(same, objects, equal_nan=True)
 
     def test_objects_are_probable_and_apart(self, model):
         _, objects = predict_unlabeled(model, images(3), TINY, sample_draws(TINY, 0).flips)
@@ -180,7 +205,45 @@ def test_the_loss_of_hard_targets_is_ours_for_those_and_another_for_soft_ones():
     assert not torch.isclose(hard_target_focal_loss([x], soft, **rest), wanted[1], rtol=0.1)
 
 
+class TestSupervisedLoss:
+    def test_images_and_targets_are_mixed_as_in_a_focalmix_step(self, model):
+        """That has unlabeled images too, which no labeled one is mixed with, and no weight."""
+        draws = sample_draws(replace(TINY, unlabeled_weight=0.0), 0)
+        draws = draws._replace(index=torch.tensor([1, 0, 2, 3, 4, 5]))
+        objects = 2 * TINY.max_objects
+        draws.priority[:objects, objects:] = -1.0
+        own = sample_draws(TINY, 0, only_labeled=True)._replace(
+            lam=draws.lam[:2],
+            index=draws.index[:2],
+            object_lam=draws.object_lam[:objects],
+            priority=draws.priority[:objects, :objects],
+        )
+        ours = supervised_loss(model, labeled(), TINY, own)
+        theirs = focalmix_loss(model, model, labeled(), images(4, 1), TINY, draws)
+        torch.testing.assert_close(list(ours), list(theirs), rtol=1e-5, atol=1e-6)
+        assert ours.classification != supervised_loss(model, labeled(), TINY).classification
+
+
 class TestFocalMixLoss:
+    def test_the_unlabeled_loss_can_be_divided_by_its_own_targets(self, model):
+        config = replace(TINY, image_mixup=False, object_mixup=False)
+        losses, draws = {}, sample_draws(config, 0)
+        for name in ("labeled", "own"):
+            for weight in (0.0, 1.0):
+                chosen = replace(config, unlabeled_normalizer=name)
+                changed = draws._replace(unlabeled_weight=torch.tensor(weight))
+                loss = focalmix_loss(model, model, labeled(), images(4, 1), chosen, changed)
+                losses[name, weight] = loss.classification.detach()
+        torch.testing.assert_close(losses["own", 0.0], losses["labeled", 0.0])
+        ratio = (losses["own", 1.0] - losses["own", 0.0]) / (
+            losses["labeled", 1.0] - losses["labeled", 0.0]
+        )
+        targets, _ = predict_unlabeled(model, images(4, 1), config, draws.flips)
+        positives = loss.positives
+        assert ratio == pytest.approx(
+            float(positives / sum(level.sum() for level in targets)), rel=1e-3
+        )
+
     def test_without_mixing_and_unlabeled_weight_is_the_supervised_loss(self, model):
         config = replace(TINY, image_mixup=False, object_mixup=False, unlabeled_weight=0.0)
         ours = focalmix_loss(model, model, labeled(), images(4, 1), config, sample_draws(config, 0))

@@ -302,7 +302,7 @@ def _say_written(*paths: Path) -> None:
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    from fmkernels.focalmix.compare import ABLATIONS
+    from fmkernels.focalmix.compare import ABLATIONS, EXTENSIONS
 
     _add_data(parser)
     parser.add_argument(
@@ -334,6 +334,26 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="ablations: add one row per component left out",
     )
+    parser.add_argument(
+        "--with",
+        dest="extended",
+        choices=EXTENSIONS,
+        nargs="+",
+        default=[],
+        help="variants: add rows with other options, or rivals of the same length",
+    )
+    parser.add_argument(
+        "--all-labels",
+        action="store_true",
+        help="add a row with the labels of all training scans, and the share of the way to it",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_at_least(1),
+        default=1,
+        help="number of runs trained at once, with one thread each (default: %(default)s)",
+    )
     _add_preset(parser, default="demo")
     _add_config(parser, without=("labeled", "seed", "method"))
     parser.set_defaults(run=_compare)
@@ -351,6 +371,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         labeled=arguments.labeled,
         seeds=arguments.seeds,
         without=arguments.without,
+        extended=arguments.extended,
+        all_labels=arguments.all_labels,
+        jobs=arguments.jobs,
     )
     print(as_text(rows), end="")
     if arguments.seeds < 3:

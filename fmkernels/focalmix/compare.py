@@ -1,37 +1,56 @@
-"""FocalMix against the supervised baseline and against its ablations: the paper's table.
+"""FocalMix against the supervised baseline and against its variants: the paper's table.
 
 Every run has a folder of its own. Finished runs are not repeated, so that a comparison continues
-where it was stopped. The burn-in, and the detection in the unlabeled scans after it, are the same
-for all methods and done once. (For targets of 0 and 1 both losses agree up to rounding.)
+where it was stopped. Runs with the same labeled scans, seed and options of the burn-in share it,
+and the detection in the unlabeled scans after it. (For targets of 0 and 1 both losses agree up to
+rounding.)
 """
 
 import csv
 import io
-import itertools
+import json
 import shutil
-from collections.abc import Sequence
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates
+from fmkernels.focalmix.data.workers import start_process
 from fmkernels.focalmix.distributed import announced_processes
-from fmkernels.focalmix.errors import InputError
+from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
-from fmkernels.focalmix.training.loop import CANDIDATES, EVALUATION, choose_scans, train
+from fmkernels.focalmix.training.loop import (
+    CANDIDATES,
+    EVALUATION,
+    TIMING,
+    check_options,
+    choose_scans,
+    train,
+)
 from fmkernels.focalmix.training.metrics import METRICS
 
-BASELINE, FOCALMIX = "supervised", "FocalMix"
+BASELINE, FOCALMIX, ALL_LABELS = "supervised", "FocalMix", "all labels"
+LOG = "log.txt"
+"""What a run prints that is trained beside others."""
+_FAILED = "failed: "
+
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "image-mixup": ("no image MixUp", {"image_mixup": False}),
     "object-mixup": ("no object MixUp", {"object_mixup": False}),
+    "mixup": ("no MixUp", {"image_mixup": False, "object_mixup": False}),
     "soft-labels": ("hard pseudo-labels", {"pseudo_labels": "hard"}),
     "soft-loss": ("usual focal loss", {"loss": "hard"}),
     "views": ("K = 1", {"views": 1}),
@@ -39,12 +58,55 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Components of FocalMix that can be left out: name of the row, changed options."""
 
+_SUPERVISED = {"method": "supervised", "student": "continued"}
+_FRESH = {"student": "fresh", "teacher": "fixed"}
+
+
+def _alike(name: str, **changes: Any) -> dict[str, dict[str, Any]]:
+    """The same change of both methods."""
+    return {f"{BASELINE}, {name}": {**_SUPERVISED, **changes}, f"{FOCALMIX}, {name}": changes}
+
+
+EXTENSIONS: dict[str, Callable[[Config], dict[str, dict[str, Any]]]] = {
+    "burn-in": lambda config: {
+        "burn-in alone": {
+            **_SUPERVISED,
+            "steps": config.burn_in_steps,
+            "burn_in": float(config.burn_in_steps),
+        }
+    },
+    "fresh-supervised": lambda _: {"fresh supervised student": {**_SUPERVISED, "student": "fresh"}},
+    "fresh-student": lambda _: {"fresh student": _FRESH},
+    "following-teacher": lambda config: {
+        "fresh student, teacher follows": {
+            **_FRESH,
+            "follow_after": (config.steps - config.burn_in_steps) // 2,
+        }
+    },
+    "supervised-mixup": lambda _: _alike("MixUp in supervised steps", supervised_mixup=True),
+    "unlabeled-mixup": lambda _: {"only unlabeled images mixed": {"mixed_images": "unlabeled"}},
+    "contrast": lambda _: _alike("contrast", contrast=0.1),
+    "noise": lambda _: _alike("noise", noise=30.0),
+    "blur": lambda _: _alike("blur", blur=0.7),
+    "probable-boxes": lambda _: {"boxes of 0.8 and more": {"pseudo_box_probability": 0.8}},
+    "own-normalizer": lambda _: {
+        "unlabeled loss by its own targets": {"unlabeled_normalizer": "own"}
+    },
+    "ignored-targets": lambda _: {"targets of 0.1 to 0.6 ignored": {"ignored_targets": (0.1, 0.6)}},
+    "plain-ops": lambda _: {"plain PyTorch": {"ops": "plain"}},
+}
+"""What can be added: rows with their changed options, as functions of the options of all runs."""
+
+BURN_IN_OPTIONS = ("supervised_mixup", "contrast", "noise", "blur")
+"""Options of `EXTENSIONS` that change the burn-in."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One method with one number of labeled scans; means over the seeds."""
 
-    labeled: int
+    labeled: int | None
+    """Number of labeled scans; None: all."""
     method: str
     sensitivities: tuple[float, ...]
     """Sensitivity at the seven operating points."""
@@ -55,6 +117,35 @@ class Row:
     """Relative gain of the CPM over the baseline; None for the baseline."""
     gain_interval: tuple[float, float] | None
     """95% bootstrap interval, with the same scans and seeds for both methods."""
+    difference: float | None
+    """CPM minus that of the baseline."""
+    difference_interval: tuple[float, float] | None
+    """95% interval of a paired t test over the seeds; None with one seed."""
+    share: float | None
+    """Difference / that of training with all labels; None if these are not trained."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of the comparison."""
+
+    labeled: int | None
+    method: str
+    config: Config
+    folder: Path
+    shared: Path | None
+    """The folder of the run whose burn-in is the same, which may be this run; None: not shared."""
+
+    def __str__(self) -> str:
+        scans = "all" if self.labeled is None else self.labeled
+        return f"{scans} labeled scans, {self.method}, seed {self.config.seed}"
+
+    @property
+    def finished(self) -> bool:
+        if not (self.folder / EVALUATION).exists():
+            return False
+        stored = load_config(self.folder)
+        return stored is not None and stored.result == self.config.result
 
 
 def compare(
@@ -65,12 +156,17 @@ def compare(
     labeled: Sequence[int],
     seeds: int,
     without: Sequence[str] = (),
+    extended: Sequence[str] = (),
+    all_labels: bool = False,
+    jobs: int = 1,
     bootstraps: int = 1000,
 ) -> list[Row]:
     """Train all runs that are not finished, and write tables and figures to ``out``.
 
-    ``table.txt``, ``table.md`` and ``table.csv`` are the table, ``cpm.png`` shows the CPM over the
-    number of labeled scans, ``labeled-N/froc.png`` the curves of both methods with N of them.
+    ``table.txt``, ``table.md`` and ``table.csv`` are the table, ``runs.csv`` has the CPM and the
+    time per step of every run, ``cpm.png`` shows the CPM over the number of labeled scans,
+    ``labeled-N/froc.png`` the curves of both methods with N of them, ``labeled-N/seeds.png`` the
+    CPM of both methods for each seed.
 
     Args:
         config: the options of all runs; method, labeled scans and seed are set here.
@@ -79,19 +175,85 @@ def compare(
         labeled: numbers of labeled scans; a seed chooses the same scans for every method.
         seeds: number of seeds per method, 0 ... seeds - 1.
         without: names of `ABLATIONS`; each adds a row.
+        extended: names of `EXTENSIONS`; each adds its rows.
+        all_labels: train with the labels of all training scans too.
+        jobs: number of runs that are trained at once. More than one are processes of one thread
+            each, whose output goes to ``log.txt`` in the folder of the run.
         bootstraps: number of bootstrap samples.
 
     Raises:
-        InputError: see `train`; there are no test subsets; or ``config`` already lacks a component
-            of ``without``.
+        InputError: see `train`; there are no test subsets; or ``config`` already has what
+            ``without`` or ``extended`` change.
+        FloatingPointError: a run diverged; all others are finished.
+        ChildProcessError: the process of a run failed otherwise; all others are finished.
     """
     if not config.test_subsets:
         raise InputError("test_subsets: expected at least one, got none")
     if announced_processes()[1] > 1:
         raise InputError("compare: expected one process, got several; torchrun is for train")
     out = Path(out)
+    methods = _methods(config, without, extended)
+    runs = _plan(config, out, methods, labeled, seeds, all_labels)
+    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
+    data = open_data(
+        root,
+        spacing=config.spacing,
+        subsets=subsets,
+        cache=config.cache,
+        coordinates=config.coordinates,
+        unlabeled=config.unlabeled_data,
+    )
+    used: set[str] = set()
+    for run in runs:  # what is impossible is reported before hours of training
+        method = "supervised" if run.labeled is None else "focalmix"
+        scans = choose_scans(replace(run.config, method=method), data)
+        if not scans.test:
+            raise InputError(f"{data.root}: expected scans in the test subsets, found none")
+        check_options(run.folder, run.config)
+        used.update(uid for role in scans for uid in role)
+    if jobs > 1:
+        data.prepare(sorted(used))
+    progress = _Progress(len(runs))
+    for run in runs:
+        if run.finished:
+            progress.add(run)
+    _train_all([run for run in runs if not run.finished], root, jobs, progress)
+    progress.raise_failures()
+
+    results: dict[tuple[int | None, str], list[froc.Froc]] = {}
+    for run in runs:
+        found = _evaluate(run.config, root, run.folder, bootstraps)
+        results.setdefault((run.labeled, run.method), []).append(found)
+    rows = _rows(results)
+    for name, table in (("txt", as_text), ("md", as_markdown), ("csv", as_csv)):
+        with atomic_write(out / f"table.{name}") as temporary:
+            temporary.write_text(table(rows), encoding="utf-8")
+    with atomic_write(out / "runs.csv") as temporary:
+        temporary.write_text(_runs_as_csv(runs, results), encoding="utf-8")
+    points = {
+        name: [
+            (row.labeled, row.cpm, *row.interval)
+            for row in rows
+            if row.method == name and row.labeled is not None
+        ]
+        for name in methods
+    }
+    figures.draw_comparison(out / "cpm.png", points)
+    for count in labeled:
+        pair = {name: results[count, name] for name in (BASELINE, FOCALMIX)}
+        curves = {name: froc.average(found) for name, found in pair.items()}
+        figures.draw_froc(out / f"labeled-{count}" / "froc.png", curves)
+        cpms = {name: [found.cpm for found in all_found] for name, all_found in pair.items()}
+        figures.draw_seeds(out / f"labeled-{count}" / "seeds.png", cpms)
+    return rows
+
+
+def _methods(
+    config: Config, without: Iterable[str], extended: Iterable[str]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The methods by the name of their row: name of the folder, changed options."""
     methods: dict[str, tuple[str, dict[str, Any]]] = {
-        BASELINE: ("supervised", {"method": "supervised"}),
+        BASELINE: ("supervised", _SUPERVISED),
         FOCALMIX: ("focalmix", {"method": "focalmix"}),
     }
     for part in without:
@@ -99,65 +261,183 @@ def compare(
         if replace(config, **changes) == config:
             raise InputError(f"{part}: expected a component that the options have switched on")
         methods[name] = (f"without-{part}", {"method": "focalmix", **changes})
-    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
-    data = open_data(
-        root,
-        subsets=subsets,
-        cache=config.cache,
-        coordinates=config.coordinates,
-        unlabeled=config.unlabeled_data,
-    )
-    for count, seed in itertools.product(labeled, range(seeds)):
-        # an impossible choice of scans is reported before hours of training
-        scans = choose_scans(replace(config, method="focalmix", labeled=count, seed=seed), data)
-        if not scans.test:
-            raise InputError(f"{data.root}: expected scans in the test subsets, found none")
-    runs = [(count, name, seed) for count in labeled for seed in range(seeds) for name in methods]
-    results: dict[tuple[int, str], list[froc.Froc]] = {}
-    for number, (count, name, seed) in enumerate(runs, start=1):
-        folder, baseline = (
-            out / f"labeled-{count}" / methods[method][0] / f"seed-{seed}"
-            for method in (name, BASELINE)
-        )
-        tqdm.write(f"run {number} of {len(runs)}: {count} labeled scans, {name}, seed {seed}")
-        chosen = replace(config, **methods[name][1], labeled=count, seed=seed)
-        finished = load_config(folder) if (folder / EVALUATION).exists() else None
-        if finished is None or finished.result != chosen.result:
-            if chosen.method == "focalmix":
-                _share_burn_in(baseline, folder)
-            train(chosen, root, folder, resume=True)
-        if (baseline / BURN_IN).exists():  # beside it, for the runs to come
-            _copy(folder / PSEUDO_BOXES, baseline / PSEUDO_BOXES)
-        froc_of_run = _evaluate(chosen, root, folder, bootstraps)
-        results.setdefault((count, name), []).append(froc_of_run)
-    means = {key: froc.average(runs) for key, runs in results.items()}
-    rows = [
-        _row(count, name, means[count, name], means[count, BASELINE])
-        for count in labeled
-        for name in methods
-    ]
-    for name, table in (("txt", as_text), ("md", as_markdown), ("csv", as_csv)):
-        with atomic_write(out / f"table.{name}") as temporary:
-            temporary.write_text(table(rows), encoding="utf-8")
-    points = {
-        name: [(row.labeled, row.cpm, *row.interval) for row in rows if row.method == name]
-        for name in methods
-    }
-    figures.draw_comparison(out / "cpm.png", points)
+    for part in extended:
+        for name, changes in EXTENSIONS[part](config).items():
+            changes = {"method": "focalmix", **changes}
+            is_supervised = changes["method"] == "supervised"
+            usual = methods[BASELINE if is_supervised else FOCALMIX][1]
+            if replace(config, **changes) == replace(config, **usual):
+                raise InputError(f"{part}: expected an extension that the options do not have yet")
+            methods[name] = (f"{'supervised-' * is_supervised}with-{part}", changes)
+    return methods
+
+
+def _plan(
+    config: Config,
+    out: Path,
+    methods: Mapping[str, tuple[str, dict[str, Any]]],
+    labeled: Iterable[int],
+    seeds: int,
+    all_labels: bool,
+) -> list[_Run]:
+    """All runs, in the order in which one process trains them."""
+    runs = []
     for count in labeled:
-        curves = {name: means[count, name] for name in (BASELINE, FOCALMIX)}
-        figures.draw_froc(out / f"labeled-{count}" / "froc.png", curves)
-    return rows
+        for seed in range(seeds):
+            first: dict[tuple, Path] = {}
+            for method, (name, changes) in methods.items():
+                chosen = replace(config, **changes, labeled=count, seed=seed)
+                folder = out / f"labeled-{count}" / name / f"seed-{seed}"
+                key = tuple(getattr(chosen, option) for option in BURN_IN_OPTIONS)
+                shared = first.setdefault(key, folder) if chosen.burn_in_steps else None
+                runs.append(_Run(count, method, chosen, folder, shared))
+    for seed in range(seeds if all_labels else 0):
+        chosen = replace(config, **_SUPERVISED, labeled=None, seed=seed)
+        folder = out / "labeled-all" / "supervised" / f"seed-{seed}"
+        runs.append(_Run(None, ALL_LABELS, chosen, folder, None))
+    return runs
 
 
-def _share_burn_in(baseline: Path, run: Path) -> None:
-    """Let a new run continue from the end of the baseline's burn-in, until which both are equal."""
-    if (baseline / BURN_IN).exists() and not (run / CHECKPOINT).exists():
-        run.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, PSEUDO_BOXES):
-            (run / name).unlink(missing_ok=True)
-            _copy(baseline / name, run / name)
-        _copy(baseline / BURN_IN, run / CHECKPOINT)
+class _Progress:
+    """One line for every run that has ended, and the runs that failed."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.ended = total, 0
+        self.failures: list[tuple[_Run, str, bool]] = []
+
+    def add(self, run: _Run, minutes: float | None = None) -> None:
+        evaluation = json.loads((run.folder / EVALUATION).read_text(encoding="utf-8"))
+        time_taken = "" if minutes is None else f", {minutes:.1f} minutes"
+        self._write(run, f"CPM {100 * evaluation['cpm']:.1f}%{time_taken}")
+
+    def add_failure(self, run: _Run, error: str, *, diverged: bool) -> None:
+        self.failures.append((run, error, diverged))
+        self._write(run, f"failed: {error}")
+
+    def _write(self, run: _Run, text: str) -> None:
+        self.ended += 1
+        tqdm.write(f"run {self.ended} of {self.total}: {run}: {text}")
+
+    def raise_failures(self) -> None:
+        if not self.failures:
+            return
+        run, error, _ = self.failures[0]
+        kind = FloatingPointError if all(row[2] for row in self.failures) else ChildProcessError
+        raise kind(
+            f"{len(self.failures)} of {self.total} runs failed, the first one in {run.folder}: "
+            f"{error}; all others are finished, and the same command trains these again"
+        )
+
+
+def _train_all(runs: Sequence[_Run], root: str | Path, jobs: int, progress: _Progress) -> None:
+    """Train runs that are not finished, and report each that ends."""
+    if jobs > 1:
+        return _train_in_processes(runs, root, jobs, progress)
+    for run in runs:
+        tqdm.write(f"training: {run}")
+        _share_burn_in(run)
+        began = time.monotonic()
+        try:
+            train(run.config, root, run.folder, resume=True)
+        except FloatingPointError as error:
+            progress.add_failure(run, f"FloatingPointError: {first_line(error)}", diverged=True)
+        else:
+            progress.add(run, (time.monotonic() - began) / 60)
+        _keep_pseudo_boxes(run)
+    return None
+
+
+def _train_in_processes(
+    runs: Sequence[_Run], root: str | Path, jobs: int, progress: _Progress
+) -> None:
+    waiting = list(runs)
+    running: dict[Path, tuple[_Run, BaseProcess, float]] = {}
+    try:
+        while waiting or running:
+            for run, process, began in list(running.values()):
+                _keep_pseudo_boxes(run)
+                if process.exitcode is None:
+                    continue
+                del running[run.folder]
+                if process.exitcode == 0:
+                    progress.add(run, (time.monotonic() - began) / 60)
+                else:
+                    error = _reason(run.folder / LOG, process.exitcode)
+                    diverged = error.startswith(FloatingPointError.__name__)
+                    progress.add_failure(run, error, diverged=diverged)
+            others = [run for run, *_ in running.values()]
+            for run in list(waiting):
+                if len(running) < jobs and _is_ready(run, others, waiting):
+                    _share_burn_in(run)
+                    run.folder.mkdir(parents=True, exist_ok=True)
+                    config = replace(run.config, workers=0)
+                    arguments = (config, root, run.folder)
+                    process = start_process(_train_alone, *arguments, log=run.folder / LOG)
+                    running[run.folder] = run, process, time.monotonic()
+                    waiting.remove(run)
+                    others.append(run)
+            time.sleep(0.2)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()  # each saves a checkpoint first
+        for _, process, _ in running.values():
+            process.join()
+
+
+def _train_alone(config: Config, root: str | Path, folder: Path) -> None:
+    """Train a run, in a process of its own."""
+    try:
+        train(config, root, folder, resume=True)
+    except Exception as error:
+        print(f"\n{_FAILED}{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        raise
+
+
+def _reason(log: Path, code: int) -> str:
+    """Why the process of a run failed."""
+    if code < 0:
+        return f"the process was ended by signal {-code}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix(_FAILED) for line in lines if line.startswith(_FAILED)]
+    return said[-1] if said else f"exit code {code}, see {log}"
+
+
+def _is_ready(run: _Run, running: Sequence[_Run], waiting: Sequence[_Run]) -> bool:
+    """Whether nothing that a run shares is being made by another one."""
+    if run.shared is None or run.shared == run.folder:
+        return True
+    if any(run.shared == other.folder for other in waiting):
+        return False
+    if not (run.shared / BURN_IN).exists() and any(run.shared == o.folder for o in running):
+        return False
+    detects = (
+        other
+        for other in running
+        if other.shared == run.shared and other.config.method == "focalmix"
+    )
+    return (
+        run.config.method == "supervised"
+        or (run.shared / PSEUDO_BOXES).exists()
+        or not any(detects)
+    )
+
+
+def _share_burn_in(run: _Run) -> None:
+    """Let a new run continue from the end of a burn-in, until which both are equal."""
+    if run.shared is None or run.shared == run.folder:
+        return
+    if (run.shared / BURN_IN).exists() and not (run.folder / CHECKPOINT).exists():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, PSEUDO_BOXES, BURN_IN):
+            (run.folder / name).unlink(missing_ok=True)
+            _copy(run.shared / name, run.folder / name)
+        _copy(run.shared / BURN_IN, run.folder / CHECKPOINT)
+
+
+def _keep_pseudo_boxes(run: _Run) -> None:
+    """Keep what a run has detected beside the burn-in, for the runs to come."""
+    if run.shared is not None and (run.shared / BURN_IN).exists():
+        _copy(run.folder / PSEUDO_BOXES, run.shared / PSEUDO_BOXES)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -173,33 +453,105 @@ def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> f
     return froc.evaluate(candidates, *findings, data.series, bootstraps=bootstraps)
 
 
-def _row(labeled: int, name: str, ours: froc.Froc, baseline: froc.Froc) -> Row:
-    """A row from two means over the same seeds, with the same bootstrap samples."""
-    assert ours.interval is not None and ours.samples is not None and baseline.samples is not None
-    gain = gain_interval = None
-    if name != BASELINE and baseline.cpm > 0:
-        gain = ours.cpm / baseline.cpm - 1
-        drawn, below = (samples[:, ::10].mean(1) for samples in (ours.samples, baseline.samples))
-        gains = np.divide(drawn, below, out=np.full_like(drawn, np.inf), where=below > 0) - 1
-        lower, upper = np.quantile(gains, (0.025, 0.975), method="inverted_cdf").tolist()
-        gain_interval = (lower, upper)
+def _rows(results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]) -> list[Row]:
+    """The table, from the runs of every method in the order of their seeds."""
+    every = results.get((None, ALL_LABELS))
+    return [
+        _row(count, name, runs, results.get((count, BASELINE), runs), every)
+        for (count, name), runs in results.items()
+    ]
+
+
+def _row(
+    labeled: int | None,
+    name: str,
+    ours: Sequence[froc.Froc],
+    baseline: Sequence[froc.Froc],
+    all_labels: Sequence[froc.Froc] | None = None,
+) -> Row:
+    """A row from runs with the same seeds and the same bootstrap samples."""
+    mean, below = froc.average(ours), froc.average(baseline)
+    assert mean.interval is not None and mean.samples is not None and below.samples is not None
+    gain = gain_interval = difference = difference_interval = share = None
+    if ours is not baseline and name != BASELINE:
+        difference = mean.cpm - below.cpm
+        if len(ours) > 1:
+            difference_interval = paired_interval(
+                [run.cpm for run in ours], [run.cpm for run in baseline]
+            )
+        if below.cpm > 0:
+            gain = mean.cpm / below.cpm - 1
+            drawn, under = (samples[:, ::10].mean(1) for samples in (mean.samples, below.samples))
+            gains = np.divide(drawn, under, out=np.full_like(drawn, np.inf), where=under > 0) - 1
+            lower, upper = np.quantile(gains, (0.025, 0.975), method="inverted_cdf").tolist()
+            gain_interval = (lower, upper)
+        way = 0.0 if all_labels is None else froc.average(all_labels).cpm - below.cpm
+        share = difference / way if way > 0 else None
     return Row(
-        labeled, name, ours.operating_sensitivities, ours.cpm, ours.interval, gain, gain_interval
+        labeled,
+        name,
+        mean.operating_sensitivities,
+        mean.cpm,
+        mean.interval,
+        gain,
+        gain_interval,
+        difference,
+        difference_interval,
+        share,
     )
 
 
+def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of ours - theirs, from the t distribution over the pairs."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, error = statistics.fmean(differences), stats.sem(differences)
+    reach = float(stats.t.ppf(0.975, len(differences) - 1) * error)
+    return mean - reach, mean + reach
+
+
+def _runs_as_csv(
+    runs: Iterable[_Run], results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]
+) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["labeled", "method", "seed", "cpm", "milliseconds_per_step"])
+    for run in runs:
+        timing = run.folder / TIMING
+        step = json.loads(timing.read_text())["milliseconds"]["step"] if timing.exists() else None
+        cpm = results[run.labeled, run.method][run.config.seed].cpm
+        writer.writerow([_scans(run.labeled), run.method, run.config.seed, cpm, step])
+    return text.getvalue()
+
+
+def _scans(labeled: int | None) -> str:
+    return "all" if labeled is None else str(labeled)
+
+
 _RATES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
-_HEAD = ("labeled", "method", *_RATES, "CPM", "95%", "gain", "95% of the gain")
+_HEAD = (
+    *("labeled", "method", *_RATES, "CPM", "95%", "gain", "95% of the gain"),
+    *("points", "95%, paired t", "of the way"),
+)
 
 
 def _cells(row: Row) -> list[str]:
-    percent = [f"{100 * value:.1f}" for value in (*row.sensitivities, row.cpm)]
-    interval = "{:.1f} to {:.1f}".format(*(100 * value for value in row.interval))
-    cells = [str(row.labeled), row.method, *percent, interval]
-    if row.gain is None or row.gain_interval is None:
-        return [*cells, "", ""]
-    interval = "{:+.1f} to {:+.1f}%".format(*(100 * value for value in row.gain_interval))
-    return [*cells, f"{100 * row.gain:+.1f}%", interval]
+    def percent(value: float | None, form: str = "{:+.1f}", end: str = "") -> str:
+        return "" if value is None else form.format(100 * value) + end
+
+    def interval(ends: tuple[float, float] | None, form: str = "{:+.1f}", end: str = "") -> str:
+        return "" if ends is None else " to ".join(percent(value, form) for value in ends) + end
+
+    return [
+        _scans(row.labeled),
+        row.method,
+        *(percent(value, "{:.1f}") for value in (*row.sensitivities, row.cpm)),
+        interval(row.interval, "{:.1f}"),
+        percent(row.gain, end="%"),
+        interval(row.gain_interval, end="%"),
+        percent(row.difference),
+        interval(row.difference_interval),
+        percent(row.share, "{:.0f}", end="%"),
+    ]
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -221,11 +573,17 @@ def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     rates = (f"sensitivity_at_{rate:g}" for rate in froc.OPERATING_POINTS)
-    bounds = ("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper")
+    bounds = (
+        *("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper"),
+        *("difference", "difference_lower", "difference_upper", "share"),
+    )
     writer.writerow(["labeled", "method", *rates, "cpm", *bounds])
     for row in rows:
-        gains = (row.gain, *(row.gain_interval or (None, None)))
+        gains = (row.gain, *(row.gain_interval or (None, None)), row.difference)
         writer.writerow(
-            [row.labeled, row.method, *row.sensitivities, row.cpm, *row.interval, *gains]
+            [
+                *(_scans(row.labeled), row.method, *row.sensitivities, row.cpm, *row.interval),
+                *(*gains, *(row.difference_interval or (None, None)), row.share),
+            ]
         )
     return text.getvalue()

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from fmkernels.focalmix import compare as comparison
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.compare import (
     ABLATIONS,
+    ALL_LABELS,
     BASELINE,
+    EXTENSIONS,
     FOCALMIX,
     as_csv,
     as_markdown,
@@ -23,7 +26,7 @@ from fmkernels.focalmix.compare import (
 from fmkernels.focalmix.config import load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.evaluation.froc import average, evaluate
+from fmkernels.focalmix.evaluation.froc import evaluate
 from fmkernels.focalmix.training import loop
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
 from fmkernels.focalmix.training.loop import train
@@ -75,12 +78,19 @@ def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
         (2, FOCALMIX),
         (2, "K = 1"),
     ]
+    with open(tmp_path / "runs.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert [(run["method"], run["seed"]) for run in runs[:3]] == [
+        *[(BASELINE, "0"), (FOCALMIX, "0"), ("K = 1", "0")]
+    ]
+    cpms = [float(run["cpm"]) for run in runs if run["method"] == FOCALMIX]
+    assert np.mean(cpms) == pytest.approx(rows[1].cpm) and len(runs) == 6
     assert [(c.method, c.seed, c.views, c.labeled) for c in trained] == [
         *[("supervised", 0, 2, 2), ("focalmix", 0, 2, 2), ("focalmix", 0, 1, 2)],
         *[("supervised", 1, 2, 2), ("focalmix", 1, 2, 2), ("focalmix", 1, 1, 2)],
     ]
     assert {c.steps for c in trained} == {2}
-    for picture in ("cpm.png", "labeled-2/froc.png"):
+    for picture in ("cpm.png", "labeled-2/froc.png", "labeled-2/seeds.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     for name, text in (("table.txt", as_text), ("table.md", as_markdown), ("table.csv", as_csv)):
         assert (tmp_path / name).read_text() == text(rows)
@@ -90,17 +100,17 @@ def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
 
 
 def test_goes_on_where_it_was_stopped(luna_folder, tmp_path, trained, monkeypatch):
-    stock = comparison._evaluate
+    stock = comparison.train
 
-    def stop(*args):
+    def stop(*args, **named):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return stock(*args)
+        return stock(*args, **named)
 
-    monkeypatch.setattr(comparison, "_evaluate", stop)
+    monkeypatch.setattr(comparison, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, bootstraps=10)
-    monkeypatch.setattr(comparison, "_evaluate", stock)
+    monkeypatch.setattr(comparison, "train", stock)
     compare(CONFIG, luna_folder, tmp_path, labeled=[2], seeds=2, bootstraps=10)
     assert [(c.method, c.seed) for c in trained] == [
         *[("supervised", 0), ("focalmix", 0)],
@@ -145,6 +155,95 @@ def test_burn_in_and_detection_are_done_once_and_change_nothing(luna_folder, tmp
         assert metrics(shared) == metrics(alone)
         for run in (shared, alone):  # FocalMix steps alone are timed, whoever trained the others
             assert json.loads((run / "timing.json").read_text())["steps"] == 2
+
+
+def test_several_runs_at_once_give_what_one_after_the_other_gives(luna_folder, tmp_path):
+    """Burn-in and detection in the unlabeled scans are shared here too."""
+    config = replace(CONFIG, burn_in=3, steps=5, log_every=1)
+    settings = dict(labeled=[2], seeds=1, without=["views"], bootstraps=9)
+    rows = compare(config, luna_folder, tmp_path / "one", **settings)
+    assert compare(config, luna_folder, tmp_path / "two", jobs=2, **settings) == rows
+    for name in ("supervised", "focalmix", "without-views"):
+        one, two = (tmp_path / jobs / "labeled-2" / name / "seed-0" for jobs in ("one", "two"))
+        assert_same_weights(one, two)
+        log = (two / "log.txt").read_text()
+        assert "training: " in log and "Traceback" not in log
+        assert ("0/5" in log) == (name == "supervised")  # others begin after the burn-in
+        assert (two / PSEUDO_BOXES).read_bytes() == (one / PSEUDO_BOXES).read_bytes()
+        # the second FocalMix run finds the detections of the first one
+        assert ("/2 [" in log) == (name == "focalmix")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_does_not_lose_the_others(luna_folder, tmp_path, capsys, jobs):
+    config = replace(CONFIG, burn_in=1, steps=3, log_every=1, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"2 of 2 runs failed, the first one in .*step"):
+        compare(config, luna_folder, tmp_path, labeled=[2], seeds=1, bootstraps=10, jobs=jobs)
+    said = capsys.readouterr().out
+    for number, method in ((1, "supervised"), (2, "FocalMix")):
+        line = f"run {number} of 2: 2 labeled scans, {method}, seed 0: failed: FloatingPointError: "
+        assert line in said
+
+
+def test_why_a_process_failed(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("failed: OSError: an earlier one\nTraceback\nfailed: OSError: full\n\x1b[A")
+    assert comparison._reason(log, 1) == "OSError: full"
+    assert comparison._reason(log, -9) == "the process was ended by signal 9"
+    log.write_text("nothing\n")
+    assert comparison._reason(log, 3) == f"exit code 3, see {log}"
+
+
+def test_extensions_change_what_they_say_and_share_what_is_the_same():
+    config = replace(CONFIG, method="focalmix", burn_in=3, steps=9)
+    methods = comparison._methods(config, ABLATIONS, EXTENSIONS)
+    runs = comparison._plan(config, Path("out"), methods, [2], 2, True)
+    assert len({run.folder for run in runs}) == len(runs) == 2 * (len(methods) + 1)
+    by_name = {run.method: run for run in runs if run.config.seed == 0}
+    shared = by_name[BASELINE].folder
+    alike = {"MixUp in supervised steps", "contrast", "noise", "blur"}
+    for name, run in by_name.items():
+        suffix = name.rpartition(", ")[2]
+        if name == ALL_LABELS:
+            assert run.shared is None and run.config.labeled is None
+        elif suffix in alike:
+            assert run.shared == by_name[f"{BASELINE}, {suffix}"].folder != shared
+        else:
+            assert run.shared == shared, name
+    assert by_name["burn-in alone"].config.steps == 3
+    assert by_name["fresh supervised student"].config.student == "fresh"
+    assert by_name["fresh student, teacher follows"].config.follow_after == 3
+    assert by_name["FocalMix, noise"].config.method == "focalmix"
+    for part in ("fresh-student", "noise"):
+        (changes, *_) = EXTENSIONS[part](config).values()
+        with pytest.raises(InputError, match=f"{part}: expected an extension that"):
+            comparison._methods(replace(config, **changes), (), [part])
+
+
+def test_the_baseline_is_not_a_fresh_student():
+    config = replace(CONFIG, burn_in=1, student="fresh", teacher="fixed")
+    methods = comparison._methods(config, (), ["fresh-supervised"])
+    students = {name: replace(config, **changes).student for name, (_, changes) in methods.items()}
+    assert students == {
+        BASELINE: "continued",
+        FOCALMIX: "fresh",
+        "fresh supervised student": "fresh",
+    }
+
+
+def test_a_run_waits_for_what_it_shares(tmp_path):
+    config = replace(CONFIG, burn_in=1)
+    methods = comparison._methods(config, ["views"], ["fresh-supervised"])
+    baseline, focalmix, views, rival = comparison._plan(config, tmp_path, methods, [2], 1, False)
+    ready = comparison._is_ready
+    assert ready(baseline, [], [focalmix]) and not ready(focalmix, [], [baseline])
+    assert not ready(focalmix, [baseline], []) and ready(focalmix, [], [])
+    baseline.folder.mkdir(parents=True)
+    (baseline.folder / BURN_IN).touch()
+    assert ready(focalmix, [baseline], []) and ready(rival, [baseline, focalmix], [])
+    assert not ready(views, [baseline, focalmix], [])
+    (baseline.folder / PSEUDO_BOXES).touch()
+    assert ready(views, [baseline, focalmix], [])
 
 
 def test_another_configuration_is_refused(luna_folder, tmp_path):
@@ -203,21 +302,47 @@ def froc(hits: int):
 
 def test_gains_are_paired():
     """The draws of scans that make one curve high make the other one high."""
-    row = comparison._row(4, FOCALMIX, average([froc(12), froc(12)]), average([froc(10), froc(10)]))
+    row = comparison._row(4, FOCALMIX, [froc(12), froc(12)], [froc(10), froc(10)])
     assert row.cpm == pytest.approx(0.6) and row.gain == pytest.approx(0.2)
     lower, upper = row.gain_interval
     assert 0 <= lower < 0.2 < upper  # never below zero: FocalMix finds all that the baseline finds
     unpaired = row.interval[0] / 0.5 - 1
     assert unpaired < lower
-    alone = comparison._row(4, BASELINE, average([froc(10)]), average([froc(10)]))
-    assert alone.gain is None and alone.gain_interval is None
-    same = comparison._row(4, FOCALMIX, average([froc(10), froc(4)]), average([froc(10), froc(4)]))
+    alone = comparison._row(4, BASELINE, [froc(10)], [froc(10)])
+    assert alone.gain is None and alone.gain_interval is None and alone.difference is None
+    same = comparison._row(4, FOCALMIX, [froc(10), froc(4)], [froc(10), froc(4)])
     assert same.gain == pytest.approx(0) and same.gain_interval == (0, 0)
+    assert same.difference_interval == pytest.approx((0, 0))
+
+
+def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
+    """Differences of 0, 0.1 and 0.2: 0.1 with a standard error of 0.1 / sqrt(3), t(2) = 4.303."""
+    row = comparison._row(4, FOCALMIX, [froc(8), froc(12), froc(16)], [froc(8), froc(10), froc(12)])
+    assert row.difference == pytest.approx(0.1)
+    reach = 4.30265 * 0.1 / 3**0.5
+    assert row.difference_interval == pytest.approx((0.1 - reach, 0.1 + reach), abs=1e-5)
+    one = comparison._row(4, FOCALMIX, [froc(12)], [froc(10)])
+    assert one.difference == pytest.approx(0.1) and one.difference_interval is None
+
+
+def test_the_share_of_the_way_to_all_labels():
+    results = {
+        (4, BASELINE): [froc(8), froc(12)],
+        (4, FOCALMIX): [froc(10), froc(12)],
+        (None, ALL_LABELS): [froc(14), froc(14)],
+    }
+    baseline, focalmix, every = comparison._rows(results)
+    assert baseline.share is None and every.share is None and every.gain is None
+    assert focalmix.share == pytest.approx(0.25)
+    (_, _, line, last) = as_text([baseline, focalmix, every]).splitlines()
+    assert line.endswith("25%") and last.split()[:3] == ["all", "all", "labels"]
+    del results[None, ALL_LABELS]
+    assert comparison._rows(results)[1].share is None
 
 
 def test_a_gain_over_nothing_has_no_upper_end():
     """One nodule of 20: a third of the draws of scans miss it."""
-    row = comparison._row(4, FOCALMIX, average([froc(3)]), average([froc(1)]))
+    row = comparison._row(4, FOCALMIX, [froc(3)], [froc(1)])
     assert (
         row.gain == pytest.approx(2) and row.gain_interval[0] < 2 and row.gain_interval[1] == np.inf
     )
@@ -233,16 +358,14 @@ def test_one_process_compares(luna_folder, tmp_path, monkeypatch):
 
 
 def test_seeds_are_drawn_too():
-    apart = comparison._row(
-        4, FOCALMIX, average([froc(20), froc(0)]), average([froc(10), froc(10)])
-    )
+    apart = comparison._row(4, FOCALMIX, [froc(20), froc(0)], [froc(10), froc(10)])
     assert np.allclose(apart.interval, (0, 1))
 
 
 def test_tables_say_the_same():
     rows = [
-        comparison._row(4, BASELINE, average([froc(10)]), average([froc(10)])),
-        comparison._row(4, FOCALMIX, average([froc(12)]), average([froc(10)])),
+        comparison._row(4, BASELINE, [froc(10)], [froc(10)]),
+        comparison._row(4, FOCALMIX, [froc(12)], [froc(10)]),
     ]
     (_, first, second) = as_text(rows).splitlines()
     assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0%" in second
@@ -286,7 +409,7 @@ def test_command(luna_folder, tmp_path, capsys):
         "2",
         *settings,
     ]
-    assert main([*command, "--without", *ABLATIONS]) == 0
+    assert main([*command, "--without", *ABLATIONS, "--all-labels"]) == 0
     table = capsys.readouterr().out
     assert table.endswith("\n" + (tmp_path / "out" / "table.txt").read_text())
     assert all(name in table for name, _ in ABLATIONS.values())

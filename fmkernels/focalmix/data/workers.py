@@ -1,9 +1,13 @@
-"""A pool of worker processes."""
+"""Worker processes: a pool, and single ones."""
 
 import multiprocessing
 import os
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 
 def process_pool(count: int) -> ProcessPoolExecutor:
@@ -13,6 +17,34 @@ def process_pool(count: int) -> ProcessPoolExecutor:
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+
+
+def start_process(function: Callable, *arguments: object, log: Path) -> BaseProcess:
+    """Call a function in a new process with one thread, which ends with its parent.
+
+    The process is spawned, as those of `process_pool`. If the function raises, the exit code is 1.
+
+    Args:
+        function: a function of a module.
+        arguments: its arguments, which are pickled.
+        log: the file that standard output, errors and traceback are appended to.
+    """
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_call, args=(log, function, *arguments))
+    process.start()
+    return process
+
+
+def _call(log: Path, function: Callable, *arguments: object) -> None:
+    import torch
+
+    _end_with_parent()
+    with open(log, "ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def _end_with_parent() -> None:

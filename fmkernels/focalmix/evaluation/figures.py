@@ -197,6 +197,28 @@ def draw_comparison(
         )
 
 
+def draw_seeds(path: str | Path, cpms: Mapping[str, Sequence[float]]) -> None:
+    """Draw the CPM of two methods for each seed, and their means.
+
+    Args:
+        path: the figure to write.
+        cpms: name for the axis -> the CPM of each seed, in the same order for both.
+    """
+    (first, low), (second, high) = cpms.items()
+    seeds = np.arange(len(low))
+    with _figure(path, (6.4, 4.2)) as figure:
+        axes = figure.add_subplot()
+        axes.vlines(seeds, 100 * np.array(low), 100 * np.array(high), color="0.7", zorder=1)
+        for name, values, marker, color in zip(
+            (first, second), (low, high), _MARKERS, _COLORS, strict=False
+        ):
+            axes.scatter(seeds, 100 * np.array(values), label=name, marker=marker, color=color)
+            axes.axhline(100 * np.mean(values), linestyle="--", linewidth=1, color=color)
+        axes.set_xticks(seeds)
+        axes.set(xlabel="Seed", ylabel="CPM (%)", title="CPM on the test scans, seed by seed")
+        figure.legend(loc="outside lower center", ncols=2, title="dashed: mean over the seeds")
+
+
 def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
     """Draw the losses, the learning rate and, if measured, the validation CPM over the steps.
 

@@ -61,6 +61,7 @@ from fmkernels.focalmix.training.metrics import METRICS, Interrupt, Metrics, Sto
 from fmkernels.focalmix.training.step import Losses, focalmix_loss, sample_draws, supervised_loss
 
 CANDIDATES, EVALUATION, BAD_BATCH = "candidates.csv", "evaluation.json", "bad_batch.pt"
+TIMING = "timing.json"
 MAX_PSEUDO_BOXES = 5
 """Maximum number of pseudo-boxes of an unlabeled scan."""
 PSEUDO_BOX_POWER = 4
@@ -485,7 +486,7 @@ def _report(run: _Run) -> froc.Froc | None:
     if is_first:
         figures.draw_training(out / "training.png", out / METRICS)
         if summary := run.stopwatch.summary():
-            _write_json(out / "timing.json", summary)
+            _write_json(out / TIMING, summary)
     if not series:
         return None
     detections = _detect_all(run.config, run.state.ema.module, data, series)
@@ -574,12 +575,7 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     begun = (out / CHECKPOINT).exists()
-    stored = load_config(out) if begun else None
-    for name, was in stored.result.items() if stored else ():
-        if was != (asked := config.result[name]):
-            raise InputError(
-                f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}"
-            )
+    stored = check_options(out, config)
     if begun and not resume:
         raise InputError(f"{out}: expected a new folder, or --resume to continue the run it holds")
     if rank > 0:
@@ -590,6 +586,21 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
         (out / PSEUDO_BOXES).unlink(missing_ok=True)  # of a run that was here before
     if not stored:
         _write_json(out / CONFIG, asdict(config))
+
+
+def check_options(out: Path, config: Config) -> Config | None:
+    """The options of the run in a folder, None if there is none.
+
+    Raises:
+        InputError: the run has other options that affect its result.
+    """
+    stored = load_config(out) if (out / CHECKPOINT).exists() else None
+    for name, was in stored.result.items() if stored else ():
+        if was != (asked := config.result[name]):
+            raise InputError(
+                f"{out / CONFIG}: {name}: expected {was} as in the run it holds, got {asked}"
+            )
+    return stored
 
 
 def _open_data(config: Config, root: str | Path) -> tuple[DataSet, Scans]:

@@ -34,13 +34,14 @@ def detect(
     volume: Volume,
     *,
     batch_size: int = 4,
-    per_patch: int = 100,
+    per_patch: int = 1000,
     keep: int = 100,
 ) -> Detections:
     """Run the detector over a scan, on the device of the model.
 
-    Sliding windows of ``config.roi_size`` overlap by at least ``config.overlap`` voxels. Each one
-    is responsible for the anchors that are closer to its middle than to that of any other window,
+    Sliding windows overlap by at least ``config.overlap`` voxels. They are as few as windows of
+    ``config.roi_size`` can be, and no larger than needed for that (see `fit_window`). Each one is
+    responsible for the anchors that are closer to its middle than to that of any other window,
     so that an object of up to ``config.overlap`` voxels lies entirely in the window responsible for
     its center. The scan is padded with air.
 
@@ -56,16 +57,18 @@ def detect(
         FloatingPointError: the output of the detector is not finite.
     """
     device = next(model.parameters()).device
-    anchors = Anchors.from_config(config).boxes(config.roi_size, device)
+    shape = volume.voxels.shape
+    size = fit_window(shape, config.roi_size, config.overlap, config.strides[-1])
+    anchors = Anchors.from_config(config).boxes(size, device)
     centers = (anchors[:, :3] + anchors[:, 3:]) / 2
     per_patch = min(per_patch, len(anchors))
     all_boxes, all_scores = [], []
-    windows = list(_windows(volume.voxels.shape, config.roi_size, config.overlap))
+    windows = list(_windows(shape, size, config.overlap))
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         corners = _rows([window.corner for window in batch], device)[:, None]  # [B, 1, 3]
         cores = _rows([window.core for window in batch], device)[:, :, None]  # [B, 2, 1, 3]
-        patches = [cut_patch(volume.voxels, window.corner, config.roi_size) for window in batch]
+        patches = [cut_patch(volume.voxels, window.corner, size) for window in batch]
         images = torch.from_numpy(np.stack(patches)[:, None])
         with autocast(config, device):
             logits, deltas = model(apply_window(images.to(device), config.window))
@@ -84,8 +87,8 @@ def detect(
             "learning rate"
         )
     middle = (boxes[:, :3] + boxes[:, 3:]) / 2
-    shape = _rows(volume.voxels.shape, torch.device("cpu"))
-    inside = ((middle >= 0) & (middle < shape)).all(-1) & (scores > 0)
+    inside = (middle >= 0) & (middle < _rows(shape, torch.device("cpu")))
+    inside = inside.all(-1) & (scores > 0)
     boxes, scores, middle = boxes[inside], scores[inside], middle[inside]
     best = nms(boxes, scores, threshold=config.nms_threshold, keep=keep)
     world = volume.to_world(middle[best].double().numpy())
@@ -133,6 +136,26 @@ class _Window:
     corner: tuple[int, ...]
     core: tuple[tuple[float, ...], tuple[float, ...]]
     """Lowest and highest anchor centers that the window is responsible for."""
+
+
+def fit_window(
+    shape: Sequence[int], roi_size: Sequence[int], overlap: int, stride: int
+) -> tuple[int, ...]:
+    """The smallest windows, in multiples of ``stride``, of which as few cover a scan as of these.
+
+    Evenly spread windows of ``roi_size`` would overlap by far more than ``overlap`` where the scan
+    is a little longer than some of them.
+
+    Example:
+        >>> fit_window((100, 170, 30), (96, 96, 96), overlap=12, stride=8)
+        (56, 96, 32)
+    """
+    sizes = []
+    for length, side in zip(shape, roi_size, strict=True):
+        count = max(1, math.ceil((length - overlap) / (side - overlap)))
+        least = max((length + (count - 1) * overlap) / count, overlap + 1)
+        sizes.append(min(side, stride * math.ceil(least / stride)))
+    return tuple(sizes)
 
 
 def _windows(shape: Sequence[int], roi_size: Sequence[int], overlap: int) -> Iterator[_Window]:

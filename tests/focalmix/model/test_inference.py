@@ -12,7 +12,7 @@ from torch import nn
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.volume import AIR, Volume
 from fmkernels.focalmix.model.detector import build_model
-from fmkernels.focalmix.model.inference import _windows, detect, nms
+from fmkernels.focalmix.model.inference import _windows, detect, fit_window, nms
 from tests.focalmix.model.test_anchors import NONE, cubes, iou_of, random_cubes
 
 CONFIG = Config(
@@ -83,6 +83,17 @@ class TestWindows:
         assert len(list(_windows((52, 52, 52), (32, 32, 32), 12))) == 8
         assert len(list(_windows((53, 52, 52), (32, 32, 32), 12))) == 12
 
+    @given(st.tuples(*[st.integers(1, 200)] * 3), st.sampled_from([16, 32, 96]), st.integers(0, 15))
+    @settings(max_examples=60, deadline=None)
+    def test_fitted_windows_are_as_many_and_could_not_be_smaller(self, shape, side, overlap):
+        size = fit_window(shape, (side,) * 3, overlap, 8)
+        assert all(fitted % 8 == 0 and overlap < fitted <= side for fitted in size)
+        for length, fitted in zip(shape, size, strict=True):
+            count = len(list(_windows((length,), (side,), overlap)))
+            assert len(list(_windows((length,), (fitted,), overlap))) == count
+            smaller = fitted - 8
+            assert smaller <= overlap or count * (smaller - overlap) + overlap < length
+
 
 class TestDetect:
     @pytest.mark.parametrize("corner", list(itertools.product((2, 18, 26, 28, 44), repeat=2)))
@@ -126,6 +137,12 @@ class TestDetect:
             np.testing.assert_allclose(
                 other.candidates, results[0].candidates, rtol=1e-4, atol=1e-3
             )
+
+    def test_windows_are_no_larger_than_needed(self):
+        model, shapes = Bright(), []
+        model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+        detect(CONFIG, model, volume_of((33, 60, 20)), batch_size=100)
+        assert shapes == [(6, 1, 24, 28, 20)]
 
     def test_batches_hold_all_windows_once(self):
         model = Bright()

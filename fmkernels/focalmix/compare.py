@@ -58,8 +58,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Components of FocalMix that can be left out: name of the row, changed options."""
 
-_SUPERVISED = {"method": "supervised", "student": "continued"}
-_FRESH = {"student": "fresh", "teacher": "fixed"}
+_SUPERVISED: dict[str, Any] = {"method": "supervised", "student": "continued"}
+_FRESH: dict[str, Any] = {"student": "fresh", "teacher": "fixed"}
 
 
 def _alike(name: str, **changes: Any) -> dict[str, dict[str, Any]]:

@@ -213,7 +213,7 @@ def draw_seeds(path: str | Path, cpms: Mapping[str, Sequence[float]]) -> None:
             (first, second), (low, high), _MARKERS, _COLORS, strict=False
         ):
             axes.scatter(seeds, 100 * np.array(values), label=name, marker=marker, color=color)
-            axes.axhline(100 * np.mean(values), linestyle="--", linewidth=1, color=color)
+            axes.axhline(100 * float(np.mean(values)), linestyle="--", linewidth=1, color=color)
         axes.set_xticks(seeds)
         axes.set(xlabel="Seed", ylabel="CPM (%)", title="CPM on the test scans, seed by seed")
         figure.legend(loc="outside lower center", ncols=2, title="dashed: mean over the seeds")

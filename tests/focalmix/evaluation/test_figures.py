@@ -16,6 +16,7 @@ from fmkernels.focalmix.evaluation.figures import (
     Panel,
     draw_examples,
     draw_froc,
+    draw_seeds,
     draw_training,
     slice_panel,
 )
@@ -334,3 +335,15 @@ def test_labels_stay_inside_the_slice(tmp_path, drawn, box):
         label, panel = text.get_window_extent(), axes.get_window_extent()
         assert panel.x0 - 2 <= label.x0 < label.x1 <= panel.x1 + 2
         assert panel.y0 - 2 <= label.y0 < label.y1 <= panel.y1 + 2
+
+
+def test_seeds_are_drawn_in_pairs_with_both_means(drawn, tmp_path):
+    draw_seeds(tmp_path / "seeds.png", {"supervised": [0.3, 0.5], "FocalMix": [0.4, 0.45]})
+    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    low, high = (points.get_offsets() for points in axes.collections[1:])
+    np.testing.assert_allclose(low, [[0, 30], [1, 50]])
+    np.testing.assert_allclose(high, [[0, 40], [1, 45]])
+    (segments,) = (lines.get_segments() for lines in axes.collections[:1])
+    np.testing.assert_allclose(segments, [[[0, 30], [0, 40]], [[1, 50], [1, 45]]])
+    np.testing.assert_allclose([line.get_ydata()[0] for line in axes.lines], [40, 42.5])

@@ -48,7 +48,7 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},
 }
 
-COMMANDS = ("phantom", "train", "compare", "detect", "evaluate", "doctor", "warmup")
+COMMANDS = ("phantom", "train", "compare", "detect", "evaluate", "check", "doctor", "warmup")
 
 
 def generate(_: Sphinx) -> None:

@@ -46,7 +46,9 @@ ROOMS = {
     "compare": {"config", "data", "distributed", "errors", "evaluation", "files", "training"},
     "detect": {"config", "data", "errors", "evaluation", "model", "training"},
     "evaluate": {"data", "errors", "evaluation"},
+    "check": {"data", "errors", "evaluation"},
     "cli": {
+        "check",
         "compare",
         "config",
         "data",

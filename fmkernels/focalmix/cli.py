@@ -1,7 +1,7 @@
 """The command ``fmkernels``.
 
-Exit codes: 0 success, 1 training diverged, a scan could not be searched or a self-test failed,
-2 invalid input, 130 interrupted.
+Exit codes: 0 success, 1 training diverged, a scan could not be searched, a self-test failed or
+`check` found errors, 2 invalid input, 130 interrupted.
 """
 
 import argparse
@@ -114,6 +114,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "CANDIDATES [DATA]",
             "compute FROC and CPM of candidates by LUNA16's rules",
         ),
+        ("check", _add_check, "DATA", "look at a data set: counts, grids, HU, coordinates"),
         ("doctor", _add_doctor, "", "show versions and devices, and self-test every operation"),
         ("warmup", _add_warmup, "", "compile the CPU path ahead of time, for later processes"),
     ):
@@ -543,6 +544,51 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         draw_froc(arguments.plot, {arguments.candidates.stem: result.froc})
         _say_written(arguments.plot)
     return 0
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser)
+    parser.add_argument(
+        "--coordinates",
+        choices=("LPS", "RAS"),
+        default="LPS",
+        help="world coordinates of the annotations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unlabeled-data",
+        metavar="FOLDER",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of more scans, without labels",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PNG",
+        type=Path,
+        default=Path("check.png"),
+        help="picture of slices with the annotated boxes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_at_least(1), help="worker processes (default: one per core)"
+    )
+    parser.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fmkernels.focalmix.check import check
+
+    report = check(
+        arguments.data,
+        arguments.out,
+        coordinates=arguments.coordinates,
+        unlabeled=arguments.unlabeled_data,
+        workers=arguments.workers,
+    )
+    print(report)
+    if report.picture is not None:
+        _say_written(report.picture)
+    return int(report.has_errors)
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from fmkernels.focalmix.data.annotations import FOLDS
 from fmkernels.focalmix.data.formats import (
     check_header,
     find_scans,
+    hu_problem,
     load_volume,
     scan_id,
     scan_name,
@@ -92,6 +93,8 @@ class DataSet(ABC):
         self._shared_cache = cache is not None
         if not self.root.is_dir():
             raise InputError(f"{self.root}: expected a folder with scans, found no such folder")
+        self.annotations: Path | None = None
+        """The table of nodules."""
         self.excluded_table: Path | None = None
         self._scans: dict[str, Scan] = {}
         self._nodules: dict[str, np.ndarray] = {}
@@ -113,6 +116,19 @@ class DataSet(ABC):
     def unlabeled(self) -> list[str]:
         """The series ids of the scans without labels."""
         return [uid for uid, scan in self._scans.items() if not scan.is_labeled]
+
+    def summary(self) -> str:
+        """The number of scans and nodules, in a line."""
+        nodules = [self.nodules(uid) for uid in self.series]
+        sizes = np.concatenate([*nodules, np.empty((0, 4))])[:, 3]
+        known = sizes[sizes > 0]
+        sizes_text = f" of {known.min():.3g} to {known.max():.3g} mm" if len(known) else ""
+        with_nodules = sum(len(rows) > 0 for rows in nodules)
+        return (
+            f"{self.root}: {len(self)} scans: {with_nodules} with {len(sizes)} nodules"
+            f"{sizes_text}, {len(nodules) - with_nodules} without a nodule, "
+            f"{len(self.unlabeled)} without labels"
+        )
 
     def subset(self, uid: str) -> int:
         """The subset (the fold) of a series, 0 ... 9."""
@@ -318,6 +334,8 @@ def _write_cached(scan: tuple[str, Path, Path], spacing: Sequence[float]) -> lis
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
         volume = load_volume(path, spacing)
+    if problem := hu_problem(volume.voxels):
+        raise InputError(f"{path}: {problem}")
     geometry = {
         "source": source,
         "spacing": list(spacing),

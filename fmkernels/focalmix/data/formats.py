@@ -35,6 +35,7 @@ _READERS: dict[str, Callable[[Path, str], Header]] = {
 SUPPORTED = f"{', '.join(_READERS)} or a folder with a DICOM series"
 """What a scan may be, for messages."""
 
+_DENSEST_AIR = -400  # HU
 _INT16 = np.iinfo(np.int16)
 
 
@@ -117,6 +118,23 @@ def load_volume(path: str | Path, spacing: Sequence[float]) -> Volume:
             f"{path}: expected a spacing with at most {limit} voxels at {spacing} mm, got {shape}"
         )
     return resample(_read(Path(path), header), spacing)
+
+
+def hu_problem(voxels: np.ndarray) -> str:
+    """Why the values of a chest CT are no HU; empty if they may be.
+
+    A chest holds air, so the lowest values are about -1000.
+    """
+    step = max(1, voxels.size // 10**6)
+    sample = voxels.ravel(order="K")[::step]
+    low, high = float(np.percentile(sample, 1)), int(sample.max())
+    if low <= _DENSEST_AIR:
+        return ""
+    if low >= 0 and high <= 255:
+        return f"values of {low:.0f} to {high} are no HU; store the scan with its HU"
+    if low >= -100 and high > 1000:
+        return f"values look like HU + 1024 (air is {low:.0f}, not -1000); subtract 1024"
+    return f"expected air of about -1000 HU, got {low:.0f} as the lowest values"
 
 
 def _read(path: Path, header: Header) -> Volume:

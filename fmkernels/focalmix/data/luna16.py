@@ -96,6 +96,7 @@ class LUNA16(DataSet):
         self._excluded = {uid: rows for uid, rows in excluded.items() if uid in self._scans}
 
     def where(self, uid: str, k: int) -> str:
+        assert self.annotations is not None
         return f"{self.annotations}, row {find_row(self.annotations, uid, k)}"
 
 

@@ -1,8 +1,12 @@
 """Training patches of scans: item i depends on the seed and i only, whoever reads it and when."""
 
+import math
+import shutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +15,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fmkernels.focalmix.data.dataset import DataSet
 from fmkernels.focalmix.data.volume import cut_patch
+from fmkernels.focalmix.errors import InputWarning
 
 _TISSUE = -950  # HU: the lungs and everything denser lie above, the air around the body below
 _TRIES = 4
+SHARED_MEMORY = Path("/dev/shm")
+_BATCHES_PER_WORKER = 2  # that are read ahead
 _MAX_OPEN = 256  # scans that a process keeps open: each memory map holds a file descriptor
 
 
@@ -280,6 +287,26 @@ class _Loader(DataLoader):
             return super().__iter__()
 
 
+def _workers_that_fit(workers: int, batch_bytes: int) -> int:
+    """Fewer workers where their batches would not fit into the shared memory of the machine.
+
+    A container has 64 MB of it by default, and a worker that finds it full is killed.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return workers
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    fitting = min(workers, max(0, (free // batch_bytes - 1) // _BATCHES_PER_WORKER))
+    if fitting < workers:
+        needed = (workers * _BATCHES_PER_WORKER + 1) * batch_bytes
+        warnings.warn(
+            f"{SHARED_MEMORY} has {free >> 20} MB free, {workers} workers need {needed >> 20} MB: "
+            f"going on with {fitting}; see docker run --shm-size, or --workers 0",
+            InputWarning,
+            stacklevel=3,
+        )
+    return fitting
+
+
 def patch_loader(
     dataset: PatchDataset,
     *,
@@ -300,7 +327,8 @@ def patch_loader(
             dropped.
         batch_size: patches per step and rank.
         start: first step.
-        workers: processes that read ahead; 0 reads in the current process.
+        workers: processes that read ahead; 0 reads in the current process. There are fewer, with a
+            warning, where the machine has too little shared memory.
         rank: the rank of the current process.
         world_size: number of processes that train together.
 
@@ -319,6 +347,7 @@ def patch_loader(
     steps = len(dataset) // (batch_size * world_size)
     if not 0 <= start <= steps:
         raise ValueError(f"patch_loader: start: expected a step of 0 to {steps}, got {start}")
+    workers = _workers_that_fit(workers, 2 * batch_size * math.prod(dataset.patch_size))
     return _Loader(
         dataset,
         batch_sampler=_Batches(

@@ -4,6 +4,7 @@ Arrays are z, y, x and hold Hounsfield units (HU) as int16; world points are x, 
 coordinates are in voxels: voxel i covers [i, i + 1).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,30 @@ class Volume:
         center = self.from_world(findings[:, :3])
         half = diameters(findings)[:, None] / 2 / self.spacing
         return np.concatenate([center - half, center + half], axis=1).astype(np.float32)
+
+
+def reoriented(volume: Volume) -> Volume:
+    """A view of a scan whose axes run as nearly as possible to S, P, L (z, y, x).
+
+    Its slices look as radiologists show them, however the scan is stored.
+    """
+    direction = np.array(volume.direction)
+    orders = [list(order) for order in itertools.permutations(range(3))]
+    # the grid axis that runs along each of the world axes x, y, z
+    order = max(orders, key=lambda order: np.abs(direction[range(3), order]).sum())
+    signs = np.sign(direction[range(3), order])
+    voxels = volume.voxels.transpose([2 - axis for axis in order[::-1]])
+    first = np.zeros(3)
+    for axis, sign in zip(order, signs, strict=True):
+        if sign < 0:
+            first[2 - axis] = volume.voxels.shape[2 - axis] - 1
+    (origin,) = volume.to_world(index_to_box(first)).tolist()
+    return Volume(
+        voxels[tuple(slice(None, None, int(sign)) for sign in signs[::-1])],
+        tuple(volume.spacing[2 - axis] for axis in order[::-1]),
+        tuple(origin),
+        tuple(map(tuple, (direction[:, order] * signs).tolist())),
+    )
 
 
 def cut_patch(

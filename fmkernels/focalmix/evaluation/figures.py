@@ -6,6 +6,7 @@ one is complete. The suffix of the path selects the format (png, svg, pdf, ...; 
 
 import csv
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,21 @@ class Panel:
     """About 30 characters fit."""
     aspect: float = 1.0
     """Height of a pixel divided by its width."""
+
+
+@dataclass(frozen=True, eq=False)
+class CheckPanel:
+    """A slice with an annotated box, in pixels of ``image``."""
+
+    image: np.ndarray
+    """[H, W], HU."""
+    spacing: tuple[float, ...]
+    """Millimeters between pixels along y, x."""
+    boxes: np.ndarray
+    """[n, 4]: y1, x1, y2, x2; one or none."""
+    title: str
+    problem: str
+    """What is suspicious; empty if nothing is."""
 
 
 def slice_panel(
@@ -308,6 +324,86 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
             ncols=3,
             title=window,
             title_fontsize="small",
+        )
+
+
+def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> None:
+    """Draw annotated slices, four per row, each with its box magnified.
+
+    Suspicious ones have red frames and say why. A wrong coordinate is a box beside its nodule.
+
+    Args:
+        path: the figure to write.
+        panels: at least one; their sizes may differ.
+        title: a line above all.
+    """
+    if not panels:
+        raise ValueError("draw_check: panels: expected at least one, got none")
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    side = max(3.0, 6.0 / columns)
+    with _figure(path, (side * columns, (side + 0.45) * rows + 0.7)) as figure:
+        figure.suptitle(textwrap.fill(title, 28 * columns), fontsize="small")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_checked(axes, panel)
+        handles = [
+            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="annotated box"),
+            Patch(
+                fill=False, edgecolor=_MISSED, linewidth=1.8, label="nothing like a nodule there"
+            ),
+        ]
+        window = "axial slices as radiologists show them, {:g} to {:g} HU".format(*LUNG_WINDOW)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=2,
+            title=window,
+            title_fontsize="small",
+        )
+
+
+def _draw_checked(axes: Axes, panel: CheckPanel) -> None:
+    lower, upper = LUNG_WINDOW
+    size = np.array(panel.image.shape) * panel.spacing
+    color = _MISSED if panel.problem else _TRUE
+    lines = [panel.title, panel.problem] if panel.problem else [panel.title]
+    axes.set_title(
+        "\n".join(lines), fontsize="x-small", color=_MISSED if panel.problem else "black"
+    )
+    zoomed = [axes]
+    if len(panel.boxes):
+        center = (panel.boxes[0, :2] + panel.boxes[0, 2:]) / 2 * panel.spacing
+        reach = max(25.0, float((panel.boxes[0, 2:] - panel.boxes[0, :2]).max()) * panel.spacing[0])
+        # in the corner that is farthest from the box
+        right, below = center[1] < size[1] / 2, center[0] < size[0] / 2
+        inset = axes.inset_axes((0.58 * right, 0.58 * (not below), 0.42, 0.42))
+        zoomed.append(inset)
+    for view in zoomed:
+        view.imshow(
+            panel.image,
+            cmap="gray",
+            vmin=lower,
+            vmax=upper,
+            extent=(0, size[1], size[0], 0),
+            interpolation="nearest",
+        )
+        view.set(xticks=[], yticks=[])
+        view.grid(False)
+        for side in view.spines.values():
+            side.set(
+                visible=True, color=color, linewidth=1.5 if panel.problem or view != axes else 0
+            )
+        for y1, x1, y2, x2 in panel.boxes * np.tile(panel.spacing, 2):
+            view.add_patch(
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2)
+            )
+    axes.set(xlim=(0, size[1]), ylim=(size[0], 0))
+    if len(panel.boxes):
+        zoomed[1].set(
+            xlim=(center[1] - reach, center[1] + reach), ylim=(center[0] + reach, center[0] - reach)
         )
 
 

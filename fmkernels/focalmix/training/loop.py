@@ -128,15 +128,24 @@ def train(
         run = _Run(config, data, scans, out, State(config, device), Stopwatch(device, profile))
         if (out / CHECKPOINT).exists():
             run.state.load(out / CHECKPOINT, scans.train)
+        if rank_and_world_size()[0] == 0:
+            used = scans if config.method == "focalmix" else scans._replace(unlabeled=[])
+            counts = zip(used._fields, used, strict=True)
+            roles = ", ".join(f"{role} {len(series)}" for role, series in counts if series)
+            tqdm.write(f"{data.summary()}\nin this run: {roles}", file=sys.stderr)
         try:
             with Interrupt() as interrupt, contextlib.closing(_Trainer(run, interrupt)) as trainer:
                 trainer.fit()
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            shared_memory = any(text in str(error) for text in ("shared memory", "Bus error"))
+            if not str(error).startswith("DataLoader worker") and not shared_memory:
                 raise
-            raise ChildProcessError(
-                f"{out}: {first_line(error)} --resume continues the run"
-            ) from error
+            problem = (
+                "a data-loading worker found /dev/shm full (docker run --shm-size, or --workers 0);"
+                if shared_memory
+                else first_line(error)
+            )
+            raise ChildProcessError(f"{out}: {problem} --resume continues the run") from error
         return _report(run)
 
 

@@ -1,6 +1,7 @@
 """Patches: each a function of (seed, item), with boxes at the nodules, whoever loads them."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fmkernels.focalmix.data.patches import (
     patch_loader,
 )
 from fmkernels.focalmix.data.volume import cut_patch
+from fmkernels.focalmix.errors import InputWarning
 
 
 @pytest.fixture
@@ -352,3 +354,22 @@ class TestLoader:
                 )
             )
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_there_are_fewer_workers_where_shared_memory_is_small(luna_folder, monkeypatch, tmp_path):
+    data = LUNA16(luna_folder, spacing=(2.5, 2.0, 2.0))
+    dataset = LabeledPatches(data, data.series, patch_size=(16, 16, 16), length=8, seed=0)
+    batch = 2 * 16**3 * 2
+    expected = next(iter(patch_loader(dataset, batch_size=2)))
+    monkeypatch.setattr(patches, "SHARED_MEMORY", tmp_path)
+    for free, workers in ((7, 3), (6, 2), (5, 2), (2, 0), (0, 0)):
+        usage = SimpleNamespace(free=free * batch)
+        monkeypatch.setattr(patches.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if workers < 3:
+            message = f"3 workers need .* going on with {workers}; see docker run --shm-size"
+            with pytest.warns(InputWarning, match=message):
+                loader = patch_loader(dataset, batch_size=2, workers=3)
+        else:
+            loader = patch_loader(dataset, batch_size=2, workers=3)
+        assert loader.num_workers == workers
+    assert torch.equal(next(iter(loader))["image"], expected["image"])

@@ -638,6 +638,15 @@ def test_pseudo_boxes_belong_to_their_burn_in(luna_folder, tmp_path, detected):
         train(replace(config, seed=1), luna_folder, tmp_path, resume=True)
 
 
+def test_full_shared_memory_is_named_in_one_line(luna_folder, tmp_path, monkeypatch):
+    def read(self, i):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(loop.LabeledPatches, "__getitem__", read)
+    with pytest.raises(ChildProcessError, match=r"/dev/shm full \(docker run --shm-size, or --wor"):
+        train(TINY, luna_folder, tmp_path / "run")
+
+
 def test_unlabeled_limits_the_number_of_scans(luna_folder, tmp_path, detected):
     train(replace(FOCALMIX, unlabeled=1, steps=3, test_subsets=()), luna_folder, tmp_path / "run")
     assert len(detected) == 1 and detected[0] not in trained_on(tmp_path / "run")

@@ -121,6 +121,26 @@ def soft_target_focal_loss(path: Path) -> None:
         right.legend(loc="lower left")
 
 
+def apply_symmetry(path: Path) -> None:
+    volumes, box = scan(OWN)
+    center = (box[:, 2:4] + box[:, 5:7]) / 2
+    around_it = torch.cat(
+        [box[:, :1], torch.zeros(1, 1), center - 22, box[:, :1] + DEPTH, center + 22], 1
+    )
+    cube = fmkernels.crop_and_resize3d(volumes, around_it, (48, 48, 48))[0, 0]
+    names = {
+        0: "0: DHW",
+        2: "2: flip H",
+        8: "8: DWH",
+        24: "24: HWD",
+        40: "40: WHD",
+        44: "44: WHD, flip W",
+    }
+    with figure(path, 8, 1.6) as drawn:
+        for axes, (code, name) in zip(drawn.subplots(1, 6), names.items(), strict=True):
+            show(axes, fmkernels.apply_symmetry(cube, code)[20], name)
+
+
 def predict_targets(path: Path) -> None:
     volumes, box = scan(OWN)
     height, width = volumes.shape[3:]
@@ -412,6 +432,7 @@ def step(path: Path, *, dark: bool) -> None:
 
 PICTURES: Sequence[Callable[[Path], None]] = (
     soft_target_focal_loss,
+    apply_symmetry,
     predict_targets,
     sample_mixup,
     sample_donors,

@@ -263,6 +263,24 @@ def _predict_targets(device: torch.device) -> Iterator[_Comparison]:
     mean = torch.stack([_flipped(view, mask) for view, mask in pairs]).sigmoid().mean(0)
     up, down = mean ** (1 / 0.7), (1 - mean) ** (1 / 0.7)
     yield "forward", targets, up / (up + down)
+    views, codes = _randn((2, 1, 4, 5, 5, 5)), _tensor([0, 29]).byte()
+    targets = functional.predict_targets(views.to(device), codes.to(device), classes=2)
+    undone = views[1].flip([-3, -1]).permute(0, 1, 4, 2, 3)  # 29 = 8 * 3 + 5, HWD
+    both = torch.stack([views[0], undone]).double().unflatten(2, (2, 2)).softmax(3)
+    power = both.mean(0) ** (1 / 0.7)
+    yield "classes", targets, (power / power.sum(2, keepdim=True)).flatten(1, 2)
+
+
+def _apply_symmetry(device: torch.device) -> Iterator[_Comparison]:
+    x = _randn((2, 3, 3, 3))
+    result = functional.apply_symmetry(x.to(device), 29)
+    yield "forward", result, x.double().permute(0, 2, 3, 1).flip([1, 3])
+
+
+def _undo_symmetry(device: torch.device) -> Iterator[_Comparison]:
+    x = _randn((2, 3, 3, 3))
+    result = functional.undo_symmetry(x.to(device), 29)
+    yield "forward", result, x.double().flip([1, 3]).permute(0, 3, 1, 2)
 
 
 def _sample_mixup(device: torch.device) -> Iterator[_Comparison]:
@@ -377,6 +395,8 @@ def _object_mixup3d(device: torch.device) -> Iterator[_Comparison]:
 
 _TESTS: dict[str, Callable[[torch.device], Iterator[_Comparison]]] = {
     "soft_target_focal_loss": _soft_target_focal_loss,
+    "apply_symmetry": _apply_symmetry,
+    "undo_symmetry": _undo_symmetry,
     "predict_targets": _predict_targets,
     "sample_mixup": _sample_mixup,
     "sample_donors": _sample_donors,

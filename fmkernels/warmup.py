@@ -46,6 +46,13 @@ def _predict_targets() -> Iterator[Callable]:
     for dtype in _FLOATS:
         views = torch.zeros(2, 1, 1, 2, 2, 2, dtype=dtype)
         yield lambda x=views: functional.predict_targets(x, flips)
+        yield lambda x=views: functional.predict_targets(
+            x.expand(2, 1, 2, 2, 2, 2), flips, classes=2
+        )
+
+
+def _symmetry() -> Iterator[Callable]:
+    yield lambda: functional.undo_symmetry(functional.apply_symmetry(torch.zeros(2, 2, 2), 9), 9)
 
 
 def _sample_mixup() -> Iterator[Callable]:
@@ -99,6 +106,8 @@ def _differentiate(result: Tensor) -> None:
 
 _CALLS: dict[str, Callable[[], Iterator[Callable]]] = {
     "soft_target_focal_loss": _soft_target_focal_loss,
+    "apply_symmetry": _symmetry,
+    "undo_symmetry": _symmetry,
     "predict_targets": _predict_targets,
     "sample_mixup": _sample_mixup,
     "sample_donors": _sample_donors,

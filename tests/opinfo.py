@@ -27,6 +27,9 @@ INF, NAN = math.inf, math.nan
 
 Arguments = dict[str, Any]
 
+VIEWS_OF_TORCH = ("apply_symmetry", "undo_symmetry")
+"""Public functions that are only names for functions of PyTorch, with tests of their own."""
+
 
 @dataclass(frozen=True)
 class Error:
@@ -372,9 +375,11 @@ LOSS_ERRORS = (
 
 
 def target_samples(dtype: torch.dtype) -> dict[str, Arguments]:
-    flips = torch.tensor([0, 3, 6, 13], dtype=torch.uint8)
+    flips = torch.tensor([0, 3, 6, 5], dtype=torch.uint8)
+    codes = torch.tensor([0, 13, 26, 47], dtype=torch.uint8)
     shapes = [(4, 2, 3, 8, 4, 8), (4, 2, 3, 5, 4, 3), (4, 2, 3, 0, 1, 1), (4, 2, 3, 1, 1, 1)]
     levels = [make(shape, dtype) for shape in shapes]
+    cubes = [make((4, 2, 6, n, n, n), dtype) for n in (5, 8)]
     return {
         "views": {"view_logits": make((4, 2, 3, 5, 6, 7), dtype), "flips": flips},
         "sharp": {"view_logits": levels[0], "flips": flips, "temperature": 0.25},
@@ -388,6 +393,9 @@ def target_samples(dtype: torch.dtype) -> dict[str, Arguments]:
             "view_logits": make((33, 1, 1, 2, 3, 4), dtype),
             "flips": integers(8, 33, torch.uint8),
         },
+        "classes": {"view_logits": make((4, 2, 6, 5, 4, 3), dtype), "flips": flips, "classes": 3},
+        "levels, symmetries": {"view_logits": cubes, "flips": codes},
+        "levels, symmetries, classes": {"view_logits": cubes, "flips": codes, "classes": 2},
         "levels": {"view_logits": levels, "flips": flips},
     }
 
@@ -414,6 +422,7 @@ TARGET_ERRORS = (
             "flips must be uint8, got int64": {"flips": FLIPS.long()},
             "temperature must be a number, got str": {"temperature": "0.7"},
             "temperature must be a number, got a tensor": {"temperature": torch.tensor(0.7)},
+            "classes must be an int, got float": {"classes": 2.0},
         },
     ),
     *errors(
@@ -431,6 +440,13 @@ TARGET_ERRORS = (
             },
             r"flips must have shape \(2,\), got \(1,\)": {"flips": FLIPS[:1]},
             "flips must be on cpu": {"flips": FLIPS.to("meta")},
+            r"flips must be in \[0, 48\), got \[48, 48\]": {"flips": FLIPS + 48},
+            r"flips must be in \[0, 8\) where .* differ, got \[8, 8\] and sizes \(2, 3, 2\)": {
+                "flips": FLIPS + 8,
+                "view_logits": [VIEWS, torch.zeros(2, 1, 1, 2, 3, 2)],
+            },
+            "classes must be at least 2, got 1": {"classes": 1},
+            "classes must divide the channels of view_logits, 1, got 2": {"classes": 2},
             r"temperature must be in \(0, 1\], got 0": {"temperature": 0},
             r"temperature must be in \(0, 1\], got 1.5": {"temperature": 1.5},
             "temperature must be finite": {"temperature": NAN},

@@ -269,6 +269,7 @@ def test_warmup_leaves_nothing_to_compile():
             views = x.detach()[:, None]
             F.predict_targets(views, flips)
             F.predict_targets(views.transpose(2, 5), flips)
+            F.predict_targets(x.detach().expand(4, 4, 4, 4, 4, 4), flips, classes=2)
             v = x.repeat(1, 6, 1, 1, 1)
             for v in (v, v.contiguous(memory_format=torch.channels_last_3d)):
                 for options in ({}, {"residual": v}, {"activation": "leaky_relu"}):

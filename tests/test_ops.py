@@ -36,7 +36,7 @@ from fmkernels import functional
 from fmkernels.kernels import tuning
 from fmkernels.ops.library import WITH_TENSORS
 from tests.conftest import launches
-from tests.opinfo import FLOATS, OPS, VOXELS, Arguments, OpInfo, copy, rand
+from tests.opinfo import FLOATS, OPS, VIEWS_OF_TORCH, VOXELS, Arguments, OpInfo, copy, rand
 from tests.support import on_gpu
 from tests.support.tolerance import assert_close
 from tests.triton_checked.host_sync import HostSyncError, no_host_sync
@@ -170,7 +170,8 @@ def check(op: OpInfo, arguments: Arguments, dtype: torch.dtype) -> None:
 
 
 def test_the_table_is_complete():
-    assert sorted(op.name for op in OPS) == sorted(functional.__all__)
+    names = [*(op.name for op in OPS), *VIEWS_OF_TORCH]
+    assert sorted(names) == sorted(functional.__all__)
     for op in KERNELS:
         assert (ROOT / f"tests/plans/{op.name}.py").exists()
 

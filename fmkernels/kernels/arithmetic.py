@@ -1,4 +1,9 @@
-"""Fast float32 logarithm and division, as accurate as the ops need; float64 in full accuracy."""
+"""Fast float32 logarithm and division, as accurate as the ops need; float64 in full accuracy.
+
+And division of integers by a divisor that the host knows, in 3 instructions instead of 17.
+"""
+
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -62,3 +67,17 @@ def divide(a, b):
     else:
         result = libdevice.fast_dividef(a, b)
     return result
+
+
+@lru_cache(maxsize=4096)
+def reciprocal(divisor: int) -> int:
+    """What `quotient` takes for a divisor in [1, 2^31]: 32 bits of a multiplier, 32 of a shift."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << 31 + shift) // divisor) << 32 | shift
+
+
+@triton.jit
+def quotient(n, reciprocal):
+    """n // divisor for int32 n >= 0: exact, because n < 2^31 times the error of 2^-31-shift / d."""
+    multiplier, shift = (reciprocal >> 32).to(tl.uint32), reciprocal.to(tl.uint32)
+    return (tl.umulhi(n.to(tl.uint32) * 2, multiplier) >> shift).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Launches of predict_targets: types, levels, channels last, sizes that forbid vectors."""
+"""Launches of predict_targets: types, levels, channels last, odd sizes, classes."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,13 +8,13 @@ from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
 
-def call(dtype, *sizes, views=4, anchors_last=False):
+def call(dtype, *sizes, views=4, anchors_last=False, classes=1):
     levels = []
     for size in sizes:
-        shape = (views, 2, 1, *[size] * 3, 8) if anchors_last else (views, 2, 8, *[size] * 3, 1)
-        levels.append(torch.zeros(shape, dtype=dtype))
+        x = torch.zeros(views, 2, 8, *[size] * 3, dtype=dtype)
+        levels.append(x.movedim(2, -1).contiguous().movedim(-1, 2) if anchors_last else x)
     flips = torch.zeros(views, dtype=torch.uint8)
-    return lambda: launch("predict_targets", levels, flips, 0.7)
+    return lambda: launch("predict_targets", levels, flips, 0.7, classes)
 
 
 def cases() -> Iterator[Case]:
@@ -25,6 +25,8 @@ def cases() -> Iterator[Case]:
             f"channels last {name}", call(dtype, 16, anchors_last=True), 16 * 16**3, min_bytes
         )
         yield Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, min_bytes)
+        classes, a_loop_of_views = call(dtype, 16, classes=4), (4,)
+        yield Case(f"4 classes {name}", classes, 16 * 16**3, min_bytes, a_loop_of_views)
     yield Case("vectors float64", call(torch.float64, 16), 16 * 16**3, 36)
     yield Case(
         "4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20

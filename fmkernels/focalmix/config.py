@@ -148,6 +148,11 @@ class Config:
         "augmentation: largest standard deviation of the blur in voxels",
         check=_Check("0 to 4", lambda value: 0 <= value <= 4),
     )
+    rotations: bool = _option(
+        False,
+        "patches",
+        "also rotate patches and views by right angles; needs cubic patches and cubic voxels",
+    )
     strides: tuple[int, ...] = _option(
         (2, 4, 8), "detector", "strides of the pyramid levels in voxels, the last of 2, 4, 8, ..."
     )
@@ -291,8 +296,8 @@ class Config:
     views: int = _option(
         4,
         "FocalMix",
-        "number of flipped views averaged into a pseudo-target (1 to 8)",
-        check=_Check("1 to 8", lambda value: 1 <= value <= 8),
+        "number of flipped views averaged into a pseudo-target (1 to 8; with --rotations, to 48)",
+        check=_AT_LEAST_1,
     )
     temperature: float = _option(
         0.7,
@@ -414,6 +419,11 @@ class Config:
             self.follow_after is None or self.teacher == "fixed",
             "none where teacher is not fixed",
         )
+        for name in ("patch_size", "spacing") if self.rotations else ():
+            is_cube = len(set(getattr(self, name))) == 1
+            self._expect(name, is_cube, "three equal numbers with rotations")
+        most = 48 if self.rotations else 8
+        self._expect("views", self.views <= most, f"1 to {most}")
         if self.method == "focalmix":
             self._expect(
                 "burn_in",

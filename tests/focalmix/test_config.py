@@ -70,6 +70,16 @@ def test_bad_configurations(field, value):
         replace(Config(), **{field: value})
 
 
+def test_rotations_need_cubes_and_allow_more_views():
+    assert Config(rotations=True, views=48).views == 48
+    with pytest.raises(InputError, match=r"^views: expected 1 to 48, got 49"):
+        Config(rotations=True, views=49)
+    for field, value in (("patch_size", (32, 32, 16)), ("spacing", (2.0, 1.0, 1.0))):
+        assert getattr(Config(**{field: value}), field) == value
+        with pytest.raises(InputError, match=f"^{field}: expected three equal numbers with rot"):
+            Config(rotations=True, **{field: value})
+
+
 def test_configurations_take_what_means_the_same():
     given = Config(
         seed=np.int64(3),

@@ -1,5 +1,6 @@
 """Training patches of scans: item i depends on the seed and i only, whoever reads it and when."""
 
+import itertools
 import math
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from fmkernels.focalmix.data.dataset import DataSet
 from fmkernels.focalmix.data.volume import cut_patch
 from fmkernels.focalmix.errors import InputWarning
 
+_AXES = tuple(itertools.permutations(range(3)))  # numbered as in fmkernels.apply_symmetry
 _TISSUE = -950  # HU: the lungs and everything denser lie above, the air around the body below
 _TRIES = 4
 SHARED_MEMORY = Path("/dev/shm")
@@ -43,8 +45,9 @@ class PatchDataset(Dataset, ABC):
 
     - ``image``: int16 [1, D, H, W], HU.
     - ``series``: str.
-    - ``corner``: int64 [3], voxel of the resampled scan where the unflipped patch begins, z, y, x.
-    - ``flips``: uint8 scalar, the axes that were flipped after the cut: 1 = D, 2 = H, 4 = W.
+    - ``corner``: int64 [3], voxel of the resampled scan where the patch begins, z, y, x, as cut.
+    - ``flips``: uint8 scalar, the axes that were flipped after the cut: 1 = D, 2 = H, 4 = W; with
+      ``rotations``, the code of the symmetry, see `fmkernels.apply_symmetry`.
 
     Args:
         data: the scans; call ``data.prepare()`` first, or the first reader of each scan resamples
@@ -55,9 +58,11 @@ class PatchDataset(Dataset, ABC):
         length: number of items.
         seed: any non-negative integer.
         flips: flip each axis with probability 1/2.
+        rotations: permute the axes too, so that all 48 symmetries of a cube are equally likely.
 
     Raises:
-        ValueError: an argument is out of its range, or a series is not in ``data``.
+        ValueError: an argument is out of its range, a series is not in ``data``, or rotations are
+            asked of patches that are no cubes or of voxels that are none.
         InputError: from an item, as `DataSet.volume`.
     """
 
@@ -71,6 +76,7 @@ class PatchDataset(Dataset, ABC):
         length: int,
         seed: int,
         flips: bool = True,
+        rotations: bool = False,
     ) -> None:
         def expect(name: str, holds: bool, expected: str, value: Any) -> None:
             if not holds:
@@ -80,6 +86,9 @@ class PatchDataset(Dataset, ABC):
         expect("patch_size", is_size, "3 positive integers", patch_size)
         is_probability = 0 <= positive_fraction <= 1
         expect("positive_fraction", is_probability, "a probability in [0, 1]", positive_fraction)
+        for name, sides in (("patch_size", patch_size), ("spacing", data.spacing)):
+            are_equal = not rotations or len(set(sides)) == 1
+            expect(name, are_equal, "three equal numbers with rotations", tuple(sides))
         expect("length", length >= 1, "a positive number of items", length)
         expect("seed", seed >= 0, "a non-negative integer", seed)
         unknown = sorted(set(series).difference(data.series, data.unlabeled))
@@ -92,6 +101,7 @@ class PatchDataset(Dataset, ABC):
         self.length = length
         self.seed = seed
         self.flips = flips
+        self.rotations = rotations
         weights = [self._weights(uid) for uid in self.series]
         self._boxes = [
             (uid, k) for uid, row in zip(self.series, weights, strict=True) for k in range(len(row))
@@ -123,13 +133,17 @@ class PatchDataset(Dataset, ABC):
             scan = self._scan(uid)
             corner = self._corner_of_background(scan.voxels, rng)
         flipped = rng.random(3) < 0.5 if self.flips else np.zeros(3, dtype=bool)
-        image = cut_patch(scan.voxels, corner, self.patch_size, flipped)
+        number = int(rng.integers(len(_AXES))) if self.rotations else 0
+        axes = _AXES[number]
+        image = cut_patch(scan.voxels, corner, self.patch_size, flipped, axes)
         return {
             "image": torch.from_numpy(image[None]),
             "series": uid,
             "corner": torch.from_numpy(corner),
-            "flips": torch.tensor(int(flipped @ (1, 2, 4)), dtype=torch.uint8, device="cpu"),
-            **self._labels(scan, corner, flipped),
+            "flips": torch.tensor(
+                8 * number + int(flipped @ (1, 2, 4)), dtype=torch.uint8, device="cpu"
+            ),
+            **self._labels(scan, corner, axes, flipped),
         }
 
     @abstractmethod
@@ -140,7 +154,7 @@ class PatchDataset(Dataset, ABC):
     def _read(self, uid: str) -> _Scan: ...
 
     def _labels(
-        self, scan: _Scan, corner: np.ndarray, flipped: np.ndarray
+        self, scan: _Scan, corner: np.ndarray, axes: Sequence[int], flipped: np.ndarray
     ) -> dict[str, torch.Tensor]:
         """The entries of an item that depend on labels."""
         return {}
@@ -189,7 +203,7 @@ class PatchDataset(Dataset, ABC):
 class LabeledPatches(PatchDataset):
     """Patches around nodules, each drawn equally often, and of the background.
 
-    An item has two more entries than in `PatchDataset`, in voxels of the flipped patch:
+    An item has two more entries than in `PatchDataset`, in voxels of the patch:
 
     - ``boxes``: float32 [n, 6], z1, y1, x1, z2, y2, x2: nodules whose center lies in the patch,
       clipped to it.
@@ -204,7 +218,7 @@ class LabeledPatches(PatchDataset):
         return _Scan(np.asarray(self.data.volume(uid).voxels), *self.data.boxes(uid))
 
     def _labels(
-        self, scan: _Scan, corner: np.ndarray, flipped: np.ndarray
+        self, scan: _Scan, corner: np.ndarray, axes: Sequence[int], flipped: np.ndarray
     ) -> dict[str, torch.Tensor]:
         size = np.array(self.patch_size, dtype=np.float32)
         boxes = np.concatenate([scan.boxes, scan.ignore]) - np.tile(corner, 2).astype(np.float32)
@@ -212,7 +226,7 @@ class LabeledPatches(PatchDataset):
         center = (low + high) / 2
         is_object = ((center >= 0) & (center < size)).all(axis=1)
         is_object &= np.arange(len(boxes)) < len(scan.boxes)
-        low, high = low.clip(0, size), high.clip(0, size)
+        low, high = (ends.clip(0, size)[:, axes] for ends in (low, high))
         is_ignored = (high > low).all(axis=1) & ~is_object
         boxes = np.concatenate(
             [np.where(flipped, size - high, low), np.where(flipped, size - low, high)], axis=1

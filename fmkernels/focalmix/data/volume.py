@@ -101,6 +101,7 @@ def cut_patch(
     corner: Sequence[int] | np.ndarray,
     size: Sequence[int],
     flipped: Sequence[bool] | np.ndarray = (False, False, False),
+    axes: Sequence[int] = (0, 1, 2),
 ) -> np.ndarray:
     """Copy a patch out of a scan, with `AIR` where the patch extends beyond the scan.
 
@@ -109,12 +110,14 @@ def cut_patch(
         corner: index of the first voxel of the patch, z, y, x; may be negative.
         size: shape of the patch.
         flipped: the axes along which the patch is flipped after the cut.
+        axes: which axis of the scan each axis of the patch is; others than z, y, x need a cube.
 
     Returns:
         int16 array of shape ``size``, contiguous.
     """
     patch = np.full(tuple(size), AIR, dtype=np.int16)
     unflipped = patch[tuple(slice(None, None, -1 if flip else 1) for flip in flipped)]
+    unflipped = unflipped.transpose(np.argsort(axes))
     begin = np.maximum(corner, 0)
     end = np.maximum(np.minimum(np.add(corner, size), voxels.shape), begin)
     source, target = (

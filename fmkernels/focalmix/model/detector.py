@@ -21,11 +21,6 @@ def apply_window(volumes: Tensor, window: tuple[float, float]) -> Tensor:
     return volumes.float().sub(low).div_(high - low).clamp_(0, 1)
 
 
-def flipped(volumes: Tensor, mask: int) -> Tensor:
-    """Flip volumes [..., D, H, W] along the axes of a bit mask: 1 = D, 2 = H, 4 = W."""
-    return volumes.flip([axis for axis, bit in ((-3, 1), (-2, 2), (-1, 4)) if mask & bit])
-
-
 class ConvNorm(nn.Sequential):
     """3x3x3 convolution, group normalization (groups of 4 channels), optional residual, ReLU."""
 

@@ -410,6 +410,7 @@ def _labeled_patches(run: _Run) -> LabeledPatches:
         run.scans.train,
         patch_size=run.config.patch_size,
         positive_fraction=run.config.positive_fraction,
+        rotations=run.config.rotations,
         length=run.config.steps * run.config.batch_size,
         seed=run.config.seed,
     )
@@ -426,6 +427,7 @@ def _unlabeled_patches(run: _Run, pseudo_boxes: torch.Tensor) -> UnlabeledPatche
         {uid: rows[rows[:, 0] == i, 1:] for i, uid in enumerate(run.scans.unlabeled)},
         patch_size=run.config.patch_size,
         positive_fraction=run.config.unlabeled_positive_fraction,
+        rotations=run.config.rotations,
         length=run.config.steps * run.config.unlabeled_batch_size,
         seed=run.config.seed + 2**62,
     )

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmkernels.focalmix.model.detector import apply_window, flipped
+from fmkernels.focalmix.model.detector import apply_window
+from fmkernels.functional import apply_symmetry, undo_symmetry
 
 
-def flipped_views(
-    images: Tensor, masks: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
+def views_of(
+    images: Tensor, codes: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
 ) -> Tensor:
     windowed = apply_window(images, window).to(dtype)
-    return torch.cat([flipped(windowed, mask) for mask in masks])
+    return torch.cat([apply_symmetry(windowed, code) for code in codes])
 
 
 def mixup3d(
@@ -67,12 +68,12 @@ def _region(box: Sequence[float], size: Sequence[int]) -> list[slice]:
 def predict_targets(
     view_logits: Sequence[Tensor], flips: Tensor, *, temperature: float
 ) -> list[Tensor]:
-    masks, targets = flips.tolist(), []
+    codes, targets = flips.tolist(), []
     for level in view_logits:
         mean = torch.sigmoid(level[0].float())
-        for view, mask in zip(level[1:], masks[1:], strict=True):
-            mean += flipped(view, mask).float().sigmoid_()
-        targets.append(mean.div_(len(masks)).logit_().div_(temperature).sigmoid_())
+        for view, code in zip(level[1:], codes[1:], strict=True):
+            mean += undo_symmetry(view, code).float().sigmoid_()
+        targets.append(mean.div_(len(codes)).logit_().div_(temperature).sigmoid_())
     return targets
 
 

@@ -41,7 +41,7 @@ class Draws(NamedTuple):
     """Random numbers of one FocalMix step for B images, labeled ones first, of N objects each."""
 
     flips: Tensor
-    """uint8 [views], bit masks, on the CPU; the first view is not flipped."""
+    """uint8 [views], symmetries, on the CPU; the first view is the image as it is."""
     lam: Tensor
     """float32 [B], MixUp weight of each image."""
     index: Tensor  # type: ignore[assignment] # shadows the method of tuples
@@ -91,8 +91,8 @@ def sample_draws(
         scores = torch.rand(size, size, generator=generator, **float32)
         priority[group_slots[:, None], group_slots] = scores
     generator = _generator(config.seed, step)
-    masks = 1 + torch.randperm(7, generator=generator, device="cpu")
-    flips = torch.cat([torch.zeros_like(masks[:1]), masks])[: config.views]
+    others = 1 + torch.randperm(47 if config.rotations else 7, generator=generator, device="cpu")
+    flips = torch.cat([torch.zeros_like(others[:1]), others])[: config.views]
     ramp = min(1.0, (step - config.burn_in_steps + 1) / (config.rampup_steps + 1))
     weight = torch.tensor(config.unlabeled_weight * ramp, **float32)
     priority.fill_diagonal_(-1.0)  # no object is its own donor
@@ -190,7 +190,7 @@ def mix_objects(
 def predict_unlabeled(
     teacher: nn.Module, images: Tensor, config: Config, flips: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Predict the targets of unlabeled images from flipped views, and the objects in the images.
+    """Predict the targets of unlabeled images from several views, and the objects in the images.
 
     Objects are boxes of the first view, in descending order of their targets, as in non-maximum
     suppression: those with a target of at least ``config.confidence`` and an IoU with earlier ones
@@ -250,21 +250,23 @@ def pair_objects(objects: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
     return boxes, boxes[donor].masked_fill((best < 0)[:, None], torch.nan)
 
 
-def flipped_views(
-    images: Tensor, masks: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
+def views_of(
+    images: Tensor, codes: Sequence[int], *, window: tuple[float, float], dtype: torch.dtype
 ) -> Tensor:
-    """The images flipped by each mask in turn, windowed: [K * B, C, D, H, W]."""
+    """The images after each symmetry in turn, windowed: [K * B, C, D, H, W]."""
     count, device = len(images), images.device
-    views = images.new_empty((len(masks), *images.shape), dtype=dtype)
+    views = images.new_empty((len(codes), *images.shape), dtype=dtype)
     keep = torch.ones(count, dtype=torch.float32, device=device), torch.arange(count, device=device)
-    for view, mask in zip(views, masks, strict=True):
+    for view, code in zip(views, codes, strict=True):
+        mask = code % 8
+        permuted = functional.apply_symmetry(images, code - mask) if code >= 8 else images
         flips = torch.full((count,), mask, dtype=torch.uint8, device=device) if mask else None
-        functional.mixup3d(images, *keep, flips=flips, window=window, dtype=dtype, out=view)
+        functional.mixup3d(permuted, *keep, flips=flips, window=window, dtype=dtype, out=view)
     return views.flatten(0, 1)
 
 
 def _views(config: Config) -> Callable[..., Tensor]:
-    return {"fused": flipped_views, "plain": plain.flipped_views}[config.ops]
+    return {"fused": views_of, "plain": plain.views_of}[config.ops]
 
 
 def _match(batch: Mapping[str, Any], config: Config) -> Matches:

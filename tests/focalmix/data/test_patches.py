@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fmkernels import apply_symmetry, undo_symmetry
 from fmkernels.focalmix.data import patches
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.patches import (
@@ -79,6 +80,52 @@ class TestItem:
             int(item["flips"]) == 0
             for item in map(dataset_of(data, flips=False).__getitem__, range(24))
         )
+
+    def test_rotations_are_all_48_symmetries(self, luna_folder):
+        data = LUNA16(luna_folder, spacing=(2.0, 2.0, 2.0))
+        dataset = dataset_of(data, patch_size=(9, 9, 9), rotations=True, length=400)
+        codes = set()
+        for item in map(dataset.__getitem__, range(400)):
+            code = int(item["flips"])
+            assert item["image"].is_contiguous()
+            voxels, corner = data.volume(item["series"]).voxels, item["corner"].numpy()
+            np.testing.assert_array_equal(
+                undo_symmetry(item["image"][0], code), cut_patch(voxels, corner, (9, 9, 9))
+            )
+            codes.add(code)
+        assert codes == set(range(48))
+
+    def test_rotated_boxes_have_the_same_voxel_in_their_center(self, make_luna):
+        nodules = [(20, 18, 22, 4), (24, 23, 19, 6)]
+        excluded = [(19, 24, 25, 5)]
+        scan = {"shape": (44, 44, 44), "spacing": (1, 1, 1)}
+        data = LUNA16(make_luna(scan | {"nodules": nodules, "excluded": excluded}))
+        options = {"patch_size": (32, 32, 32), "positive_fraction": 1.0, "length": 200}
+        plain, turned = (
+            dataset_of(data, **options, **how) for how in ({"flips": False}, {"rotations": True})
+        )
+        number = torch.arange(32**3).reshape(32, 32, 32)  # of every voxel before
+        compared = 0
+        for before, after in ((plain[i], turned[i]) for i in range(200)):
+            assert torch.equal(before["corner"], after["corner"])
+            after["number"] = apply_symmetry(number, int(after["flips"]))
+            for name in ("boxes", "ignore"):
+                for old, new in zip(before[name], after[name], strict=True):
+                    if (old[:3] > 0).all() and (old[3:] < 32).all():
+                        old, new = (((box[:3] + box[3:]) / 2).long().tolist() for box in (old, new))
+                        assert number[tuple(old)] == after["number"][tuple(new)]
+                        assert before["image"][(0, *old)] == after["image"][(0, *new)]
+                        compared += 1
+        assert compared > 300
+
+    def test_rotations_need_cubes(self, data, luna_folder):
+        with pytest.raises(
+            ValueError, match="LabeledPatches: spacing: expected three equal numbers"
+        ):
+            dataset_of(data, rotations=True)
+        cubes = LUNA16(luna_folder, spacing=(2, 2, 2))
+        with pytest.raises(ValueError, match="patch_size: expected three equal numbers with rot"):
+            dataset_of(cubes, patch_size=(16, 16, 8), rotations=True)
 
     @given(seed=st.integers(0, 2**40), size=st.tuples(*[st.integers(14, 40)] * 3))
     @settings(

@@ -1,5 +1,6 @@
 """Grids against SimpleITK, resampling, patches."""
 
+import itertools
 import math
 
 import numpy as np
@@ -80,6 +81,15 @@ class TestCutPatch:
         expected = padded[tuple(map(slice, begin, begin + np.array((5, 4, 9))))]
         np.testing.assert_array_equal(patch, np.flip(expected, np.flatnonzero(flipped)))
         assert patch.dtype == np.int16 and patch.flags.c_contiguous
+
+    @pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+    @pytest.mark.parametrize("corner", [(1, 2, 3), (-2, 3, 4)])
+    def test_a_cube_may_be_turned(self, axes, corner):
+        voxels = np.random.default_rng(0).integers(-1000, 1000, (6, 7, 8)).astype(np.int16)
+        patch = cut_patch(voxels, corner, (5, 5, 5), (True, False, True), axes)
+        expected = cut_patch(voxels, corner, (5, 5, 5)).transpose(axes)[::-1, :, ::-1]
+        np.testing.assert_array_equal(patch, expected)
+        assert patch.flags.c_contiguous
 
 
 class TestResample:

@@ -23,7 +23,7 @@ from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.errors import InputError, InputWarning
 from fmkernels.focalmix.model.inference import Detections
-from fmkernels.focalmix.training import loop
+from fmkernels.focalmix.training import loop, step
 from fmkernels.focalmix.training.checkpoint import (
     BURN_IN,
     CHECKPOINT,
@@ -554,6 +554,31 @@ def test_the_teacher_may_be_the_current_weights(luna_folder, tmp_path):
     first = config.burn_in_steps
     assert averaged[:first] == current[:first]
     assert all(a != b for a, b in zip(averaged[first:], current[first:], strict=True))
+
+
+def test_rotations_reach_the_patches_and_the_views(luna_folder, tmp_path, monkeypatch):
+    config = replace(FOCALMIX, spacing=(2.0, 2.0, 2.0), rotations=True, views=5)
+    seen, predict = {"labeled": set(), "unlabeled": set(), "views": set()}, step.predict_unlabeled
+
+    def patches(name, make):
+        def call(*args):
+            dataset = make(*args)
+            seen[name] |= {int(dataset[i]["flips"]) // 8 for i in range(16)}
+            return dataset
+
+        return call
+
+    def noting(teacher, images, config, flips):
+        seen["views"] |= set((flips // 8).tolist())
+        return predict(teacher, images, config, flips)
+
+    for name in ("labeled", "unlabeled"):
+        monkeypatch.setattr(
+            loop, f"_{name}_patches", patches(name, getattr(loop, f"_{name}_patches"))
+        )
+    monkeypatch.setattr(step, "predict_unlabeled", noting)
+    train(config, luna_folder, tmp_path)
+    assert all(len(numbers) > 3 for numbers in seen.values()), seen
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmkernels import soft_target_focal_loss
+from fmkernels import apply_symmetry, soft_target_focal_loss, undo_symmetry
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.model.anchors import Anchors, box_iou
 from fmkernels.focalmix.model.detector import apply_window, build_model
@@ -77,6 +77,13 @@ class TestDraws:
                 flips.dtype == torch.uint8 and flips[0] == 0 and len(set(flips.tolist())) == views
             )
 
+    def test_rotated_views_are_among_all_48(self):
+        for views in (4, 48):
+            config = replace(TINY, rotations=True, views=views)
+            flips = sample_draws(config, 3).flips
+            assert flips.dtype == torch.uint8 and flips[0] == 0 and flips.max() >= 8
+            assert len(set(flips.tolist())) == views and flips.max() < 48
+
     def test_mixes_within_groups_and_is_the_same_for_one_process_and_for_two(self):
         config = replace(TINY, groups=2)
         whole = sample_draws(config, 7)
@@ -133,6 +140,19 @@ class TestPredict:
             up, down = mean ** (1 / TINY.temperature), (1 - mean) ** (1 / TINY.temperature)
             assert not ours.requires_grad
             torch.testing.assert_close(ours, (up / (up + down)).detach(), rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("ops", ["fused", "plain"])
+    def test_rotated_views_are_turned_back(self, model, ops):
+        codes = [0, 13, 26, 47]
+        flips = torch.tensor(codes, dtype=torch.uint8)
+        config = replace(TINY, ops=ops, temperature=1.0, rotations=True)
+        targets, _ = predict_unlabeled(model, images(2), config, flips)
+        windowed = apply_window(images(2), TINY.window)
+        logits = [model(apply_symmetry(windowed, code))[0] for code in codes]
+        for ours, *views in zip(targets, *logits, strict=True):
+            turned = map(undo_symmetry, views, codes)
+            mean = torch.stack(list(turned)).sigmoid().mean(0)
+            torch.testing.assert_close(ours, mean.detach(), rtol=1e-4, atol=1e-6)
 
     def test_hard_targets_are_zero_or_one(self, model):
         targets, _ = predict_unlabeled(

@@ -213,16 +213,17 @@ def predict_targets(
         (views, batch, anchors, *sizes), (k, b, a, *strides) = x.shape, x.stride()
         groups, step, length = anchors // classes, a * classes, math.prod(sizes)
         if out.stride(1) < out.stride(4):  # channels last
-            shape, strides = (views, batch, 1, *sizes, groups), (k, b, 0, *strides, step)
+            shape, steps = (views, batch, 1, *sizes, groups), (k, b, 0, *strides, step)
             out_c, out_step = 1, classes
         else:
-            shape, strides = (views, batch, groups, *sizes, 1), (k, b, step, *strides, 0)
+            shape, steps = (views, batch, groups, *sizes, 1), (k, b, step, *strides, 0)
             out_c, out_step = length, 1
         inverse = zero_of(x) + 1 / temperature
         blocks = batch * shape[2] * -(-length * shape[6] // BLOCK)
         if classes == 1:
-            arguments = x, shape, strides, flips, inverse, out
-            parallel_for(_run, blocks, GRAIN_SIZE, *arguments)
+            parallel_for(_run, blocks, GRAIN_SIZE, x, shape, steps, flips, inverse, out)
         else:
-            arguments = x, shape, strides, classes, a, flips, inverse, out, out_c, out_step
-            parallel_for(_run_classes, blocks, max(GRAIN_SIZE // classes, 1), *arguments)
+            parallel_for(
+                _run_classes, blocks, max(GRAIN_SIZE // classes, 1),
+                x, shape, steps, classes, a, flips, inverse, out, out_c, out_step,
+            )  # fmt: skip

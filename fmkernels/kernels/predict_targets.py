@@ -364,7 +364,7 @@ def predict_targets(
                 length, groups, inner = length * groups, 1, groups // vector
             else:
                 sizes[2] //= vector
-            strides = stride_k, stride_b, step, *strides, step
+            strides = [stride_k, stride_b, step, *strides, step]
             span = sum((n - 1) * s for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
             rows = triton.next_power_of_2(classes)
             columns = max(launch.block // rows, 1)

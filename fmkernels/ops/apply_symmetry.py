@@ -1,6 +1,5 @@
 """apply_symmetry: one of the 48 symmetries of the cube, by functions of PyTorch."""
 
-from collections.abc import Sequence
 from itertools import permutations
 
 from torch import Tensor
@@ -51,7 +50,7 @@ def apply_symmetry(volumes: Tensor, code: int) -> Tensor:
     return volumes.permute(axes).flip(flips)
 
 
-def symmetry(name: str, volumes: Tensor, code: int) -> tuple[Sequence[int], Sequence[int]]:
+def symmetry(name: str, volumes: Tensor, code: int) -> tuple[list[int], list[int]]:
     """The permutation of all axes, and the new axes that are flipped."""
     check_tensor(name, "volumes", volumes)
     if volumes.dim() < 3:

@@ -366,9 +366,9 @@ def predict_targets(
                 sizes[2] //= vector
             strides = [stride_k, stride_b, step, *strides, step]
             span = sum((n - 1) * s for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
-            rows = triton.next_power_of_2(classes)
+            rows = 1 << (classes - 1).bit_length()
             columns = max(launch.block // rows, 1)
-            tiles = triton.cdiv(length, columns)
+            tiles = -(-length // columns)
             arguments = (
                 x, out, flips, groups, *sizes, inner, tiles,
                 *map(reciprocal, (tiles, groups, *sizes[1:], inner)), *strides,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     tree_flatten,
@@ -606,6 +608,57 @@ def test_opcheck(path, op):
                 for name, x in zip((a.name for a in func._schema.arguments), args, strict=False)
             ]
             torch.library.opcheck(WITH_TENSORS[func], args, kwargs, test_utils=tests[:3])
+
+
+class Functions(TorchFunctionMode):
+    """Notes the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+@each(KERNELS)
+def test_calls_go_past_the_dispatcher(op, monkeypatch):
+    """Forward and backward, where nobody would see them."""
+    stacks = []
+
+    def noting(launch):
+        def call(*args):
+            stacks.append([frame.filename for frame in traceback.extract_stack()])
+            return launch(*args)
+
+        return call
+
+    for cpu, name, _ in launches():
+        monkeypatch.setattr(cpu, name, noting(getattr(cpu, name)))
+    for arguments in op.samples(torch.float32).values():
+        run(op, arguments)
+    assert stacks and not any(str(Path("torch", "_ops.py")) in "".join(files) for files in stacks)
+
+
+@each(KERNELS)
+def test_whoever_watches_sees_calls(op):
+    arguments = with_leaves(op, list(op.samples(torch.float32).values())[-1])
+    name = f"fmkernels::{op.name}"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        op.function(**arguments)
+    assert any(event.name.startswith(name) for event in profile.events())
+    with Functions() as noted:
+        op.function(**arguments)
+    assert any(call.startswith(name.replace("::", ".")) for call in noted.calls)
+    mine = tree_map_only(Tensor, lambda x: x.as_subclass(Subclass), arguments)
+    assert all(type(y) is Subclass for y in tree_leaves(op.function(**mine)))
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not any(y.requires_grad for y in tree_leaves(op.function(**arguments)))
 
 
 @each(OPS)

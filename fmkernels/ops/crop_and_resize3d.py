@@ -16,7 +16,7 @@ from fmkernels.ops.checks import (
     result_dtype,
     varying_window,
 )
-from fmkernels.ops.library import functional_op, overload_for, save_for_backward
+from fmkernels.ops.library import functional_op, save_for_backward
 
 _CLAMPS = ("box", "volume")
 _MODES = ("trilinear", "nearest")
@@ -129,7 +129,7 @@ def crop_and_resize3d(
                 f"{name}: no gradient through {lost} is offered, pass volumes detached"
             )
     bounds = varying_window(window)
-    return overload_for(crop_and_resize3d_op, bounds)(
+    return crop_and_resize3d_op(
         volumes, boxes.contiguous(), clamp == "box", mode == "nearest", bounds,
         output_size=size, dtype=dtype,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def _backward(ctx, grad_output):
     if ctx.nearest:
         raise RuntimeError("crop_and_resize3d: no gradient through mode 'nearest' is offered")
     boxes, volumes = ctx.saved_tensors
-    grad_volumes = overload_for(crop_and_resize3d_backward_op, ctx.window)(
+    grad_volumes = crop_and_resize3d_backward_op(
         grad_output.contiguous(), boxes, volumes, ctx.clamp_box, ctx.window,
         shape=ctx.shape, dtype=ctx.dtype,
     )  # fmt: skip

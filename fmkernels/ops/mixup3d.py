@@ -18,7 +18,7 @@ from fmkernels.ops.checks import (
     shape_of,
     varying_window,
 )
-from fmkernels.ops.library import functional_op, mutating_op, overload_for, save_for_backward
+from fmkernels.ops.library import functional_op, mutating_op, save_for_backward
 from fmkernels.ops.tensors import arrange, is_same, may_overlap, memory_order, restore
 
 MAX_IN_PLACE = 4096  # samples; one program of the kernel holds the same voxels of all of them
@@ -121,11 +121,11 @@ def mixup3d(
             raise ValueError(
                 f"{name}: no gradient through out is offered, pass all tensors detached"
             )
-        op = overload_for(mixup3d_out_op, bounds)
+        op = mixup3d_out_op
         op(volumes, donors, lam, index, flips, donor_flips, bounds, out)
         return out
     order = memory_order(volumes)
-    mixed = overload_for(mixup3d_op, bounds)(
+    mixed = mixup3d_op(
         *_arranged(order, volumes, donors, lam, index, flips, donor_flips), bounds, dtype=dtype
     )
     return restore(mixed, order)
@@ -181,7 +181,7 @@ def _backward(ctx, grad_output):
     grad_output = grad_output.contiguous()
 
     def gradient(input, flips, as_volumes, as_donors, rows):
-        return overload_for(mixup3d_backward_op, ctx.window)(
+        return mixup3d_backward_op(
             grad_output, input, lam, index, flips, ctx.axes, ctx.window, as_volumes, as_donors,
             rows=rows, dtype=ctx.dtype,
         )  # fmt: skip

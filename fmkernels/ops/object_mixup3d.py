@@ -17,7 +17,7 @@ from fmkernels.ops.checks import (
     shape_of,
     varying_window,
 )
-from fmkernels.ops.library import functional_op, mutating_op, overload_for
+from fmkernels.ops.library import functional_op, mutating_op
 from fmkernels.ops.tensors import is_same, may_overlap
 
 
@@ -144,9 +144,9 @@ def object_mixup3d(
     pairs = boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous()
     if out is None:
         dense = volumes if _are_dense(volumes) else volumes.contiguous()
-        op = overload_for(object_mixup3d_op, donor_bounds)
+        op = object_mixup3d_op
         return op(dense, donors, *pairs, bounds, donor_bounds, dtype=dtype)
-    op = overload_for(object_mixup3d_out_op, donor_bounds)
+    op = object_mixup3d_out_op
     op(volumes, donors, *pairs, bounds, donor_bounds, out)
     return out
 

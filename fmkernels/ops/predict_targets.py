@@ -19,7 +19,7 @@ from fmkernels.ops.checks import (
     shape_of,
     varying,
 )
-from fmkernels.ops.library import functional_op, overload_for
+from fmkernels.ops.library import functional_op
 from fmkernels.ops.tensors import in_structure
 
 _MIN_TEMPERATURE = 1e-30  # already gives exactly 0, 1/2 or 1
@@ -126,7 +126,7 @@ def predict_targets(
     if any(x.dtype != first.dtype for x in levels):
         levels = [x.to(common_dtype(levels)) for x in levels]
     (t,) = varying(max(float(temperature), _MIN_TEMPERATURE))
-    targets = overload_for(predict_targets_op, t)(levels, flips.contiguous(), t, classes or 1)
+    targets = predict_targets_op(levels, flips.contiguous(), t, classes or 1)
     return in_structure(view_logits, targets)
 
 

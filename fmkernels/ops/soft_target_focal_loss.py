@@ -27,7 +27,7 @@ from fmkernels.ops.checks import (
     shape_of,
     varying,
 )
-from fmkernels.ops.library import functional_op, mutating_op, overload_for, save_for_backward
+from fmkernels.ops.library import functional_op, mutating_op, save_for_backward
 from fmkernels.ops.tensors import (
     arrange,
     has_memory,
@@ -214,12 +214,12 @@ def soft_target_focal_loss(
         dense_weights, lam, index, rows, *formula,
     )  # fmt: skip
     if reduction == "none":
-        losses = overload_for(soft_target_focal_loss_elementwise_op, formula[0])(*arguments)
+        losses = soft_target_focal_loss_elementwise_op(*arguments)
         losses = [restore(loss, order) for loss, order in zip(losses, orders, strict=True)]
         return in_structure(logits, losses)
     requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with_gradients = requires_grad and first.dtype != torch.float16
-    return overload_for(soft_target_focal_loss_op, formula[0])(
+    return soft_target_focal_loss_op(
         *arguments, normalizer, reduction == "mean", with_gradients=with_gradients
     )[0]
 
@@ -345,7 +345,7 @@ def _recompute(ctx, grad_outputs):
     divisor, lam, index, *tensors = ctx.saved_tensors
     n = ctx.levels
     logits, targets, weights = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-    return overload_for(soft_target_focal_loss_backward_op, ctx.formula[-1])(
+    return soft_target_focal_loss_backward_op(
         grad_outputs, logits, targets, weights, lam, index, *ctx.formula, divisor
     )
 

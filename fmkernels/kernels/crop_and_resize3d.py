@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.sampling import (
     bilinear,
     is_usable,
@@ -47,6 +48,7 @@ def _position(sample, samples, start, end, axis, NEAREST: tl.constexpr):
     return position
 
 
+@quick
 @triton.jit(do_not_specialize=(*_SIZES, "depth"), do_not_specialize_on_alignment=("stride_x",))
 def fmkernels_crop_kernel(
     volumes,  # [B, C, D, H, W], with strides
@@ -206,6 +208,7 @@ def _gather(
     return total
 
 
+@quick
 @triton.jit(do_not_specialize=(*_SIZES, "stride_x", "bricks"))
 def fmkernels_crop_backward_kernel(
     grad_output,  # [K, C, d, h, w]

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.tuning import Launch, launch_parameters
 
 NONE, RELU, LEAKY_RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -83,6 +84,7 @@ def _add_up(x):
     return tl.sum(tl.sum(x, 2), 0)
 
 
+@quick
 @triton.jit(do_not_specialize=_SIZES)
 def fmkernels_moments_kernel(
     x,  # [N, S, C] or [N, C, S]
@@ -201,6 +203,7 @@ def _normalize_tile(
     tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
 
+@quick
 @triton.jit(do_not_specialize=_SIZES)
 def fmkernels_normalize_kernel(
     x,  # [N, S, C] or [N, C, S]
@@ -269,6 +272,7 @@ def _grad_sums_tile(
     return grad, grad * (_load(x + at, mask, T) - mean)
 
 
+@quick
 @triton.jit(do_not_specialize=_SIZES)
 def fmkernels_grad_sums_kernel(
     grad_output,  # [N, S, C] or [N, C, S]
@@ -349,6 +353,7 @@ def _grad_x_tile(
     tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask)
 
 
+@quick
 @triton.jit(do_not_specialize=[*_SIZES, "N"])
 def fmkernels_grad_x_kernel(
     grad_output,  # [N, S, C] or [N, C, S]; or dz
@@ -449,16 +454,16 @@ class _Tiles(NamedTuple):
 
     def chunks(self, samples: int, rows: int, launch: Launch) -> tuple[int, int]:
         """Chunks of a sample, and tiles of a chunk."""
-        tiles = triton.cdiv(rows, self.R)
+        tiles = -(-rows // self.R)
         elements = tiles * self.R * self.K
         sums = self.GROUPS * (self.WIDTH // self.FOLD)  # of each chunk, that a program adds up
         most = max(1, math.isqrt(elements // (MIN_ELEMENTS * sums)))
-        of_chunk = max(launch.tiles(samples * self.blocks * elements), triton.cdiv(tiles, most))
-        return triton.cdiv(tiles, of_chunk), of_chunk
+        of_chunk = max(launch.tiles(samples * self.blocks * elements), -(-tiles // most))
+        return -(-tiles // of_chunk), of_chunk
 
     @property
     def blocks(self) -> int:
-        return triton.cdiv(self.C, self.K)
+        return -(-self.C // self.K)
 
 
 def group_norm3d(

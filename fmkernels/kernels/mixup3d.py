@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.tuning import debug, launch_parameters
 from fmkernels.kernels.voxels import to_storage, window_voxels
 
@@ -96,6 +97,7 @@ def _load(
     return window_voxels(value, low.to(T), scale.to(T)) if WINDOW else value.to(T)
 
 
+@quick
 @triton.jit(do_not_specialize=["batch", "num_donors", "n0", "n1", "n2", "n3"])
 def fmkernels_mixup3d_kernel(
     volumes,  # [batch, n0, n1, n2, n3] vectors of V
@@ -152,6 +154,7 @@ def fmkernels_mixup3d_kernel(
     tl.store(out + _offsets(start, position[None, :], V), mixed, mask)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "batch", "n0", "n1", "n2", "n3"])
 def fmkernels_mixup3d_backward_kernel(
     grad_output,  # [batch, n0, n1, n2, n3] vectors of V
@@ -228,6 +231,11 @@ class _Geometry(NamedTuple):
         return math.prod(self.sizes)
 
 
+def _power_of_2(n: int) -> int:
+    """The next power of 2; triton's function takes a microsecond."""
+    return 1 << (n - 1).bit_length()
+
+
 def mixup3d(
     volumes: Tensor,
     donors: Tensor | None,
@@ -259,10 +267,10 @@ def mixup3d(
         volumes.shape, axes, flipped, max(volumes.element_size(), out.element_size())
     )
     launch = launch_parameters("mixup3d_in_place" if in_place else "mixup3d", out.device)
-    samples = triton.next_power_of_2(batch) if in_place else 1
-    run = triton.next_power_of_2(triton.cdiv(MIN_RUN_BYTES, geometry.v * volumes.element_size()))
+    samples = _power_of_2(batch) if in_place else 1
+    run = _power_of_2(-(-MIN_RUN_BYTES // (geometry.v * volumes.element_size())))
     vectors = min(max(launch.block // samples, run), MAX_TILE // samples)
-    tiles = triton.cdiv(geometry.vectors, vectors)
+    tiles = -(-geometry.vectors // vectors)
     low, high = window or (0.0, 1.0)
     with torch.cuda.device_of(out):
         fmkernels_mixup3d_kernel[(tiles if samples > 1 else tiles * batch,)](
@@ -298,7 +306,7 @@ def mixup3d_backward(
     launch = launch_parameters("mixup3d", grad_input.device)
     rows, low, high = grad_input.shape[0], *(window or (0.0, 1.0))
     with torch.cuda.device_of(grad_input):
-        fmkernels_mixup3d_backward_kernel[(triton.cdiv(geometry.vectors, launch.block) * rows,)](
+        fmkernels_mixup3d_backward_kernel[(-(-geometry.vectors // launch.block) * rows,)](
             grad_output, input, grad_input, lam, index, flips, rows, grad_output.shape[0],
             *geometry.sizes, low, high, 1 / (high - low), AS_VOLUMES=as_volumes,
             AS_DONORS=as_donors, VECTORS=launch.block, V=geometry.v, AXES=geometry.axes,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.sampling import load_box, sample_axis, sample_position, taps, trilinear
 from fmkernels.kernels.tuning import debug, launch_parameters
 from fmkernels.kernels.voxels import to_storage, window_voxels
@@ -138,6 +139,7 @@ def _sample(
     return trilinear(origin + (z + (y + x)), dz, dy, dx, fz, fy, fx, low, scale, WINDOW)
 
 
+@quick
 @triton.jit(
     do_not_specialize=[
         "K", "programs", "B", "C", "D", "H", "W", "inner",
@@ -318,7 +320,7 @@ def object_mixup3d(
 def programs_per_box(shape: Sequence[int], boxes: int, block: int) -> int:
     """The number of programs that divide the tiles of each of so many boxes among themselves."""
     _, C, D, H, W = shape
-    tiles = triton.cdiv(H * W, LANES) * triton.cdiv(D, block // LANES) * C
+    tiles = -(-H * W // LANES) * -(-D // (block // LANES)) * C
     return min(tiles, max(1, PROGRAMS // max(boxes, 1)))
 
 
@@ -338,7 +340,7 @@ def _launch(
     launch = launch_parameters("object_mixup3d", out.device)
     (B, C, D, H, W), K = out.shape, boxes.shape[0]
     programs = programs_per_box(out.shape, K, launch.block)
-    copies = 0 if inner is None else triton.cdiv(out.numel(), COPY)
+    copies = 0 if inner is None else -(-out.numel() // COPY)
     grid = K * programs + copies
     if not grid:
         return

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fmkernels.kernels.arithmetic import LOG2E, divide, log2, quotient, reciprocal
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.tuning import debug, launch_parameters
 
 INFINITY = tl.constexpr(math.inf)
@@ -232,6 +233,7 @@ def _finish(out, at, mask, p, denominator, inverse_temperature, K: tl.constexpr,
         tl.store(out + _lanes(at, V), target, _lanes_mask(mask, V))
 
 
+@quick
 @triton.jit(do_not_specialize=_SIZES)
 def fmkernels_predict_targets_kernel(
     x,  # logits [K, B, A, D, H, W, inner], any strides
@@ -278,6 +280,7 @@ def fmkernels_predict_targets_kernel(
             _finish(out, at, at < length, p, denominator, inverse_temperature, K, V)
 
 
+@quick
 @triton.jit(do_not_specialize=[*_SIZES, "stride_c", "out_c", "out_step"])
 def fmkernels_predict_class_targets_kernel(
     x,  # logits [K, B, A, D, H, W, inner] of each class, any strides

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fmkernels.kernels.arithmetic import LOG2E, divide, log1p, log2
+from fmkernels.kernels.launching import quick
 from fmkernels.kernels.tuning import debug, launch_parameters
 
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
@@ -158,6 +159,7 @@ def _denominator(normalizer, T: tl.constexpr):
     return tl.where(value < 1.0, 1.0, value)
 
 
+@quick
 @triton.jit
 def fmkernels_sum_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
@@ -209,6 +211,7 @@ def fmkernels_sum_kernel(
         tl.store(counts + tl.program_id(0), tl.sum(count, axis=0))
 
 
+@quick
 @triton.jit
 def fmkernels_finish_kernel(
     losses,  # [programs]
@@ -259,6 +262,7 @@ def _elementwise_tile(
     tl.store(out + offset, tl.where(ignored, 0.0, result), mask)
 
 
+@quick
 @triton.jit
 def fmkernels_elementwise_kernel(
     x,  # tuple of pointers, one per level: logits [rows, inner]
@@ -299,6 +303,7 @@ def fmkernels_elementwise_kernel(
         )  # fmt: skip
 
 
+@quick
 @triton.jit
 def fmkernels_scale_kernel(
     grad,  # tuple of pointers, one per level: gradients [inner], multiplied in place
@@ -333,7 +338,7 @@ class _Grid:
     def of(tensors: Sequence[Tensor], rows: int, extent: int) -> "_Grid":
         """A program computes ``extent`` elements of a row."""
         inner = [t.numel() // rows for t in tensors]
-        programs_per_row = [triton.cdiv(n, extent) for n in inner]
+        programs_per_row = [-(-n // extent) for n in inner]
         first = [0, *itertools.accumulate(rows * n for n in programs_per_row)]
         return _Grid(
             first[-1],

@@ -29,8 +29,8 @@ from fmkernels import (
     predict_targets,
     soft_target_focal_loss,
 )
-from fmkernels.cpu import arithmetic
-from fmkernels.cpu.compiled import INT16, _Pool, njit, parallel_for
+from fmkernels.cpu import arithmetic, voxels
+from fmkernels.cpu.compiled import INT16, UINT8, _Pool, located, njit, parallel_for
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
@@ -105,11 +105,11 @@ def test_a_range_is_shared_out_over_threads(threads):
     threads(3)
     parts = []
     if (os.cpu_count() or 1) >= 2:
-        parallel_for(loop, 100, 30, parts)
+        parallel_for(loop, 100, 30, (), parts)
         assert sorted(parts) == [(0, 33), (33, 66), (66, 100)]
     meeting = threading.Barrier(1)
     parts.clear()
-    parallel_for(loop, 100, 51, parts)
+    parallel_for(loop, 100, 51, (), parts)
     assert parts == [(0, 100)]
 
 
@@ -165,7 +165,7 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     threads(2)
 
     def use_both():
-        parallel_for(lambda start, end: meeting.wait(), 2, 1)
+        parallel_for(lambda start, end: meeting.wait(), 2, 1, ())
 
     meeting = threading.Barrier(2, timeout=20)
     use_both()
@@ -236,20 +236,25 @@ def test_float64_functions_are_those_of_the_c_library(name):
 
 
 @njit
+def convert_block(source, target, size):
+    block = voxels.empty(size, np.float32)
+    voxels.load_block(source[0], source[1], 0, block)
+    voxels.store_block(block, target[0], target[1], 0)
+
+
 def convert(source, target):
-    for i in range(source.size):
-        arithmetic.store(target, i, arithmetic.load(source, i))
+    convert_block(located(source), located(target), source.numel())
 
 
 def test_bfloat16_is_read_and_rounded_as_torch_does():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     read = torch.empty(2**16)
-    convert(arithmetic.stored(every), arithmetic.stored(read))
+    convert(every, read)
     torch.testing.assert_close(read, every.float(), rtol=0, atol=0, equal_nan=True)
     ties = (EVERY.view(np.uint32) & np.uint32(0xFFFF0000) | np.uint32(0x8000)).view(np.float32)
     between = torch.from_numpy(np.concatenate([EVERY, ties]))
     rounded = torch.empty(len(between), dtype=torch.bfloat16)
-    convert(arithmetic.stored(between), arithmetic.stored(rounded))
+    convert(between, rounded)
     torch.testing.assert_close(rounded, between.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -260,7 +265,7 @@ def test_integers_round_to_nearest_even_and_saturate(dtype):
         [torch.arange(-1000, 1000) / 4, torch.tensor([np.inf, -np.inf, 1e9, -1e9, 40000.0, np.nan])]
     )
     result = torch.empty(len(x), dtype=dtype)
-    convert(arithmetic.stored(x), arithmetic.stored(result))
+    convert(x, result)
     assert torch.equal(
         result, x.nan_to_num(nan=0.0).round().clamp(limits.min, limits.max).to(dtype)
     )
@@ -283,7 +288,7 @@ def test_an_interrupted_call_leaves_before_its_helpers_and_they_keep_its_tensors
     x = torch.ones(3)
     alive = weakref.ref(x)
     with pytest.raises(KeyboardInterrupt):
-        parallel_for(loop, 2, 1, x, x.numpy())
+        parallel_for(loop, 2, 1, (x,), x.numpy())
     assert began.is_set() and not ended.is_set()
     del x
     release.set()
@@ -298,8 +303,8 @@ def test_an_interrupted_call_leaves_before_its_helpers_and_they_keep_its_tensors
 
 def test_tensors_are_addresses_with_dtype_codes():
     x, taken = torch.ones(3, dtype=torch.int16), []
-    parallel_for(lambda start, end, *args: taken.append(args), 1, 1, x, 7)
-    assert taken == [((x.data_ptr(), INT16), 7)]
+    parallel_for(lambda start, end, *args: taken.append(args), 1, 1, (x, None), 7)
+    assert taken == [((x.data_ptr(), INT16), (0, UINT8), 7)]
 
 
 @pytest.fixture
@@ -315,7 +320,7 @@ def pool(monkeypatch):
 def test_without_threads_the_caller_runs_all_ranges(pool, monkeypatch):
     done = []
     monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start")))
-    parallel_for(lambda start, end: done.append((start, end)), 9, 1)
+    parallel_for(lambda start, end: done.append((start, end)), 9, 1, ())
     assert done == [(0, 3), (3, 6), (6, 9)] and pool.tasks.empty() and not pool.threads
 
 
@@ -323,7 +328,7 @@ def test_helpers_busy_for_another_caller_are_not_waited_for(pool):
     """The task that remains in the queue holds no tensor, and does nothing later."""
     release, done, x = threading.Event(), [], torch.ones(3)
     pool.help(1, deque([lambda: release.wait(20)]), SimpleQueue())
-    parallel_for(lambda start, end, x: done.append((start, end)), 9, 1, x)
+    parallel_for(lambda start, end, x: done.append((start, end)), 9, 1, (x,))
     assert done == [(0, 3), (3, 6), (6, 9)] and not pool.tasks.empty() and not release.is_set()
     alive = weakref.ref(x)
     del x
@@ -353,7 +358,7 @@ def test_after_an_error_no_range_is_begun(in_caller, monkeypatch):
     monkeypatch.setattr("fmkernels.cpu.compiled.deque", Ranges)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ZeroDivisionError):
-        parallel_for(loop, 2, 1)
+        parallel_for(loop, 2, 1, ())
     assert len(begun) <= 2
 
 
@@ -371,7 +376,7 @@ def test_an_error_leaves_no_cycle_that_holds_tensors(monkeypatch):
     gc.disable()
     try:
         with suppress(ZeroDivisionError):
-            parallel_for(loop, 2, 1, x)
+            parallel_for(loop, 2, 1, (x,))
         del x
         for _ in range(100):  # until the helper has left
             if alive() is None:
@@ -403,7 +408,7 @@ def test_interrupts_at_any_time(monkeypatch):
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 6e-4))
-                parallel_for(loop, 3, 1, done)
+                parallel_for(loop, 3, 1, (), done)
                 armed = False
                 assert sorted(done) == [(0, 1), (1, 2), (2, 3)]
             except KeyboardInterrupt:
@@ -414,5 +419,5 @@ def test_interrupts_at_any_time(monkeypatch):
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 100
     done = []
-    parallel_for(loop, 3, 1, done)
+    parallel_for(loop, 3, 1, (), done)
     assert sorted(done) == [(0, 1), (1, 2), (2, 3)]

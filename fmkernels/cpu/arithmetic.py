@@ -1,28 +1,17 @@
-"""Element access and math functions for the loops of the CPU path.
-
-Numba has neither bfloat16 nor float16. Loops get a bfloat16 tensor as uint16; `load` decodes and
-`store` rounds its elements. float16 is rare on a CPU: torch converts it before and after the loop.
-
-    source, target = stored(x), stored(out)  # on the host: flat arrays that share the memory
-
-    store(target, i, factor * load(source, i))  # in a compiled loop
-"""
+"""Math functions for the loops of the CPU path, which vectorize."""
 
 import math
 from typing import Any
 
 import numpy as np
-import torch
 from numba import types
 from numba.extending import intrinsic
-from torch import Tensor
 
 from fmkernels.cpu.compiled import subroutine
 
-INLINE: dict[str, Any] = {"forceinline": True}
-"""Options of functions that must be inlined for the loop around them to be vectorized."""
 STRICT: dict[str, Any] = {"forceinline": True, "fastmath": {"contract", "nsz"}}
-"""The same, for functions that must evaluate sums and products in the order written."""
+"""Options of functions that must be inlined for the loop around them to be vectorized, and must
+evaluate sums and products in the order written."""
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693145751953125)  # its product with an integer below 2^8 is exact
@@ -41,21 +30,6 @@ _Q0, _Q1, _Q2, _Q3, _Q4, _Q5 = map(
 _R0, _R1, _R2, _R3 = map(np.float32, (0.6666642, 0.40021533, 0.28001678, 0.28012666))
 
 
-def stored(x: Tensor) -> np.ndarray:
-    """A dense tensor as a flat array that shares its memory: bfloat16 as uint16, bool as uint8.
-
-    Not for float16, which loops do not take.
-    """
-    if x.requires_grad:
-        x = x.detach()
-    if x.dtype == torch.bfloat16:
-        x = x.view(torch.uint16)
-    elif x.dtype == torch.bool:
-        x = x.view(torch.uint8)
-    memory = x.numpy()
-    return memory if memory.ndim == 1 else memory.reshape(-1)
-
-
 @intrinsic
 def float_of(_, bits):
     """The float32 with these bits, which are cast to uint32."""
@@ -70,46 +44,6 @@ def bits_of(_, value):
 
 def _bitcast(context, builder, signature, arguments):
     return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
-
-
-@subroutine(**INLINE)
-def to_bfloat16(value):
-    """The bits of a float32 rounded to bfloat16, to nearest, ties to even."""
-    bits = bits_of(value)
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if value == value else 0x7FC0
-
-
-@subroutine(by_type=True, **INLINE)
-def load(array, i):
-    """Element i, in a compiled loop: bfloat16 (stored as uint16) as float32, others unchanged."""
-    if array.dtype == types.uint16:
-        return lambda array, i: float_of(array[i] << 16)
-    return lambda array, i: array[i]
-
-
-@subroutine(by_type=True, **INLINE)
-def store(array, i, value):
-    """Element i = value, in a compiled loop.
-
-    Rounds to nearest, ties to even. Integers saturate, and NaN becomes 0.
-    """
-    if array.dtype == types.uint16:
-
-        def write(array, i, value):
-            array[i] = to_bfloat16(value)
-
-    elif isinstance(array.dtype, types.Integer):
-        low, high = np.float32(array.dtype.minval), np.float32(array.dtype.maxval)
-
-        def write(array, i, value):
-            array[i] = np.rint(min(max(value, low), high)) if value == value else 0
-
-    else:
-
-        def write(array, i, value):
-            array[i] = value
-
-    return write
 
 
 @subroutine(by_type=True, **STRICT)

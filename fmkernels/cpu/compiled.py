@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import pairwise
@@ -55,7 +55,7 @@ OPTIONS = {
 SLOW = 1.0
 """A compilation that takes more seconds is logged."""
 
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16, UINT8 = range(6)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16, UINT8, INT64 = range(7)
 KINDS = {
     torch.float32: FLOAT32,
     torch.float64: FLOAT64,
@@ -63,8 +63,10 @@ KINDS = {
     torch.float16: FLOAT16,
     torch.int16: INT16,
     torch.uint8: UINT8,
+    torch.bool: UINT8,
+    torch.int64: INT64,
 }
-"""The code of each dtype in loops."""
+"""The code of each dtype in loops. `voxels` loads and stores all but INT64."""
 
 STAMP = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py"))))
 """Of all files of this package. Not of their times: layers of containers round or change them."""
@@ -240,19 +242,23 @@ def _say_once(line: str, error: Exception) -> None:
 _SAID: set[str] = set()
 
 
-def parallel_for(loop: Callable, size: int, grain_size: int, *args: Any) -> None:
-    """Call ``loop(start, end, *args)`` on ranges that make up range(size), in several threads.
+def parallel_for(
+    loop: Callable, size: int, grain_size: int, tensors: Sequence[Tensor | None], *args: Any
+) -> None:
+    """Call ``loop(start, end, *tensors, *args)`` on ranges of range(size), in several threads.
 
     There are at most as many ranges as torch may use threads, each of at least ``grain_size``. The
-    result must not depend on their number. The loop gets a tensor as (address, dtype code). Ranges
-    keep the tensors alive: an interrupted call may return before its last ranges end.
+    result must not depend on their number. The loop gets tensors as `located` gives them; ranges
+    keep them alive: an interrupted call may return before its last ranges end.
     """
     count = min(torch.get_num_threads(), size // max(grain_size, 1))
     if count <= 1:
-        _run(loop, args, 0, size)
+        loop(0, size, *map(located, tensors), *args)
         return
     bounds = pairwise([size * i // count for i in range(count + 1)])
-    ranges: deque[Callable[[], None]] = deque(partial(_run, loop, args, *ends) for ends in bounds)
+    ranges: deque[Callable[[], None]] = deque(
+        partial(_run, loop, ends, tensors, args) for ends in bounds
+    )
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     error = None
     try:
@@ -267,21 +273,24 @@ def parallel_for(loop: Callable, size: int, grain_size: int, *args: Any) -> None
         del error  # its traceback refers to this frame
 
 
-def _run(loop: Callable, args: tuple, start: int, end: int) -> None:
-    loop(
-        start, end, *[(x.data_ptr(), KINDS[x.dtype]) if isinstance(x, Tensor) else x for x in args]
-    )
+def located(x: Tensor | None) -> tuple[int, int]:
+    """A tensor as loops take it: its address, 0 where there is none, and the code of its dtype."""
+    return (0, UINT8) if x is None else (x.data_ptr(), KINDS[x.dtype])
+
+
+def _run(loop: Callable, ends: tuple[int, int], tensors: Iterable, args: Iterable) -> None:
+    loop(*ends, *map(located, tensors), *args)
 
 
 def _run_all(ranges: deque[Callable[[], None]], ended: SimpleQueue[BaseException | None]) -> None:
     """Run ranges until none is left or one fails. Each that has ended leaves None or its error."""
     while True:
         try:
-            run = ranges.popleft()
+            part = ranges.popleft()
         except IndexError:
             return
         try:
-            run()
+            part()
         except BaseException as error:
             ranges.clear()
             ended.put(error)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fmkernels.cpu.compiled import njit, parallel_for, subroutine
 from fmkernels.cpu.sampling import (
     axis_of,
-    boxes_as_array,
+    boxes_of,
     is_usable,
     load_row,
     new_axis,
@@ -37,14 +37,15 @@ GRAIN_SIZE = 1 << 15  # minimum samples per thread
 
 @njit
 def _crop_layers(
-    first, last, volumes, shape, strides, boxes, out, size, clamp_box, nearest, window, zero
+    first, last, volumes, boxes, out, shape, strides, K, size, clamp_box, nearest, window, zero
 ):
-    """Compute layers ``first`` to ``last`` of all crops.
+    """Compute layers ``first`` to ``last`` of all crops at K boxes.
 
-    ``volumes`` and ``out`` are addresses with dtype codes.
+    ``volumes``, ``boxes`` and ``out`` are addresses with dtype codes.
     """
     C, D, H, W = shape[1:]
     d, h, w = size
+    boxes = boxes_of(boxes, K)
     z, y, x = new_axis(d, zero), new_axis(h, zero), new_axis(w, zero)
     writable = out[1] == own_kind(z.weight)
     buffer = empty(0 if writable else d * h * w, zero)
@@ -116,16 +117,15 @@ def _scatter_rows(layer, y, x, row, total):
 
 @njit
 def _backward_planes(
-    first, last, grad_output, boxes, size, volumes, strides, out, shape, clamp_box, window, zero,
-):  # fmt: skip
-    """Compute planes ``first`` to ``last`` of the gradient to all volumes.
+    first, last, grad_output, boxes, volumes, out, shape, strides, K, size, clamp_box, window, zero
+):
+    """Compute planes ``first`` to ``last`` of the gradient to all volumes, of crops at K boxes.
 
-    ``grad_output``, ``volumes`` and ``out`` are addresses with dtype codes.
+    ``grad_output``, ``boxes``, ``volumes`` and ``out`` are addresses with dtype codes.
     """
     C, D, H, W = shape[1:]
     d, h, w = size
-    K = len(boxes)
-    batch = empty(K, np.int64)
+    boxes, batch = boxes_of(boxes, K), empty(K, np.int64)
     z, y, x = new_axis((K, d), zero), new_axis((K, h), zero), new_axis((K, w), zero)
     for k in range(K):
         box, batch[k] = boxes[k], -1
@@ -172,9 +172,9 @@ def crop_and_resize3d(
         return
     d, h, w = crops.shape[2:]
     parallel_for(
-        _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), volumes,
-        tuple(volumes.shape), volumes.stride(), boxes_as_array(boxes), crops, (d, h, w),
-        clamp_box, nearest, window_of(window), zero_of(volumes),
+        _crop_layers, crops.numel() // (h * w), GRAIN_SIZE // (h * w), (volumes, boxes, crops),
+        tuple(volumes.shape), volumes.stride(), boxes.shape[0], (d, h, w), clamp_box, nearest,
+        window_of(window), zero_of(volumes),
     )  # fmt: skip
 
 
@@ -194,7 +194,6 @@ def crop_and_resize3d_backward(
     source = out if volumes is None else volumes  # only read to apply the window
     parallel_for(
         _backward_planes, planes, GRAIN_SIZE * planes // (grad_output.numel() + out.numel()),
-        grad_output, boxes_as_array(boxes), tuple(grad_output.shape[2:]),
-        source, source.stride(), out, tuple(out.shape),
-        clamp_box, window_of(window), zero_of(out),
+        (grad_output, boxes, source, out), tuple(out.shape), source.stride(), boxes.shape[0],
+        tuple(grad_output.shape[2:]), clamp_box, window_of(window), zero_of(out),
     )  # fmt: skip

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import stored
 from fmkernels.cpu.compiled import INT16, njit, parallel_for, subroutine
 from fmkernels.cpu.voxels import (
     elements,
@@ -23,8 +22,8 @@ from fmkernels.cpu.voxels import (
     store_block,
     window_of,
     window_voxel,
+    zero_of,
 )
-from fmkernels.dtypes import compute_dtype
 
 BOX = 1024  # voxels of a box, at most
 SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too small
@@ -32,13 +31,12 @@ MIN_BOX = 64
 GRAIN_SIZE = 1 << 16  # voxels of all samples
 
 _DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a copy
-_NO_MASKS = np.zeros(0, np.uint8)
 
 
 @subroutine
 def _flip(masks, row):
-    """The flip mask of a volume."""
-    return np.int64(masks[row]) if masks.size else 0
+    """The flip mask of a volume; 0 where there are none."""
+    return np.int64(elements(masks[0] + row, 1, np.uint8)[0]) if masks[0] else 0
 
 
 @subroutine
@@ -105,19 +103,22 @@ def _mix(own, other, lam, window, block):
 
 @njit
 def _mix_boxes(
-    first, last, volumes, donors, separate, out, lam, index, flips, donor_flips, num_donors, cut,
-    copied, window,
+    first, last, volumes, donors, out, lam, index, flips, donor_flips, batch, num_donors, separate,
+    cut, copied, window, zero,
 ):  # fmt: skip
     """Mix boxes number ``first`` to ``last`` of all samples.
 
     Args:
-        volumes: (address, dtype code); ``donors`` and ``out`` alike.
+        volumes: (address, dtype code), as are all tensors.
+        index: int64 [batch].
+        flips: uint8 [batch]; ``donor_flips``, [num_donors]; either may be missing.
         separate: whether the donors are not the volumes.
-        lam: [batch], of the dtype to compute with.
         copied: whether sources are copied before they are mixed.
+        zero: of the dtype to compute with.
     """
     sizes, axes, longest = cut
-    batch, zero = index.size, lam.dtype.type(0)
+    index, weights = elements(index[0], batch, np.int64), empty(batch, zero)
+    load_block(lam[0], lam[1], 0, weights)
     slots, count = empty(num_donors, np.int64), 0  # of donors that are used, else -1
     for row in range(num_donors):
         slots[row] = -1 if separate else 0
@@ -148,32 +149,31 @@ def _mix_boxes(
                     flip = _flip(flips, b)
                     _load_flipped(volumes, b, corner, lengths, sizes, axes, flip, part(own, 0, n))
                 x = part(own, 0, n) if separate else part(others, slots[b] * voxels, n)
-                _mix(x, part(others, slots[index[b]] * voxels, n), lam[b], window, block)
+                _mix(x, part(others, slots[index[b]] * voxels, n), weights[b], window, block)
             elif volumes[1] == INT16:
                 x = elements(volumes[0] + 2 * start, n, np.int16)
-                _mix(x, elements(donors[0] + 2 * donor, n, np.int16), lam[b], window, block)
+                _mix(x, elements(donors[0] + 2 * donor, n, np.int16), weights[b], window, block)
             else:
                 y = elements(volumes[0] + itemsize * start, n, dtype)
-                _mix(y, elements(donors[0] + itemsize * donor, n, dtype), lam[b], window, block)
+                _mix(y, elements(donors[0] + itemsize * donor, n, dtype), weights[b], window, block)
             if not at_once:
                 store_block(block, out[0], out[1], start)
 
 
 @njit
 def _differentiate_boxes(
-    first, last, grad_output, input, grad_input, lam, index, flips, rows, cut, window,
-    as_volumes, as_donors,
+    first, last, grad_output, input, grad_input, lam, index, flips, batch, rows, cut, low, high,
+    scale, as_volumes, as_donors, zero,
 ):  # fmt: skip
     """Write boxes number ``first`` to ``last`` of the gradient to all rows of the input.
 
-    Args:
-        grad_output: (address, dtype code); ``input`` and ``grad_input`` alike.
-        window: (enabled, low, high, 1 / (high - low)).
+    ``input`` is missing where there was no window.
     """
     sizes, axes, longest = cut
-    dtype = lam.dtype.type
-    zero = dtype(0)
-    windowed, low, high, scale = window[0], dtype(window[1]), dtype(window[2]), dtype(window[3])
+    index, weights = elements(index[0], batch, np.int64), empty(batch, zero)
+    load_block(lam[0], lam[1], 0, weights)
+    dtype = weights.dtype.type
+    low, high, scale = dtype(low), dtype(high), dtype(scale)
     totals, blocks = empty(longest[0] * longest[1], zero), empty(longest[0] * longest[1], zero)
     for number in range(first, last):
         corner, lengths = _box(number, sizes, longest)
@@ -183,17 +183,17 @@ def _differentiate_boxes(
             flip = _flip(flips, row)
             for i in range(n):
                 total[i] = zero
-            for b in range(-1 if as_volumes else 0, index.size if as_donors else 0):
+            for b in range(-1 if as_volumes else 0, batch if as_donors else 0):
                 if b >= 0 and index[b] != row:
                     continue
-                weight = lam[row] if b < 0 else dtype(1) - lam[b]
+                weight = weights[row] if b < 0 else dtype(1) - weights[b]
                 if weight != zero:
                     sample = row if b < 0 else b
                     _load_flipped(grad_output, sample, corner, lengths, sizes, axes, flip, block)
                     for i in range(n):
                         total[i] += weight * block[i]
             start = _offset(row, corner, sizes)
-            if windowed:
+            if input[0]:
                 load_block(input[0], input[1], start, block)
                 for i in range(n):
                     total[i] = total[i] * scale if low <= block[i] <= high else zero
@@ -218,10 +218,6 @@ def _check_values(lam: Tensor, index: Tensor, num_donors: int) -> None:
         raise ValueError(f"mixup3d: lam must lie in [0, 1], got {weights}")
     if donors and (min(donors) < 0 or max(donors) >= num_donors):
         raise ValueError(f"mixup3d: index must lie in [0, {num_donors}), got {donors}")
-
-
-def _masks(flips: Tensor | None) -> np.ndarray:
-    return _NO_MASKS if flips is None else stored(flips)
 
 
 def mixup3d(
@@ -249,10 +245,10 @@ def mixup3d(
     aliased = in_place or out.data_ptr() == volumes.data_ptr()  # else mixing is not vectorized
     cut, boxes = _cut(out, axes, flipped)
     parallel_for(
-        _mix_boxes, boxes, GRAIN_SIZE * boxes // voxels, volumes, donors, separate, out,
-        stored(lam.to(compute_dtype(volumes.dtype))), stored(index), _masks(flips),
-        _masks(donor_flips), num_donors, cut, flipped or aliased or volumes.dtype not in _DIRECT,
-        window_of(window),
+        _mix_boxes, boxes, GRAIN_SIZE * boxes // voxels,
+        (volumes, donors, out, lam, index, flips, donor_flips), volumes.shape[0], num_donors,
+        separate, cut, flipped or aliased or volumes.dtype not in _DIRECT, window_of(window),
+        zero_of(volumes),
     )  # fmt: skip
 
 
@@ -275,9 +271,8 @@ def mixup3d_backward(
     low, high = window or (0.0, 1.0)
     cut, boxes = _cut(grad_input, axes, flips is not None)
     parallel_for(
-        _differentiate_boxes, boxes, GRAIN_SIZE * boxes // voxels, grad_output,
-        grad_output if input is None else input, grad_input,
-        stored(lam.to(compute_dtype(grad_input.dtype))), stored(index), _masks(flips),
-        grad_input.shape[0], cut, (input is not None, low, high, 1 / (high - low)), as_volumes,
-        as_donors,
+        _differentiate_boxes, boxes, GRAIN_SIZE * boxes // voxels,
+        (grad_output, input, grad_input, lam, index, flips), grad_output.shape[0],
+        grad_input.shape[0], cut, low, high, 1 / (high - low), as_volumes, as_donors,
+        zero_of(grad_input),
     )  # fmt: skip

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import stored
-from fmkernels.cpu.compiled import njit, parallel_for, subroutine
-from fmkernels.cpu.sampling import boxes_as_array, load_row, new_axis, sample, sample_positions
+from fmkernels.cpu.compiled import located, njit, parallel_for, subroutine
+from fmkernels.cpu.sampling import boxes_of, load_row, new_axis, sample, sample_positions
 from fmkernels.cpu.voxels import (
     elements,
     empty,
@@ -25,7 +24,6 @@ from fmkernels.cpu.voxels import (
     window_of,
     zero_of,
 )
-from fmkernels.dtypes import compute_dtype
 
 BLOCK = 1 << 12  # voxels outside of boxes per block
 GRAIN_SIZE = 1 << 15  # minimum voxels per thread
@@ -49,12 +47,14 @@ def _clip(box, shape, clipped):
 def _plan(boxes, donor_boxes, shape, donor_shape, targets, sources):
     """Fill targets and sources; return the number of voxels of all patches.
 
-    targets [K, 8]: batch index (-1 for a pair that changes nothing), first voxels along z, y and x,
-    end voxels, start of the patch. sources [K, 7]: the clipped donor boxes.
+    Boxes are addresses with dtype codes. targets [K, 8]: batch index (-1 for a pair that changes
+    nothing), first voxels along z, y and x, end voxels, start of the patch. sources [K, 7]: the
+    clipped donor boxes.
     """
-    voxels = 0
+    voxels, K = 0, len(targets)
+    boxes, donor_boxes = boxes_of(boxes, K), boxes_of(donor_boxes, K)
     clipped = empty(7, np.float64)
-    for k in range(len(targets)):
+    for k in range(K):
         target = targets[k]
         usable = _clip(boxes[k], shape, clipped)
         n = shape[1]
@@ -158,14 +158,16 @@ def _start(target, c, z, strides):
 
 @njit
 def _mix(
-    first, last, volumes, shape, strides, window, donors, donor_shape, donor_strides, donor_window,
-    targets, sources, weights, patches,
+    first, last, volumes, donors, lam, shape, strides, window, donor_shape, donor_strides,
+    donor_window, targets, sources, patches,
 ):  # fmt: skip
     """Mix planes ``first`` to ``last`` of all volumes into the patches.
 
-    ``volumes`` and ``donors`` are addresses with dtype codes.
+    ``volumes``, ``donors`` and ``lam`` are addresses with dtype codes.
     """
     zero = patches.dtype.type(0)
+    weights = empty(len(targets), zero)
+    load_block(lam[0], lam[1], 0, weights)
     C, D = shape[1], shape[2]
     line = empty(shape[4], zero)
     for k in range(len(targets)):
@@ -237,27 +239,25 @@ def object_mixup3d(
     donors = volumes if donors is None else donors
     K, shape, zero = boxes.shape[0], tuple(volumes.shape), zero_of(volumes)
     targets, sources = np.empty((K, 8), np.int64), np.empty((K, 7))
-    weights, donor_shape = stored(lam.to(compute_dtype(volumes.dtype))), tuple(donors.shape)
-    wrong = weights[(weights < 0) | (weights > 1)]  # NaN gives NaN
-    if wrong.size:
+    donor_shape = tuple(donors.shape)
+    wrong = [weight for weight in lam.tolist() if weight < 0 or weight > 1]  # NaN gives NaN
+    if wrong:
         raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {wrong[0]}")
-    voxels = _plan(
-        boxes_as_array(boxes), boxes_as_array(donor_boxes), shape, donor_shape, targets, sources
-    )
+    voxels = _plan(located(boxes), located(donor_boxes), shape, donor_shape, targets, sources)
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
     grain_size = GRAIN_SIZE * planes // max(voxels, 1)
     parallel_for(
-        _mix, planes, grain_size, volumes, shape, volumes.stride(), window_of(window),
-        donors, donor_shape, donors.stride(), window_of(donor_window), targets, sources,
-        weights, patches,
+        _mix, planes, grain_size, (volumes, donors, lam), shape, volumes.stride(),
+        window_of(window), donor_shape, donors.stride(), window_of(donor_window), targets, sources,
+        patches,
     )  # fmt: skip
     if window is not None or not (out.is_floating_point() or volumes.dtype == out.dtype):
         blocks = -(-out.numel() // BLOCK)
         parallel_for(
-            _copy, blocks, GRAIN_SIZE // BLOCK, volumes, out, window_of(window), out.numel(), BLOCK,
-            zero,
+            _copy, blocks, GRAIN_SIZE // BLOCK, (volumes, out), window_of(window), out.numel(),
+            BLOCK, zero,
         )  # fmt: skip
     elif not in_place:
         out.copy_(volumes)  # which rounds to floats as we do, but not to integers
-    parallel_for(_write, planes, grain_size, out, shape, out.stride(), targets, patches)
+    parallel_for(_write, planes, grain_size, (out,), shape, out.stride(), targets, patches)

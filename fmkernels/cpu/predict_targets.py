@@ -87,15 +87,15 @@ def _gather(x, origin, shape, strides, first, logit):
 
 
 @njit
-def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
+def _run(start, end, x, flips, out, shape, strides, inverse_temperature):
     """Compute blocks ``start`` to ``end``, numbered through all samples, of one level.
 
     Args:
         x: (address, dtype code) of logits [K, B, A, D, H, W, I].
+        flips: likewise, of uint8 [K].
+        out: likewise, of float32 targets [B, A, D, H, W, I], dense.
         shape, strides: those of x.
-        flips: (address, dtype code) of uint8 [K].
         inverse_temperature: a scalar of the compute dtype.
-        out: (address, dtype code) of float32 targets [B, A, D, H, W, I], dense.
     """
     views, anchors = shape[0], shape[2]
     codes = elements(flips[0], views, np.uint8)
@@ -123,7 +123,7 @@ def _run(start, end, x, shape, strides, flips, inverse_temperature, out):
 
 @njit
 def _run_classes(
-    start, end, x, shape, strides, classes, stride_c, flips, inverse_temperature, out, out_c, step
+    start, end, x, flips, out, shape, strides, classes, stride_c, out_c, step, inverse_temperature
 ):
     """The same for classes: anchor n has logits ``stride_c`` apart, targets ``out_c`` apart.
 
@@ -221,9 +221,9 @@ def predict_targets(
         inverse = zero_of(x) + 1 / temperature
         blocks = batch * shape[2] * -(-length * shape[6] // BLOCK)
         if classes == 1:
-            parallel_for(_run, blocks, GRAIN_SIZE, x, shape, steps, flips, inverse, out)
+            parallel_for(_run, blocks, GRAIN_SIZE, (x, flips, out), shape, steps, inverse)
         else:
             parallel_for(
-                _run_classes, blocks, max(GRAIN_SIZE // classes, 1),
-                x, shape, steps, classes, a, flips, inverse, out, out_c, out_step,
+                _run_classes, blocks, max(GRAIN_SIZE // classes, 1), (x, flips, out), shape, steps,
+                classes, a, out_c, out_step, inverse,
             )  # fmt: skip

@@ -8,7 +8,6 @@ the last two planes made of them.
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from fmkernels.cpu.compiled import subroutine
 from fmkernels.cpu.voxels import (
@@ -72,9 +71,10 @@ def take_nearest(axis):
         axis.above[i], axis.weight[i] = axis.below[i], 0
 
 
-def boxes_as_array(boxes: Tensor) -> np.ndarray:
-    """Contiguous boxes [K, 7] as loops take them."""
-    return (boxes.detach() if boxes.requires_grad else boxes).numpy()
+@subroutine
+def boxes_of(boxes, count):
+    """The array [count, 7] of boxes, which are given as (address, dtype code)."""
+    return elements(boxes[0], (count, 7), np.float32)
 
 
 @subroutine

@@ -9,12 +9,20 @@ other.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import STRICT, exp, log, log1p, stored, sum_reordered
+from fmkernels.cpu.arithmetic import STRICT, exp, log, log1p, sum_reordered
 from fmkernels.cpu.compiled import njit, parallel_for, subroutine
-from fmkernels.cpu.voxels import elements, empty, own_kind, part, read_block, store_block
+from fmkernels.cpu.voxels import (
+    elements,
+    empty,
+    load_block,
+    own_kind,
+    part,
+    read_block,
+    store_block,
+    zero_of,
+)
 from fmkernels.dtypes import compute_dtype
 
 BLOCK = 2048  # elements: the arrays between two passes stay in the caches of a core
@@ -22,8 +30,6 @@ GRAIN_SIZE = 16  # minimum blocks per thread
 LARGEST = np.finfo(np.float32).max
 NO_OUTPUT, LOSSES, GRADIENTS = range(3)  # what _run writes for each element
 ZERO, ONE, TWO = map(np.float32, range(3))
-EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
-NO_INDEX = np.empty(0, np.int64)
 
 
 @subroutine(**STRICT)
@@ -113,26 +119,31 @@ def _weigh(weight, inner, first, target, values):
 
 @njit
 def _run(
-    start, end, x, y, length, weight, lam, index, grad_output, has_grad_output, factor, alpha0,
-    alpha1, gamma, output, out, sums,
+    start, end, x, y, weight, lam, index, grad_output, out, length, weights, rows, factor, alpha0,
+    alpha1, gamma, output, sums, zero,
 ):  # fmt: skip
     """Blocks ``start`` to ``end`` of one level.
 
     Args:
-        x: (address, dtype code) of the logits; like y (targets), grad_output and out, of
-            ``length`` elements.
-        weight: [rows] or [rows * inner] or empty, in the compute dtype, as is lam: [rows] or empty.
+        x: (address, dtype code) of the logits, as are all tensors; y (targets), grad_output and
+            out, of ``length`` elements too. All but x and y may be missing.
+        weight: [weights], one for each row or each element, in the compute dtype.
+        lam: [rows]; ``index``, int64 [rows].
         factor: of the gradients, in addition to ``grad_output``.
         output: NO_OUTPUT, LOSSES or GRADIENTS, written to ``out``.
         sums: float64 [blocks, 3], written: sum of the losses of a block, number of elements that
             are not ignored, number of targets above 1.
+        zero: of the compute dtype.
     """
-    dtype = weight.dtype.type
-    buffers = empty(6 * BLOCK, weight.dtype)
+    dtype = type(zero)
+    buffers = empty(6 * BLOCK, zero)
+    weight = elements(weight[0], weights, buffers.dtype)
+    index, lambdas = elements(index[0], rows, np.int64), empty(rows, zero)
+    load_block(lam[0], lam[1], 0, lambdas)
     formula, factor = (dtype(alpha0), dtype(alpha1), dtype(gamma)), dtype(factor)
-    at_once = output == GRADIENTS and weight.size == 0 and not has_grad_output
+    at_once = output == GRADIENTS and weights == 0 and not grad_output[0]
     scale = factor if at_once else dtype(1)
-    in_place = at_once and out[1] == own_kind(weight)
+    in_place = at_once and out[1] == own_kind(buffers)
     for block in range(start, end):
         first = block * BLOCK
         size = min(BLOCK, length - first)
@@ -140,18 +151,18 @@ def _run(
         target = read_block(y, first, part(buffers, BLOCK, size))
         loss, gradient = part(buffers, 2 * BLOCK, size), part(buffers, 3 * BLOCK, size)
         count, too_large = _count(target)
-        if lam.size > 0:
+        if rows > 0:
             mixed, partner = part(buffers, 4 * BLOCK, size), part(buffers, 5 * BLOCK, size)
-            _mix_targets(y, length // lam.size, lam, index, first, target, partner, mixed)
+            _mix_targets(y, length // rows, lambdas, index, first, target, partner, mixed)
             target = mixed
             count, _ = _count(target)
         if in_place:
-            gradient = elements(out[0] + weight.itemsize * first, size, weight.dtype)
+            gradient = elements(out[0] + buffers.itemsize * first, size, buffers.dtype)
         _focal(logit, target, *formula, scale, loss, gradient)
-        if weight.size > 0:
-            _weigh(weight, length // weight.size, first, target, loss)
-            _weigh(weight, length // weight.size, first, target, gradient)
-        if has_grad_output:  # the logits are not needed any more
+        if weights > 0:
+            _weigh(weight, length // weights, first, target, loss)
+            _weigh(weight, length // weights, first, target, gradient)
+        if grad_output[0]:  # the logits are not needed any more
             upstream = read_block(grad_output, first, part(buffers, 0, size))
             _weigh(upstream, 1, 0, target, gradient)
         if output == LOSSES:
@@ -162,11 +173,6 @@ def _run(
                     gradient[i] *= factor
             store_block(gradient, out[0], out[1], first)
         sums[block, 0], sums[block, 1], sums[block, 2] = sum_reordered(loss), count, too_large
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    """bool as uint8, which loops take."""
-    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def _at_least_one(value: Tensor | None) -> float:
@@ -186,31 +192,32 @@ def _run_levels(
     out: Sequence[Tensor],
 ) -> tuple[float, float]:
     """Write what ``output`` says; return the sum of the losses and the number of elements."""
-    dtype = compute_dtype(logits[0].dtype)
-    lambdas, partners = EMPTY[dtype], NO_INDEX
+    zero, rows, total, count = zero_of(logits[0]), 0, 0.0, 0.0
     if lam is not None and index is not None:
-        lambdas, partners = stored(lam.to(dtype)), stored(index)
+        rows = index.numel()
         # here, since an error raised in a loop would keep the arrays of the loop alive for good
-        if not np.all((partners >= 0) & (partners < partners.size)):
+        if not all(0 <= partner < rows for partner in index.tolist()):
             raise ValueError("soft_target_focal_loss: mix index must lie in [0, B)")
-        wrong = lambdas[(lambdas < 0) | (lambdas > 1)]
-        if wrong.size:
+        wrong = [weight for weight in lam.tolist() if weight < 0 or weight > 1]  # NaN gives NaN
+        if wrong:
             raise ValueError(f"soft_target_focal_loss: mix lam must be in [0, 1], got {wrong[0]:g}")
-    total, count = 0.0, 0.0
     for level, logit in enumerate(logits):
-        weight = stored(weights[level].to(dtype)) if weights else EMPTY[dtype]
-        grad_output, factor = logit, 1.0
+        weight = weights[level].to(compute_dtype(logit.dtype)) if weights else None
+        grad_output, factor, size = None, 1.0, logit.numel()
         if grad_outputs and grad_outputs[level].dim() == 0:
             factor = float(grad_outputs[level])
         elif grad_outputs:
             grad_output = grad_outputs[level]
-        sums = np.empty((-(-logit.numel() // BLOCK), 3), np.float64)
+        result = out[level] if output != NO_OUTPUT else None
+        sums = np.empty((-(-size // BLOCK), 3), np.float64)
         parallel_for(
-            _run, len(sums), GRAIN_SIZE, logit, _as_bytes(targets[level]), logit.numel(), weight,
-            lambdas, partners, grad_output, grad_output is not logit, factor / divisor,
-            *alphas_gamma, output, logit if output == NO_OUTPUT else out[level], sums,
+            _run, len(sums), GRAIN_SIZE,
+            (logit, targets[level], weight, lam, index, grad_output, result), size,
+            0 if weight is None else weight.numel(), rows, factor / divisor, *alphas_gamma, output,
+            sums, zero,
         )  # fmt: skip
-        level_total, level_count, too_large = sums.sum(0).tolist()
+        sums = sums[0] if len(sums) == 1 else sums.sum(0)
+        level_total, level_count, too_large = sums.tolist()
         if too_large:
             largest = targets[level][targets[level] > 1].max()
             raise ValueError(

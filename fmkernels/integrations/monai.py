@@ -239,6 +239,11 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
                     },
                 )
 
+    def _has_cubic_anchors(self) -> bool:
+        corners = torch.cat(list(self.anchor_generator.cell_anchors))
+        sides = corners[:, 3:] - corners[:, :3]
+        return bool((sides == sides[:, :1]).all())
+
     @torch.no_grad()
     def predict_targets(
         self,
@@ -249,7 +254,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         confidence: float = 0.8,
         network: nn.Module | None = None,
     ) -> list[Item]:
-        """Targets of unlabeled images from flipped views; see :func:`fmkernels.predict_targets`.
+        """Targets of unlabeled images from several views; see :func:`fmkernels.predict_targets`.
 
         The network predicts in evaluation mode; afterwards each of its modules is in its previous
         mode. The targets are exact if a flip maps anchors onto anchors, as it does with MONAI's
@@ -258,8 +263,10 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
         Args:
             images: as the detector takes them: [B, C, D, H, W], or a list of [C, D, H, W]; any
                 float dtype.
-            flips: the flip of each view as a bit mask: 1, 2, 4 for the first, second, third spatial
-                axis. The first view is not flipped.
+            flips: the symmetry of each view, a code of :func:`fmkernels.apply_symmetry`: below 8 a
+                bit mask of flips, 1, 2, 4 for the first, second, third spatial axis; from 8 to 47
+                axes are permuted too, which needs cubic images and cubic anchors. The first view
+                is the image as it is, 0.
             temperature: temperature of the sharpening, in (0, 1].
             confidence: minimum target, in [0, 1], for a predicted box to become an object. Lower
                 targets train the classifier, but their boxes are not mixed.
@@ -273,20 +280,24 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             of the first view.
 
         Raises:
-            ValueError: flips do not begin with 0, or a value is out of range.
+            ValueError: flips do not begin with 0, or need cubes where there are none, or a value is
+                out of range.
         """
         if not flips or flips[0] != 0:
             raise ValueError(
                 f"predict_targets: flips must begin with 0, the original, got {tuple(flips)}"
             )
+        if max(flips) >= 8 and not self._has_cubic_anchors():
+            raise ValueError(
+                "predict_targets: flips must be in [0, 8) where anchors are not cubes, "
+                f"got {tuple(flips)}"
+            )
         if not 0 <= confidence <= 1:
             raise ValueError(f"predict_targets: confidence must be in [0, 1], got {confidence}")
         padded, sizes = preprocess_images(images, self.spatial_dims, self.size_divisible)
         padded, batch = convert_to_tensor(padded, track_meta=False), len(padded)
-        masks = torch.tensor(tuple(flips), dtype=torch.uint8, device=padded.device)
-        views = torch.cat(
-            [padded.flip([2 + axis for axis in range(3) if mask >> axis & 1]) for mask in flips]
-        )
+        codes = torch.tensor(tuple(flips), dtype=torch.uint8, device=padded.device)
+        views = torch.cat([functional.apply_symmetry(padded, code) for code in flips])
         predictor = self.network if network is None else network
         with _evaluating(predictor):
             outputs = predictor(views)
@@ -297,7 +308,7 @@ class SoftTargetRetinaNetDetector(RetinaNetDetector):
             ensure_dict_value_to_list_(outputs)
         targets = functional.predict_targets(
             [level.unflatten(0, (len(flips), batch)) for level in outputs[self.cls_key]],
-            masks,
+            codes,
             temperature=temperature,
         )
         self.generate_anchors(padded, {self.cls_key: targets})

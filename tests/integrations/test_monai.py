@@ -24,7 +24,13 @@ from monai.data import MetaTensor, box_utils  # noqa: E402
 from monai.transforms import Compose, EnsureTyped, ScaleIntensityRanged  # noqa: E402
 from monai.utils import optional_import  # noqa: E402
 
-from fmkernels import crop_and_resize3d, object_mixup3d, soft_target_focal_loss  # noqa: E402
+from fmkernels import (  # noqa: E402
+    apply_symmetry,
+    crop_and_resize3d,
+    object_mixup3d,
+    soft_target_focal_loss,
+    undo_symmetry,
+)
 from fmkernels.integrations import monai as adapter  # noqa: E402
 from fmkernels.integrations.monai import (  # noqa: E402
     MixUpBoxd,
@@ -534,6 +540,28 @@ def test_inference_is_that_of_monai():
     with torch.no_grad():
         for a, b in zip(theirs(images_of(batch_of(2))), ours(images_of(batch_of(2))), strict=True):
             assert len(a["box"]) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@with_torchvision
+def test_rotated_views_need_cubic_anchors_and_images():
+    detector, flips = detector_of(SoftTargetRetinaNetDetector), (0, 13, 47)
+    images = torch.rand(2, 1, 16, 16, 16)
+    with pytest.raises(
+        ValueError, match=r"in \[0, 8\) where anchors are not cubes, got \(0, 13, 47"
+    ):
+        detector.predict_targets(images, flips)
+    detector.anchor_generator = AnchorGeneratorWithAnchorShape([1, 2], [[4] * 3, [6] * 3])
+    with pytest.raises(ValueError, match="three equal sizes for code 13"):
+        detector.predict_targets(images[:, :, :8], flips)
+    found = detector.predict_targets(images, flips, temperature=1)
+    with torch.no_grad():
+        views = [detector.network(apply_symmetry(images, code)) for code in flips]
+    mean = [
+        torch.stack(list(map(undo_symmetry, level, flips))).sigmoid().mean(0)
+        for level in zip(*(view["classification"] for view in views), strict=True)
+    ]
+    for own, y in zip(found, detector._reshape_maps(mean), strict=True):
+        torch.testing.assert_close(own["anchor_targets"], y)
 
 
 @with_torchvision

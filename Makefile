@@ -1,6 +1,8 @@
 # make train | test | bench | lint | types | docs | floor
 #                                          in an environment of its own (.venv), made at first use with exact versions
 # make help                                these lines
+# make experiment                          the comparison of docs/results.md, JOBS runs at once; goes on where it was
+#                                          stopped. make tuning: its settings, on other phantoms
 # make train PYTHON=python                 in the active environment (a GPU build of torch, say): adds what is missing
 # make compat                              the tests with the oldest and with the newest versions of what is needed
 # make gpu                                 on a machine with a GPU: checks, benchmarks and tuning, 9
@@ -13,6 +15,7 @@ LABELED ?= 12
 SEEDS ?= 1
 RESULTS ?= benchmarks/results
 CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
 
 ifeq ($(origin PYTHON),command line)
 READY := environment-in-use
@@ -23,7 +26,7 @@ endif
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test nightly coverage bench lint types docs compat quick floor gpu gpu-checks gpu-bench gpu-tune clean environment-in-use
+.PHONY: help train experiment tuning test nightly coverage bench lint types docs compat quick floor gpu gpu-checks gpu-bench gpu-tune clean environment-in-use
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -31,6 +34,35 @@ help:
 train: $(READY)
 	$(PYTHON) -m fmkernels phantom "$(DATA)"
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS)
+
+# the settings of docs/results.md
+LENGTH := --steps 6000 --burn-in 3000 --validation-subsets=,
+EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) $(LENGTH)
+# $(call keep,FOLDER,NAME) keeps tables and pictures of a comparison
+keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/cpm.png $(RESULTS)/phantoms/$(2)
+
+experiment: $(READY)
+	$(PYTHON) -m fmkernels phantom data/experiment --scans 360 --test-scans 120
+	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 6 12 24 --all-labels \
+		--with burn-in fresh-supervised
+	$(call keep,runs/experiment,main)
+	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --all-labels \
+		--without image-mixup object-mixup mixup soft-labels soft-loss views sharpening \
+		--with burn-in fresh-supervised supervised-mixup plain-ops
+	$(call keep,runs/experiment,parts)
+	$(PYTHON) -m fmkernels phantom data/unlabeled --seed 2 --scans 240
+	$(PYTHON) -m fmkernels compare data/experiment --out runs/full --seeds 10 --jobs $(JOBS) $(LENGTH) \
+		--labeled 252 --unlabeled-data=data/unlabeled
+	$(call keep,runs/full,full)
+
+# on phantoms of another seed, which the experiment does not see
+tuning: $(READY)
+	$(PYTHON) -m fmkernels phantom data/tuning --seed 1
+	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) $(LENGTH) \
+		--test-subsets=7,8,9 --labeled 12 --all-labels --without mixup image-mixup object-mixup \
+		--with burn-in fresh-supervised fresh-student following-teacher unlabeled-mixup supervised-mixup \
+		contrast noise blur probable-boxes own-normalizer ignored-targets
+	$(call keep,runs/tuning,tuning)
 
 test: $(READY)
 	@echo "all tests, about 25 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"

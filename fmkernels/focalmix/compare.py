@@ -123,6 +123,10 @@ class Row:
     """95% interval of a paired t test over the seeds; None with one seed."""
     share: float | None
     """Difference / that of training with all labels; None if these are not trained."""
+    to_focalmix: float | None
+    """CPM minus that of FocalMix: what a part is worth; None for the baseline and FocalMix."""
+    to_focalmix_interval: tuple[float, float] | None
+    """95% interval of a paired t test over the seeds; None with one seed."""
 
 
 @dataclass(frozen=True)
@@ -456,10 +460,11 @@ def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> f
 def _rows(results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]) -> list[Row]:
     """The table, from the runs of every method in the order of their seeds."""
     every = results.get((None, ALL_LABELS))
-    return [
-        _row(count, name, runs, results.get((count, BASELINE), runs), every)
-        for (count, name), runs in results.items()
-    ]
+    rows = []
+    for (count, name), runs in results.items():
+        baseline = results.get((count, BASELINE), runs)
+        rows.append(_row(count, name, runs, baseline, every, results.get((count, FOCALMIX))))
+    return rows
 
 
 def _row(
@@ -468,17 +473,19 @@ def _row(
     ours: Sequence[froc.Froc],
     baseline: Sequence[froc.Froc],
     all_labels: Sequence[froc.Froc] | None = None,
+    focalmix: Sequence[froc.Froc] | None = None,
 ) -> Row:
     """A row from runs with the same seeds and the same bootstrap samples."""
     mean, below = froc.average(ours), froc.average(baseline)
     assert mean.interval is not None and mean.samples is not None and below.samples is not None
     gain = gain_interval = difference = difference_interval = share = None
+    to_focalmix = to_focalmix_interval = None
+    if focalmix is not None and name not in (BASELINE, FOCALMIX):
+        to_focalmix = mean.cpm - froc.average(focalmix).cpm
+        to_focalmix_interval = paired_interval(ours, focalmix)
     if ours is not baseline and name != BASELINE:
         difference = mean.cpm - below.cpm
-        if len(ours) > 1:
-            difference_interval = paired_interval(
-                [run.cpm for run in ours], [run.cpm for run in baseline]
-            )
+        difference_interval = paired_interval(ours, baseline)
         if below.cpm > 0:
             gain = mean.cpm / below.cpm - 1
             drawn, under = (samples[:, ::10].mean(1) for samples in (mean.samples, below.samples))
@@ -498,12 +505,18 @@ def _row(
         difference,
         difference_interval,
         share,
+        to_focalmix,
+        to_focalmix_interval,
     )
 
 
-def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of ours - theirs, from the t distribution over the pairs."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+def paired_interval(
+    ours: Sequence[froc.Froc], theirs: Sequence[froc.Froc]
+) -> tuple[float, float] | None:
+    """95% interval of the mean difference of the CPM, from the t distribution over the seeds."""
+    if len(ours) < 2:
+        return None
+    differences = [a.cpm - b.cpm for a, b in zip(ours, theirs, strict=True)]
     mean, error = statistics.fmean(differences), stats.sem(differences)
     reach = float(stats.t.ppf(0.975, len(differences) - 1) * error)
     return mean - reach, mean + reach
@@ -530,7 +543,7 @@ def _scans(labeled: int | None) -> str:
 _RATES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
 _HEAD = (
     *("labeled", "method", *_RATES, "CPM", "95%", "gain", "95% of the gain"),
-    *("points", "95%, paired t", "of the way"),
+    *("points", "95%, paired t", "of the way", "to FocalMix", "95%, paired t"),
 )
 
 
@@ -551,6 +564,8 @@ def _cells(row: Row) -> list[str]:
         percent(row.difference),
         interval(row.difference_interval),
         percent(row.share, "{:.0f}", end="%"),
+        percent(row.to_focalmix),
+        interval(row.to_focalmix_interval),
     ]
 
 
@@ -576,6 +591,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     bounds = (
         *("cpm_lower", "cpm_upper", "gain", "gain_lower", "gain_upper"),
         *("difference", "difference_lower", "difference_upper", "share"),
+        *("to_focalmix", "to_focalmix_lower", "to_focalmix_upper"),
     )
     writer.writerow(["labeled", "method", *rates, "cpm", *bounds])
     for row in rows:
@@ -584,6 +600,7 @@ def as_csv(rows: Sequence[Row]) -> str:
             [
                 *(_scans(row.labeled), row.method, *row.sensitivities, row.cpm, *row.interval),
                 *(*gains, *(row.difference_interval or (None, None)), row.share),
+                *(row.to_focalmix, *(row.to_focalmix_interval or (None, None))),
             ]
         )
     return text.getvalue()

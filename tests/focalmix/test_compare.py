@@ -4,6 +4,8 @@ import csv
 import io
 import itertools
 import json
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from fmkernels.focalmix import compare as comparison
-from fmkernels.focalmix.cli import main
+from fmkernels.focalmix.cli import _given, _parse, main
 from fmkernels.focalmix.compare import (
     ABLATIONS,
     ALL_LABELS,
@@ -23,7 +25,7 @@ from fmkernels.focalmix.compare import (
     as_text,
     compare,
 )
-from fmkernels.focalmix.config import load_config
+from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import evaluate
@@ -32,6 +34,7 @@ from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_B
 from fmkernels.focalmix.training.loop import train
 from tests.focalmix.conftest import SCANS, write_luna
 from tests.focalmix.training.test_loop import (
+    ROOT,
     TINY,
     assert_same_weights,
     metrics,
@@ -325,6 +328,23 @@ def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
     assert one.difference == pytest.approx(0.1) and one.difference_interval is None
 
 
+def test_a_part_is_compared_with_focalmix_too():
+    results = {
+        (4, BASELINE): [froc(8), froc(12)],
+        (4, FOCALMIX): [froc(12), froc(12)],
+        (4, "K = 1"): [froc(12), froc(10)],
+    }
+    baseline, focalmix, part = comparison._rows(results)
+    assert baseline.to_focalmix is None and focalmix.to_focalmix is None
+    assert part.to_focalmix == pytest.approx(-0.05)
+    reach = 12.7062 * 0.05  # t(1), standard error of 0 and -0.1
+    assert part.to_focalmix_interval == pytest.approx((-0.05 - reach, -0.05 + reach), abs=1e-5)
+    assert part.difference == pytest.approx(0.05)
+    assert as_text([part]).splitlines()[1].split()[-4:] == ["-5.0", "-68.5", "to", "+58.5"]
+    parsed = next(csv.DictReader(io.StringIO(as_csv([part]))))
+    assert float(parsed["to_focalmix"]) == pytest.approx(-0.05)
+
+
 def test_the_share_of_the_way_to_all_labels():
     results = {
         (4, BASELINE): [froc(8), froc(12)],
@@ -335,7 +355,9 @@ def test_the_share_of_the_way_to_all_labels():
     assert baseline.share is None and every.share is None and every.gain is None
     assert focalmix.share == pytest.approx(0.25)
     (_, _, line, last) = as_text([baseline, focalmix, every]).splitlines()
-    assert line.endswith("25%") and last.split()[:3] == ["all", "all", "labels"]
+    assert (
+        line.endswith("25%") and "nan" not in line and last.split()[:3] == ["all", "all", "labels"]
+    )
     del results[None, ALL_LABELS]
     assert comparison._rows(results)[1].share is None
 
@@ -416,3 +438,27 @@ def test_command(luna_folder, tmp_path, capsys):
     for part, (_, changes) in ABLATIONS.items():
         config = load_config(tmp_path / "out" / "labeled-2" / f"without-{part}" / "seed-0")
         assert all(getattr(config, option) == value for option, value in changes.items())
+
+
+@pytest.mark.parametrize("target", ["experiment", "tuning"])
+def test_make_asks_for_comparisons_that_exist(target, tmp_path):
+    """Every command of the target is parsed, and its options make a plan of runs."""
+    make = ["make", "--dry-run", "--always-make", target, "PYTHON=python", "JOBS=3"]
+    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [
+        shlex.split(line)[3:]
+        for line in printed.replace("\\\n", " ").splitlines()
+        if line.startswith("python -m fmkernels ")
+    ]
+    assert {command[0] for command in commands} == {"phantom", "compare"}
+    for command in commands:
+        arguments = _parse(command)
+        if command[0] == "phantom":
+            continue
+        config = replace(Config(), **{k: v for k, v in _given(arguments).items() if k != "labeled"})
+        methods = comparison._methods(config, arguments.without, arguments.extended)
+        count = len(arguments.labeled) * len(methods) + arguments.all_labels
+        runs = comparison._plan(
+            config, tmp_path, methods, arguments.labeled, arguments.seeds, arguments.all_labels
+        )
+        assert len(runs) == count * arguments.seeds and arguments.jobs == 3

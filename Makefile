@@ -39,7 +39,7 @@ train: $(READY)
 LENGTH := --steps 6000 --burn-in 3000 --validation-subsets=,
 EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) $(LENGTH)
 # $(call keep,FOLDER,NAME) keeps tables and pictures of a comparison
-keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/cpm.png $(RESULTS)/phantoms/$(2)
+keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/timing.json $(1)/cpm.png $(RESULTS)/phantoms/$(2)
 
 experiment: $(READY)
 	$(PYTHON) -m fmkernels phantom data/experiment --scans 360 --test-scans 120

@@ -167,10 +167,10 @@ def compare(
 ) -> list[Row]:
     """Train all runs that are not finished, and write tables and figures to ``out``.
 
-    ``table.txt``, ``table.md`` and ``table.csv`` are the table, ``runs.csv`` has the CPM and the
-    time per step of every run, ``cpm.png`` shows the CPM over the number of labeled scans,
-    ``labeled-N/froc.png`` the curves of both methods with N of them, ``labeled-N/seeds.png`` the
-    CPM of both methods for each seed.
+    ``table.txt``, ``table.md`` and ``table.csv`` are the table, ``runs.csv`` has the CPM of every
+    run, ``timing.json`` the milliseconds per step of the methods. ``cpm.png`` shows the CPM over
+    the number of labeled scans, ``labeled-N/froc.png`` the curves of both methods with N of them,
+    ``labeled-N/seeds.png`` the CPM of both methods for each seed.
 
     Args:
         config: the options of all runs; method, labeled scans and seed are set here.
@@ -233,7 +233,9 @@ def compare(
         with atomic_write(out / f"table.{name}") as temporary:
             temporary.write_text(table(rows), encoding="utf-8")
     with atomic_write(out / "runs.csv") as temporary:
-        temporary.write_text(_runs_as_csv(runs, results), encoding="utf-8")
+        temporary.write_text(_runs_as_csv(rows, results), encoding="utf-8")
+    with atomic_write(out / TIMING) as temporary:
+        temporary.write_text(json.dumps(_timing(runs), indent=2) + "\n", encoding="utf-8")
     points = {
         name: [
             (row.labeled, row.cpm, *row.interval)
@@ -523,17 +525,29 @@ def paired_interval(
 
 
 def _runs_as_csv(
-    runs: Iterable[_Run], results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]
+    rows: Iterable[Row], results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]
 ) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["labeled", "method", "seed", "cpm", "milliseconds_per_step"])
-    for run in runs:
-        timing = run.folder / TIMING
-        step = json.loads(timing.read_text())["milliseconds"]["step"] if timing.exists() else None
-        cpm = results[run.labeled, run.method][run.config.seed].cpm
-        writer.writerow([_scans(run.labeled), run.method, run.config.seed, cpm, step])
+    writer.writerow(["labeled", "method", "seed", "cpm"])
+    for row in rows:
+        for seed, run in enumerate(results[row.labeled, row.method]):
+            writer.writerow([_scans(row.labeled), row.method, seed, run.cpm])
     return text.getvalue()
+
+
+def _timing(runs: Iterable[_Run]) -> dict[str, dict[str, float]]:
+    """Milliseconds per step: the median of each run, their median over the seeds."""
+    steps: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        if (path := run.folder / TIMING).exists():
+            medians = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
+            scans = steps.setdefault(_scans(run.labeled), {})
+            scans.setdefault(run.method, []).append(medians["step"])
+    return {
+        scans: {method: statistics.median(values) for method, values in methods.items()}
+        for scans, methods in steps.items()
+    }
 
 
 def _scans(labeled: int | None) -> str:

@@ -348,7 +348,7 @@ class Config:
         check=_AT_LEAST_1,
     )
     roi_size: tuple[int, ...] = _option(
-        (48, 48, 48), "inference", "sliding-window size in voxels", check=_SIZE
+        (96, 96, 96), "inference", "largest sliding window in voxels", check=_SIZE
     )
     overlap: int = _option(
         12, "inference", "overlap of the sliding windows in voxels", check=_NOT_NEGATIVE

@@ -84,8 +84,10 @@ def test_trains_each_once_and_writes_the_table(luna_folder, tmp_path, trained):
     with open(tmp_path / "runs.csv", newline="") as file:
         runs = list(csv.DictReader(file))
     assert [(run["method"], run["seed"]) for run in runs[:3]] == [
-        *[(BASELINE, "0"), (FOCALMIX, "0"), ("K = 1", "0")]
+        *[(BASELINE, "0"), (BASELINE, "1"), (FOCALMIX, "0")]
     ]
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    assert set(timing["2"]) == {BASELINE, FOCALMIX, "K = 1"} and timing["2"][FOCALMIX] > 0
     cpms = [float(run["cpm"]) for run in runs if run["method"] == FOCALMIX]
     assert np.mean(cpms) == pytest.approx(rows[1].cpm) and len(runs) == 6
     assert [(c.method, c.seed, c.views, c.labeled) for c in trained] == [

@@ -36,7 +36,7 @@ from fmkernels.focalmix.errors import InputError
         ("unlabeled", 0),
         ("unlabeled_positive_fraction", 1.5),
         ("labeled", 0),
-        ("overlap", 48),
+        ("overlap", 96),
         ("train_subsets", ()),
         ("test_subsets", (0,)),
         ("train_subsets", (0, 11)),
@@ -63,6 +63,13 @@ from fmkernels.focalmix.errors import InputError
         ("seed", -(2**70)),
         ("cache", "a\0b"),
         ("cache", "\ud800"),
+        ("contrast", 1.5),
+        ("noise", -1.0),
+        ("blur", 5.0),
+        ("pseudo_box_probability", 1.1),
+        ("ignored_targets", (0.6, 0.1)),
+        ("ignored_targets", (0.1,)),
+        ("follow_after", 5),
     ],
 )
 def test_bad_configurations(field, value):
@@ -105,6 +112,7 @@ def test_fixed_choices_are_checked():
     ("changes", "message"),
     [
         ({"burn_in": 3000}, "burn_in: expected less than the 3000 steps, got 3000"),
+        ({"burn_in": 0, "teacher": "fixed"}, "burn_in: expected more than 0, so that a fixed"),
         ({"groups": 3}, "batch_size: expected a multiple of the 3 groups, got 16"),
         (
             {"groups": 4, "unlabeled_batch_size": 6},
@@ -116,6 +124,12 @@ def test_rules_of_focalmix_bind_focalmix_only(changes, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Config(method="focalmix", **changes)
     Config(**changes)
+
+
+def test_nothing_is_mixed_without_a_kind_of_mixup():
+    with pytest.raises(InputError, match="supervised_mixup: expected image_mixup or object_mixup"):
+        Config(supervised_mixup=True, image_mixup=False, object_mixup=False)
+    Config(supervised_mixup=True, image_mixup=False)
 
 
 def test_the_burn_in_is_a_number_of_steps_or_a_fraction():

@@ -91,6 +91,8 @@ def detect_scans(
     beside = out.with_suffix(".json"), out.with_name(f"{out.stem}-slicer")
     if len(formats) > 1 and (out in beside or (out.exists() and not out.is_file())):
         raise InputError(f"{out}: expected the name of a CSV file, others are written beside it")
+    if sheet is not None:
+        figures.picture_format(sheet)
     paths, failed = list_scans(scans)
     with open_table(out, digest, threshold) as table:
         report = Report(table, failed, written=[out])
@@ -104,6 +106,11 @@ def detect_scans(
                 if uid in new:
                     scan = _search(config, model, uid, path, threshold)
                 header = check_header(path) if "slicer" in formats else None
+            except KeyboardInterrupt:
+                finished = count(len(table.finished), "scan")
+                raise KeyboardInterrupt(
+                    f"stopped; {out} holds {finished}, the same command goes on"
+                ) from None
             except (InputError, OSError, MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                     raise

@@ -102,17 +102,15 @@ def evaluate(
     doubts, notes = list(truth.warnings), list(truth.notes)
     if unknown:
         lost = count(sum(len(found[uid]) for uid in unknown), "candidate")
-        text = (
-            f"{candidates}: {lost} in {count(len(unknown), 'scan')} do not count, which are not "
-            f"among the {count(len(scans), 'scan')} evaluated, {unknown[0]} the first"
-        )
+        hint = _hint(unknown[0], missing)
+        text = _outside(candidates, scans, f"{lost} in {count(len(unknown), 'scan')}")
         # where every scan has candidates, the others are of scans that are not evaluated
-        (doubts if missing else notes).append(text + _hint(unknown[0], missing))
+        (doubts if missing else notes).append(f"{text}, the first of {unknown[0]}{hint}")
     if missing:
         nodules = count(sum(len(truth.nodules.get(uid, ())) for uid in missing), "nodule")
         doubts.append(
             f"{candidates}: no candidates and no other row in {len(missing):,} of the "
-            f"{count(len(scans), 'scan')}; their {nodules} count as missed"
+            f"{count(len(scans), 'scan')}, with {nodules}: each counts as missed"
         )
     result = froc.evaluate(
         known, truth.nodules, truth.excluded, truth.series, bootstraps=bootstraps, seed=seed
@@ -174,7 +172,12 @@ def _of_data_set(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
         data = open_data(root, coordinates=coordinates)
-    doubts = [str(warning.message) for warning in caught]
+    doubts = []
+    for one in caught:
+        if issubclass(one.category, InputWarning):
+            doubts.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     series = [uid for uid in data.series if subsets is None or data.subset(uid) in subsets]
     if not series:
         asked = "" if subsets is None else f" in the subsets {','.join(map(str, subsets))}"
@@ -210,12 +213,13 @@ def _of_tables(
     if others := [uid for uid in nodules if uid not in set(series)]:
         rows = count(sum(len(nodules[uid]) for uid in others), "nodule")
         hint = _hint(others[0], [uid for uid in series if uid not in nodules])
-        text = (
-            f"{annotations}: {rows} of {count(len(others), 'scan')} do not count, which are not "
-            f"among the {count(len(series), 'scan')} evaluated, {others[0]} the first{hint}"
-        )
-        (doubts if hint else notes).append(text)
+        text = _outside(annotations, series, f"{rows} in {count(len(others), 'scan')}")
+        (doubts if hint else notes).append(f"{text}, the first of {others[0]}{hint}")
     return Truth(series, nodules, dropped, (), doubts, notes)
+
+
+def _outside(table: str | Path, series: Collection[str], what: str) -> str:
+    return f"{table}: not counted, outside of the {count(len(series), 'scan')} evaluated: {what}"
 
 
 def _read(table: Path | None, coordinates: str, series: Iterable[str]) -> dict[str, np.ndarray]:

@@ -183,8 +183,9 @@ def test_detect_continues_its_own_table(run, data, capsys, monkeypatch):
         return stock(config, model, volume)
 
     monkeypatch.setattr(detect, "detect", search)
-    code, _ = detect_in(capsys, run, data)
+    code, text = detect_in(capsys, run, data)
     assert code == 130 and len(read_candidates(table)) == 2
+    assert f"stopped; {table} holds 2 scans, the same command goes on\n" in text
     before = table.read_bytes()
     monkeypatch.setattr(detect, "detect", stock)
     code, text = detect_in(capsys, run, data, "--format=json,slicer")
@@ -281,6 +282,7 @@ def test_what_detect_cannot_begin_with(run, data, copy, tmp_path, capsys):
         ([run, scan, "--out", tmp_path / "a.json", "--format=json,csv"], ("name of a CSV file",)),
         ([run, scan, "--out", out, "--format=xml"], ("--format", "csv,json,slicer", "xml")),
         ([run, scan, "--out", out, "--threshold=2"], ("--threshold", "0 to 1")),
+        ([run, scan, "--out", out, "--sheet=a.csv"], ("a.csv: expected a picture format",)),
         ([run, scan, copy, "--out", out], (scan.name, "each scan once", str(copy))),
     ]:
         refuses(capsys, ["detect", *argv, "--device=cpu"], *words)

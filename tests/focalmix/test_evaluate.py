@@ -70,8 +70,8 @@ def test_ids_without_a_leading_zero_are_not_overlooked(tables):
     write_candidates(tables / "found.csv", ["7", "8", "009", "010"])
     result = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0)
     first, second = result.warnings
-    assert "8 candidates in 2 scans do not count" in first and "(is it 007?)" in first
-    assert "2 of the 4 scans; their 3 nodules count as missed" in second
+    assert "evaluated: 8 candidates in 2 scans, the first of 7 (is it 007?)" in first
+    assert "2 of the 4 scans, with 3 nodules: each counts as missed" in second
     assert result.without_candidates == ["007", "008"]
     write_candidates(tables / "found.csv", ["7", "8"])
     with pytest.raises(InputError, match=r"expected the scans to evaluate.*got 7 \(is it 007\?\)"):
@@ -82,7 +82,7 @@ def test_annotations_that_may_mean_a_scan_are_not_overlooked(tables):
     text = (tables / "annotations.csv").read_text().replace("\n007,", "\n7.mhd,")
     (tables / "annotations.csv").write_text(text)
     (warning,) = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0).warnings
-    assert "1 nodule of 1 scan do not count" in warning and "(is it 007?)" in warning
+    assert "evaluated: 1 nodule in 1 scan, the first of 7 (is it 007?)" in warning
 
 
 @pytest.mark.parametrize("near", ["", "Annotations_Excluded (1).csv"])
@@ -109,8 +109,8 @@ def test_a_fold_beside_whole_tables_is_right(tables):
     write(tables / "seriesuids.csv", "007", "009")
     result = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0)
     assert (result.froc.n_scans, result.froc.n_nodules, result.warnings) == (2, 1, [])
-    assert "3 nodules of 2 scans do not count" in result.notes[0]
-    assert "8 candidates in 2 scans do not count" in result.notes[1]
+    assert "outside of the 2 scans evaluated: 3 nodules in 2 scans" in result.notes[0]
+    assert "8 candidates in 2 scans, the first of 008" in result.notes[1]
 
 
 def test_a_scan_that_was_searched_in_vain_has_a_row(tables):

@@ -496,14 +496,24 @@ def _read_metrics(path: str | Path) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in columns.items()}
 
 
-@contextmanager
-def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield an empty figure of this size (inches), then save it to ``path``."""
+def picture_format(path: str | Path) -> str:
+    """The format that the suffix of a path selects.
+
+    Raises:
+        InputError: it is no format of pictures.
+    """
     suffix = Path(path).suffix[1:].lower() or "png"
     if suffix not in (supported := FigureCanvasAgg.get_supported_filetypes()):
         raise InputError(
             f"{path}: expected a picture format ({', '.join(sorted(supported))}), got .{suffix}"
         )
+    return suffix
+
+
+@contextmanager
+def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield an empty figure of this size (inches), then save it to ``path``."""
+    suffix = picture_format(path)
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)

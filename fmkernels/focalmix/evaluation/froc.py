@@ -94,10 +94,10 @@ class Details:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_candidates:,} candidates: {self.n_true:,} true positives, "
-            f"{self.n_false:,} false positives, {self.n_ignored:,} ignored on excluded findings, "
-            f"{self.n_repeated:,} repeated, {self.n_capped:,} beyond the {MAX_CANDIDATES} of a "
-            f"scan; {len(self.misses):,} nodules missed"
+            f"Candidates {self.n_candidates:,}: true positives {self.n_true:,}, false positives "
+            f"{self.n_false:,}, ignored on excluded findings {self.n_ignored:,}, repeated "
+            f"{self.n_repeated:,}, beyond the {MAX_CANDIDATES} of a scan {self.n_capped:,}. "
+            f"Nodules missed {len(self.misses):,}."
         )
 
 

@@ -463,7 +463,7 @@ def test_the_table_shows_what_counts():
     assert lines[2].split()[-7:] == [*zeros, *all_found]
     assert lines[3].split() == ["6", "to", "8", "mm", "(1)", *zeros, *all_found]
     assert lines[4].split() == ["Threshold", "-", "-", "-", "0.4", "0.4", "0.4", "0.4"]
-    assert lines[5].startswith("2 candidates: 1 true positives, 1 false positives, 0 ignored")
+    assert lines[5].startswith("Candidates 2: true positives 1, false positives 1, ignored")
     assert lines[6:] == ["CPM 0.571"]
     assert len(set(map(len, lines[1:5]))) == 1
     with_interval = str(froc_of([[0, 0, 0, 0.4]], [[0, 0, 0, 6]], scans=3, bootstraps=10))

@@ -34,6 +34,7 @@ from fmkernels.cpu.compiled import INT16, UINT8, _Pool, located, njit, parallel_
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
+VIEWS = (torch.cat([VOLUMES, VOLUMES.flip(0)], 1) / 500).expand(2, -1, -1, -1, -1, -1)
 BOXES = torch.tensor([[k % 4, 1.5 + k, 2, 3, 12.5 + k, 18, 30] for k in range(16)])
 LAM, INDEX = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([1, 2, 3, 0])
 WINDOW = (-1000.0, 400.0)
@@ -65,7 +66,8 @@ CALLS = {
     "soft_target_focal_loss mean": lambda: loss("mean"),
     "soft_target_focal_loss none": lambda: loss("none"),
     "predict_targets": lambda: (
-        predict_targets((VOLUMES / 500)[:, None], torch.tensor([0, 1, 6, 7]).byte()),
+        predict_targets(VIEWS, torch.tensor([1, 6]).byte()),
+        predict_targets(VIEWS, torch.tensor([13, 47]).byte(), classes=2),
     ),
     "mixup3d": mix,
     "crop_and_resize3d": crop,
@@ -223,6 +225,30 @@ def test_float32_functions_are_within_a_unit_in_the_last_place(name):
         error = np.abs(result[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite]))
     assert error.max() <= 1.1
     assert error[rounded[finite] != exact[finite]].mean() <= 0.4
+
+
+def test_float32_sigmoid():
+    """Its error grows with |x|, as that of the exponent does; infinities are 0 and 1."""
+    x = np.concatenate([EVERY, SPECIAL, CLOSE, 30 * CLOSE])
+    result = np.empty_like(x)
+    loop_of(arithmetic.sigmoid)(x, result)
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.float64)
+        exact = 1 / (1 + np.exp(-wide))
+    assert np.isnan(result[np.isnan(x)]).all()
+    np.testing.assert_array_equal(result[x < -88.4], 0)
+    np.testing.assert_array_equal(result[x > 88.8], 1)
+    normal = (x > -87) & (x < 88.8)
+    error = np.abs(result - exact)[normal] / exact[normal]
+    assert (error <= 2**-24 * (1.25 * np.abs(wide[normal]) + 4)).all()
+
+
+def test_float64_sigmoid():
+    x = np.concatenate([np.linspace(-700, 40, 1001), [np.inf, -np.inf, np.nan]])
+    result = np.empty_like(x)
+    loop_of(arithmetic.sigmoid)(x, result)
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(result, 1 / (1 + np.exp(-x)), rtol=4e-16)
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "log1p"])

@@ -206,10 +206,14 @@ def test_detect_passes_over_bad_scans_and_lists_them(run, copy, tmp_path, capsys
     bad = copy / "subset0" / f"{FIRST}.raw"
     whole = bad.read_bytes()
     bad.write_bytes(whole[:1000])
+    without_id = copy / "subset4" / "slice.dcm"
+    without_id.write_bytes(bytes(128) + b"DICM")
     out = tmp_path / "found.csv"
     code, text = detect_in(capsys, run, copy, "--out", out)
-    assert code == 1 and text.splitlines()[-2] == "fmkernels: 1 scan not searched:"
-    assert bad.name in text.splitlines()[-1] and "1000" in text.splitlines()[-1]
+    listed = text.splitlines()[-3:]
+    assert code == 1 and listed[0] == "fmkernels: 2 scans not searched:"
+    assert "subset4" in listed[1] and bad.name in listed[2] and "1000" in listed[2]
+    without_id.unlink()
     assert read_candidates(out).keys() == {scan.uid for scan in SCANS[1:]}
     bad.write_bytes(whole)
     code, text = detect_in(capsys, run, copy, "--out", out)

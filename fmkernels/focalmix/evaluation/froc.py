@@ -362,13 +362,14 @@ def _score_scan(candidates: np.ndarray, nodules: np.ndarray, excluded: np.ndarra
     hits_nodule, is_hit = np.asarray(on_nodule.any(axis=1)), np.asarray(on_nodule.any(axis=0))
     on_excluded = hits(points, excluded).any(axis=1)
     best = np.where(on_nodule, probability[:, None], -np.inf).max(axis=0, initial=-np.inf)
-    bests = on_nodule[:, is_hit].argmax(axis=0) if is_hit.any() else ()  # candidates are sorted
+    # candidates are sorted: the first on a nodule is its best
+    bests = set(on_nodule[:, is_hit].argmax(axis=0).tolist()) if is_hit.any() else ()
     return _Scores(
         best[is_hit],
         probability[~hits_nodule & ~on_excluded],
         is_hit,
         int((~hits_nodule & on_excluded).sum()),
-        int(hits_nodule.sum()) - len(np.unique(bests)),
+        int(hits_nodule.sum()) - len(bests),
         n_capped,
     )
 

@@ -103,7 +103,7 @@ def checks(out: Path) -> list[Stage]:
 
 def bench(out: Path) -> list[Stage]:
     suites = {
-        "focalmix_step": 125,
+        "focalmix_step": 115,
         **{op: suite.SECONDS for op, suite in op_suites().items()},
         "growth": 60,
         "host_time": 15,

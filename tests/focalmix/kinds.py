@@ -1,5 +1,6 @@
 """One scan as ten kinds of input, written with SimpleITK."""
 
+import locale
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def write_dicom(folder: Path, image: sitk.Image, uid: str, **changes: Callable) 
     direction = np.array(image.GetDirection()).reshape(3, 3)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    process_locale = locale.setlocale(locale.LC_ALL)  # writing tags changes it
     for k in range(image.GetDepth()):
         slice_ = image[:, :, k]
         position = image.TransformIndexToPhysicalPoint((0, 0, k))
@@ -45,6 +47,7 @@ def write_dicom(folder: Path, image: sitk.Image, uid: str, **changes: Callable) 
         writer.SetFileName(str(folder / f"IM{(k * 7) % 1000:04d}"))
         writer.SetImageIO("GDCMImageIO")
         writer.Execute(slice_)
+    locale.setlocale(locale.LC_ALL, process_locale)
     return folder
 
 

@@ -48,7 +48,7 @@ experiment: $(READY)
 	$(call keep,runs/experiment,main)
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --all-labels \
 		--without image-mixup object-mixup mixup soft-labels soft-loss views sharpening \
-		--with burn-in fresh-supervised supervised-mixup plain-ops
+		--with burn-in fresh-supervised supervised-mixup rotations plain-ops
 	$(call keep,runs/experiment,parts)
 	$(PYTHON) -m fmkernels phantom data/unlabeled --seed 2 --scans 240
 	$(PYTHON) -m fmkernels compare data/experiment --out runs/full --seeds 10 --jobs $(JOBS) $(LENGTH) \
@@ -61,7 +61,7 @@ tuning: $(READY)
 	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) $(LENGTH) \
 		--test-subsets=7,8,9 --labeled 12 --all-labels --without mixup image-mixup object-mixup \
 		--with burn-in fresh-supervised fresh-student following-teacher unlabeled-mixup supervised-mixup \
-		contrast noise blur probable-boxes own-normalizer ignored-targets
+		rotations contrast noise blur probable-boxes own-normalizer ignored-targets
 	$(call keep,runs/tuning,tuning)
 
 test: $(READY)

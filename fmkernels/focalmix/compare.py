@@ -85,6 +85,7 @@ EXTENSIONS: dict[str, Callable[[Config], dict[str, dict[str, Any]]]] = {
     },
     "supervised-mixup": lambda _: _alike("MixUp in supervised steps", supervised_mixup=True),
     "unlabeled-mixup": lambda _: {"only unlabeled images mixed": {"mixed_images": "unlabeled"}},
+    "rotations": lambda _: _alike("rotations", rotations=True),
     "contrast": lambda _: _alike("contrast", contrast=0.1),
     "noise": lambda _: _alike("noise", noise=30.0),
     "blur": lambda _: _alike("blur", blur=0.7),
@@ -97,7 +98,7 @@ EXTENSIONS: dict[str, Callable[[Config], dict[str, dict[str, Any]]]] = {
 }
 """What can be added: rows with their changed options, as functions of the options of all runs."""
 
-BURN_IN_OPTIONS = ("supervised_mixup", "contrast", "noise", "blur")
+BURN_IN_OPTIONS = ("supervised_mixup", "rotations", "contrast", "noise", "blur")
 """Options of `EXTENSIONS` that change the burn-in."""
 
 

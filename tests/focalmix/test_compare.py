@@ -200,13 +200,13 @@ def test_why_a_process_failed(tmp_path):
 
 
 def test_extensions_change_what_they_say_and_share_what_is_the_same():
-    config = replace(CONFIG, method="focalmix", burn_in=3, steps=9)
+    config = replace(CONFIG, method="focalmix", burn_in=3, steps=9, spacing=(2.0, 2.0, 2.0))
     methods = comparison._methods(config, ABLATIONS, EXTENSIONS)
     runs = comparison._plan(config, Path("out"), methods, [2], 2, True)
     assert len({run.folder for run in runs}) == len(runs) == 2 * (len(methods) + 1)
     by_name = {run.method: run for run in runs if run.config.seed == 0}
     shared = by_name[BASELINE].folder
-    alike = {"MixUp in supervised steps", "contrast", "noise", "blur"}
+    alike = {"MixUp in supervised steps", "rotations", "contrast", "noise", "blur"}
     for name, run in by_name.items():
         suffix = name.rpartition(", ")[2]
         if name == ALL_LABELS:

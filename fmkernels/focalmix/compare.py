@@ -210,11 +210,13 @@ def compare(
     )
     used: set[str] = set()
     for run in runs:  # what is impossible is reported before hours of training
+        check_options(run.folder, run.config)
+        if run.method not in (BASELINE, ALL_LABELS):
+            continue  # all methods have the scans of the baseline
         method = "supervised" if run.labeled is None else "focalmix"
         scans = choose_scans(replace(run.config, method=method), data)
         if not scans.test:
             raise InputError(f"{data.root}: expected scans in the test subsets, found none")
-        check_options(run.folder, run.config)
         used.update(uid for role in scans for uid in role)
     if jobs > 1:
         data.prepare(sorted(used))

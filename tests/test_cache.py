@@ -110,6 +110,35 @@ def test_a_damaged_file_is_replaced(folder, damage, lines):
     assert len(lines()) == (damage == "no loop")
 
 
+@pytest.mark.parametrize(
+    ("owner", "mode", "folder_mode", "loaded"),
+    [
+        ("another", 0o644, 0o755, True),
+        ("another", 0o664, 0o755, False),
+        ("another", 0o644, 0o777, False),
+        ("own", 0o664, 0o777, True),
+    ],
+)
+def test_a_file_that_a_stranger_can_have_written_is_not_loaded(
+    folder, monkeypatch, lines, owner, mode, folder_mode, loaded
+):
+    call()
+    (file,) = folder.iterdir()
+    file.chmod(mode)
+    folder.chmod(folder_mode)
+    status = os.fstat
+    if owner == "another":
+
+        def of_another(number):
+            fields = list(status(number))
+            fields[4] = 54321
+            return os.stat_result(fields)
+
+        monkeypatch.setattr(os, "fstat", of_another)
+    assert call() != loaded
+    assert ["another user" in line for line in lines()] == [True] * (not loaded)
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 @pytest.mark.parametrize("fails", ["mkdir", "write_bytes", "replace"])
 def test_a_full_or_foreign_folder_costs_one_line(folder, monkeypatch, lines, error, fails):
@@ -314,6 +343,38 @@ def test_warmup_without_numba_is_an_error_in_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fmkernels.cpu.compiled", None)
     assert main(["warmup"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@forks
+def test_a_child_forked_while_a_thread_imports():
+    """It hung at its first op, for a lock that the thread had taken."""
+    code = """
+        import os, signal, threading, time, torch
+        from fmkernels import mixup3d
+        from fmkernels.ops import library
+
+        def import_slowly(name):
+            began.set()
+            time.sleep(0.5)
+            return import_module(name)
+
+        def mix():
+            x = torch.ones(2, 1, 2, 2, 2)
+            assert mixup3d(x, torch.ones(2), torch.tensor([1, 0])).eq(1).all()
+
+        began, import_module = threading.Event(), library.import_module
+        library.import_module = import_slowly
+        threading.Thread(target=mix).start()
+        began.wait()
+        child = os.fork()
+        signal.alarm(200)  # ends a child that hangs
+        mix()
+        if child:
+            print(os.waitpid(child, 0)[1])
+        else:
+            os._exit(0)
+    """
+    assert finish(python(code, ""))[0] == "0\n"
 
 
 @forks

@@ -72,6 +72,7 @@ STAMP = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).pa
 """Of all files of this package. Not of their times: layers of containers round or change them."""
 
 LOG = logging.getLogger("fmkernels")
+_OWNER = os.stat(__file__).st_uid
 
 
 def njit(function: Callable) -> Callable:
@@ -170,7 +171,7 @@ class _Cache(NullCache):
             name, stamp = self._file(sig, target_context.codegen())
             for folder in cache_folders():
                 with suppress(OSError):
-                    data = (folder / name).read_bytes()
+                    data = _read(folder / name)
                     if data[:32] == hashlib.sha256(stamp + data[32:]).digest():
                         rtsys.initialize(target_context)  # what Numba does before it compiles
                         return CompileResult._rebuild(target_context, *pickle.loads(data[32:]))
@@ -218,6 +219,18 @@ class _Cache(NullCache):
             with suppress(OSError):
                 return _write(folder, name, data)
         return _write(last, name, data)
+
+
+def _read(path: Path) -> bytes:
+    """What a file holds, which is code; nothing if a stranger can have written it."""
+    with path.open("rb") as file:
+        status, folder = os.fstat(file.fileno()), path.parent.stat()
+        known = not hasattr(os, "geteuid") or status.st_uid in (0, os.geteuid(), _OWNER)
+        if known or not (status.st_mode | folder.st_mode) & 0o022:
+            return file.read()
+    strange = PermissionError(f"{path} is of another user, and others may write there")
+    _say_once("fmkernels: a compiled loop is not loaded but compiled again: %s", strange)
+    return b""
 
 
 def _write(folder: Path, name: str, data: bytes) -> Path:

@@ -21,6 +21,7 @@ In ``fmkernels/ops/scale.py`` this defines ``torch.ops.fmkernels.scale``. It cal
 past the dispatcher, which takes 5 to 10 microseconds to convert arguments to C++ and back.
 """
 
+import os
 import re
 import sys
 import threading
@@ -53,7 +54,13 @@ _BACKENDS = {
     _C.DispatchKey.CPU: "fmkernels.cpu",
     _C.DispatchKey.CUDA: "fmkernels.kernels",
 }
-_IMPORT_LOCK = threading.Lock()
+_IMPORT_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child would wait forever for the lock of another thread
+    os.register_at_fork(
+        before=_IMPORT_LOCK.acquire,
+        after_in_parent=_IMPORT_LOCK.release,
+        after_in_child=_IMPORT_LOCK.release,
+    )
 ALLOCATORS: dict[str, Callable] = {}
 """Of each functional op, the function that allocates its results: what a launcher needs."""
 WITH_TENSORS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}

@@ -10,20 +10,12 @@ the length of a span: loops over few channels would not fill vectors.
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fmkernels.cpu.arithmetic import sum_reordered
-from fmkernels.cpu.compiled import located, njit, parallel_for, subroutine
-from fmkernels.cpu.voxels import (
-    elements,
-    empty,
-    load_block,
-    own_kind,
-    part,
-    read_block,
-    store_block,
-    zero_of,
-)
+from fmkernels.cpu.arithmetic import load, store, sum_reordered
+from fmkernels.cpu.compiled import njit, parallel_for, subroutine
+from fmkernels.cpu.voxels import elements, zero_of
 
 SPAN = 512  # elements, unless a place has more
 CHUNK = 1 << 14  # elements, likewise
@@ -31,38 +23,44 @@ FEW_VOXELS = 128  # with fewer, a contiguous sample of up to this many elements 
 LARGEST_PLACE = 1 << 16
 GRAIN_SIZE = 1 << 15  # elements
 
+_STORED = {
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+    torch.bfloat16: np.uint16(0),
+}
+"""A zero of each dtype that loops take, of the type that they see in memory."""
+
 Cut = tuple[int, int, int, int, int]
 """How rows are cut: (elements of a row, channels, inner, span, elements of a chunk)."""
+
+
+@subroutine
+def _memory(tensor, size, stored):
+    """The elements of a dense tensor, which is given as (address, dtype code)."""
+    return elements(tensor[0], size, type(stored))
 
 
 @subroutine
 def _chunk(number, cut):
     """The row of a chunk, its first element and the one behind its last."""
     size, longest = cut[0], cut[4]
-    row, rest = divmod(number, -(-size // longest))
-    start = rest * longest
+    row, part = divmod(number, -(-size // longest))
+    start = part * longest
     return row, row * size + start, row * size + min(start + longest, size)
-
-
-@subroutine
-def _fill(values, value):
-    for i in range(values.size):
-        values[i] = value
 
 
 @subroutine
 def _tile(values, inner, tiled):
     """Write each value ``inner`` times: a place. Repeat the place."""
+    if values.size == 1:
+        tiled[:] = values[0]
+        return
     place = values.size * inner
     for i in range(values.size):
-        for j in range(inner):
-            tiled[i * inner + j] = values[i]
-    if place == 1:
-        _fill(tiled, values[0])
-        return
+        tiled[i * inner : (i + 1) * inner] = values[i]
     for start in range(place, tiled.size, place):
-        copy = part(tiled, start, place)
-        for i in range(place):
+        copy = tiled[start : start + place]
+        for i in range(place):  # to assign a slice takes Numba two seconds to compile
             copy[i] = tiled[i]
 
 
@@ -72,55 +70,45 @@ def _add_lanes(lanes, place, totals):
     size = lanes.size
     while size > place > 1:
         size //= 2
-        upper = part(lanes, size, size)
+        lower, upper = lanes[:size], lanes[size : 2 * size]
         for i in range(size):
-            lanes[i] += upper[i]
+            lower[i] += upper[i]
     width = size // totals.size
     for i in range(totals.size):
-        totals[i] = sum_reordered(part(lanes, i * width, width))
-
-
-@subroutine
-def _written(out, first, size, buffer):
-    """Where to write elements from ``first`` on: where they lie if of the dtype of the buffer."""
-    if out[1] == own_kind(buffer):
-        return elements(out[0] + buffer.itemsize * first, size, buffer.dtype)
-    return part(buffer, 0, size)
+        totals[i] = sum_reordered(lanes[i * width : (i + 1) * width])
 
 
 @njit
-def _moments(first, last, x, groups, cut, partials, zero):
+def _moments(first, last, x, stored, zero, size, cut, partials):
     """Write the moments of chunks ``first`` to ``last``.
 
     The mean of the first span of a chunk is subtracted before squaring. This bounds the
     cancellation: the squares sum up to at most 1 + spans times the squared deviations.
 
     Args:
-        x: (address, dtype code).
-        groups: of a row.
-        partials: float64 [chunks, 2, groups], flat: means and sums of squared deviations.
-        zero: of the compute dtype.
+        x: (address, dtype code) of ``size`` elements.
+        stored: zero of the type in memory; ``zero``: of the compute dtype.
+        partials: float64 [chunks, 2, groups], means and sums of squared deviations.
     """
     _, channels, inner, span, _ = cut
-    place, buffer = channels * inner, empty(span, zero)
-    sums, squares, pivots = empty(span, zero), empty(span, zero), empty(span, zero)
-    pivot, total, total_squares = empty(groups, zero), empty(groups, 0.0), empty(groups, 0.0)
+    source, place, groups = _memory(x, size, stored), channels * inner, partials.shape[2]
+    sums, squares, pivots = np.full(span, zero), np.full(span, zero), np.full(span, zero)
+    pivot, total, total_squares = np.full(groups, zero), np.empty(groups), np.empty(groups)
     for number in range(first, last):
         _, start, end = _chunk(number, cut)
-        own = read_block(x, start, part(buffer, 0, min(span, end - start)))
-        _fill(sums, zero)
+        sums[:] = squares[:] = zero
+        own = source[start : min(start + span, end)]
         for j in range(own.size):
-            sums[j] = own[j]
+            sums[j] = load(own, j)
         _add_lanes(sums, place, total)
         for group in range(groups):
             pivot[group] = total[group] * groups / own.size
         _tile(pivot, place // groups, pivots)
-        _fill(sums, zero)
-        _fill(squares, zero)
+        sums[:] = zero
         for i in range(start, end, span):
-            own = read_block(x, i, part(buffer, 0, min(span, end - i)))
+            own = source[i : min(i + span, end)]
             for j in range(own.size):
-                value = own[j] - pivots[j]
+                value = load(own, j) - pivots[j]
                 sums[j] += value
                 squares[j] += value * value
         _add_lanes(sums, place, total)
@@ -129,168 +117,157 @@ def _moments(first, last, x, groups, cut, partials, zero):
         for group in range(groups):
             mean = total[group] / count
             rest = total_squares[group] - count * mean * mean
-            at = 2 * groups * number + group
-            partials[at] = pivot[group] + mean
-            partials[at + groups] = 0.0 if rest < 0 else rest
+            partials[number, 0, group] = pivot[group] + mean
+            partials[number, 1, group] = 0.0 if rest < 0 else rest
 
 
 @njit
-def _combine_moments(
-    weight, bias, moments, samples, num_channels, num_groups, row_groups, cut, eps, partials,
-    coefficients,
-):  # fmt: skip
+def _combine_moments(partials, cut, weight, bias, eps, num_groups, moments, coefficients):
     """Write the moments [N, 2, G] and the coefficients.
 
     Args:
-        weight: (address, dtype code) of [C], or missing; ``bias`` alike.
-        moments: address and code, of the compute dtype.
-        row_groups: groups of a row; of ``partials``.
-        coefficients: [3, N, C], flat, such that (x - mean) * scale + shift is the normalized x.
+        weight: address of [C] in the compute dtype, or 0; ``bias`` alike.
+        moments: address, of the compute dtype.
+        coefficients: [3, N, C], such that (x - mean) * scale + shift is the normalized x.
     """
-    size, longest, zero = cut[0], cut[4], coefficients.dtype.type(0)
-    width, parts, total = num_channels // num_groups, -(-size // longest), samples * num_channels
-    weights, biases = empty(num_channels, zero), empty(num_channels, zero)
-    _fill(weights, 1.0)
-    _fill(biases, 0.0)
-    if weight[0]:
-        load_block(weight[0], weight[1], 0, weights)
-    if bias[0]:
-        load_block(bias[0], bias[1], 0, biases)
-    statistics = elements(moments[0], samples * 2 * num_groups, coefficients.dtype)
+    size, longest = cut[0], cut[4]
+    _, samples, channels = coefficients.shape
+    row_groups, dtype = partials.shape[2], coefficients.dtype
+    width, parts = channels // num_groups, -(-size // longest)
+    weights = elements(weight, channels if weight else 0, dtype)
+    biases = elements(bias, channels if bias else 0, dtype)
+    statistics = elements(moments, samples * 2 * num_groups, dtype)
     for k in range(samples * num_groups):
         n, group = divmod(k, num_groups)
         row, column = divmod(k, row_groups)
         mean = squares = 0.0
-        for number in range(parts):
-            share = min(longest, size - number * longest)
-            mean += share * partials[2 * row_groups * (row * parts + number) + column]
+        for part in range(parts):
+            share = min(longest, size - part * longest)
+            mean += share * partials[row * parts + part, 0, column]
         mean /= size
-        for number in range(parts):
-            share = min(longest, size - number * longest) // row_groups
-            at = 2 * row_groups * (row * parts + number) + column
-            off = partials[at] - mean
-            squares += partials[at + row_groups] + share * off * off
+        for part in range(parts):
+            share = min(longest, size - part * longest) // row_groups
+            off = partials[row * parts + part, 0, column] - mean
+            squares += partials[row * parts + part, 1, column] + share * off * off
         inverse = 1 / np.sqrt(squares / (size // row_groups) + eps)
         at = 2 * num_groups * n + group
         statistics[at], statistics[at + num_groups] = mean, inverse
         for c in range(group * width, (group + 1) * width):
-            at = n * num_channels + c
-            coefficients[at] = mean
-            coefficients[total + at] = inverse * weights[c]
-            coefficients[2 * total + at] = biases[c]
+            coefficients[0, n, c] = mean
+            coefficients[1, n, c] = inverse * weights[c] if weight else inverse
+            coefficients[2, n, c] = biases[c] if bias else 0.0
 
 
 @njit
-def _apply(first, last, x, residual, out, cut, coefficients, negative_slope):
+def _apply(
+    first, last, x, residual, out, stored, size, cut, coefficients, has_residual, negative_slope
+):
     """Write out in chunks ``first`` to ``last``.
 
     Args:
-        x: (address, dtype code); ``residual``, which may be missing, and ``out`` alike.
-        coefficients: [3, N, C], flat.
+        x: (address, dtype code) of ``size`` elements; ``residual`` and ``out`` alike.
+        stored: zero of the type in memory.
+        coefficients: [3, N, C].
     """
     _, channels, inner, span, _ = cut
-    zero, total, tiled = coefficients.dtype.type(0), coefficients.size // 3, -1
+    source, other = _memory(x, size, stored), _memory(residual, size, stored)
+    target, values = _memory(out, size, stored), coefficients.reshape(3, -1)
+    zero = coefficients.dtype.type(0)
     slope, leaky = coefficients.dtype.type(negative_slope), negative_slope != 0
-    means, scales, shifts = empty(span, zero), empty(span, zero), empty(span, zero)
-    buffers = empty(3 * span, zero)
+    tiles, tiled = np.full((3, span), zero), -1
+    means, scales, shifts = tiles[0], tiles[1], tiles[2]
     for number in range(first, last):
         row, start, end = _chunk(number, cut)
         if row != tiled:
-            for i, tiles in enumerate((means, scales, shifts)):
-                _tile(part(coefficients, i * total + row * channels, channels), inner, tiles)
+            for i in range(3):
+                _tile(values[i, row * channels : (row + 1) * channels], inner, tiles[i])
             tiled = row
         for i in range(start, end, span):
-            n = min(span, end - i)
-            own = read_block(x, i, part(buffers, 0, n))
-            result = _written(out, i, n, part(buffers, span, n))
-            if residual[0]:
-                added = read_block(residual, i, part(buffers, 2 * span, n))
-                for j in range(n):
-                    value = (own[j] - means[j]) * scales[j] + shifts[j] + added[j]
+            stop = min(i + span, end)
+            own, result = source[i:stop], target[i:stop]
+            if has_residual:
+                added = other[i:stop]
+                for j in range(own.size):
+                    value = (load(own, j) - means[j]) * scales[j] + shifts[j] + load(added, j)
                     negative = slope * value if leaky else zero
-                    result[j] = negative if value <= zero else value
+                    store(result, j, negative if value <= zero else value)
             else:
-                for j in range(n):
-                    value = (own[j] - means[j]) * scales[j] + shifts[j]
+                for j in range(own.size):
+                    value = (load(own, j) - means[j]) * scales[j] + shifts[j]
                     negative = slope * value if leaky else zero
-                    result[j] = negative if value <= zero else value
-            if out[1] != own_kind(buffers):
-                store_block(result, out[0], out[1], i)
+                    store(result, j, negative if value <= zero else value)
 
 
 @njit
 def _products(
-    first, last, x, grad_output, out, moments, grad, shape, cut, negative_slope, partials, zero
-):
+    first, last, x, grad_output, out, moments, grad, stored, zero, size, cut, active,
+    negative_slope, shape, partials,
+):  # fmt: skip
     """Differentiate the activation, and write the sums of chunks ``first`` to ``last``.
 
     Args:
-        x: (address, dtype code); ``grad_output``, ``out`` and ``grad`` alike. ``out`` is missing
-            where there is no activation; then ``grad`` is not written.
-        moments: address and code of [N, 2, G], of the compute dtype.
-        grad: written, the gradient to the input of the activation.
+        x: (address, dtype code) of ``size`` elements; ``grad_output``, ``out`` and ``grad`` alike.
+        stored: zero of the type in memory; ``zero``: of the compute dtype.
+        active: whether there is an activation. If not, ``grad`` is ``grad_output``.
+        moments: (address, dtype code) of [N, 2, G].
         shape: (N, C, G).
-        partials: float64 [chunks, 2, channels], flat: sums of grad, and of grad * (x - mean).
-        zero: of the compute dtype.
+        grad: written, the gradient to the input of the activation.
+        partials: float64 [chunks, 2, channels]: sums of grad, and of grad * (x - mean).
     """
     _, channels, inner, span, _ = cut
-    samples, num_channels, num_groups = shape
-    width, buffers = num_channels // num_groups, empty(4 * span, zero)
-    statistics = elements(moments[0], samples * 2 * num_groups, buffers.dtype)
+    source, given = _memory(x, size, stored), _memory(grad_output, size, stored)
+    sign, passed = _memory(out, size, stored), _memory(grad, size, stored)
+    samples, all_channels, num_groups = shape
+    width, statistics = all_channels // num_groups, _memory(moments, samples * 2 * num_groups, zero)
     slope, leaky = type(zero)(negative_slope), negative_slope != 0
-    mean, means = empty(channels, zero), empty(span, zero)
-    sums, products = empty(span, zero), empty(span, zero)
+    mean, means = np.full(channels, zero), np.full(span, zero)
+    sums, products, values = np.full(span, zero), np.full(span, zero), np.full(span, zero)
     for number in range(first, last):
         row, start, end = _chunk(number, cut)
         for i in range(channels):
-            n, c = divmod(row * channels + i, num_channels)
+            n, c = divmod(row * channels + i, all_channels)
             mean[i] = statistics[2 * num_groups * n + c // width]
         _tile(mean, inner, means)
-        _fill(sums, zero)
-        _fill(products, zero)
+        sums[:] = products[:] = zero
         for i in range(start, end, span):
-            n = min(span, end - i)
-            own = read_block(x, i, part(buffers, 0, n))
-            values = read_block(grad_output, i, part(buffers, span, n))
-            if out[0]:
-                sign = read_block(out, i, part(buffers, 2 * span, n))
-                passed = part(buffers, 3 * span, n)
-                for j in range(n):
-                    negative = slope * values[j] if leaky else zero
-                    passed[j] = values[j] if sign[j] > zero else negative
-                store_block(passed, grad[0], grad[1], i)
-                values = passed
-            for j in range(n):
+            stop = min(i + span, end)
+            own, upstream = source[i:stop], given[i:stop]
+            if active:
+                output, result = sign[i:stop], passed[i:stop]
+                for j in range(own.size):
+                    value = load(upstream, j)
+                    negative = slope * value if leaky else zero
+                    value = value if load(output, j) > zero else negative
+                    values[j] = value
+                    store(result, j, value)
+            else:
+                for j in range(own.size):
+                    values[j] = load(upstream, j)
+            for j in range(own.size):
                 sums[j] += values[j]
-                products[j] += values[j] * (own[j] - means[j])
-        at = 2 * channels * number
-        _add_lanes(sums, channels * inner, part(partials, at, channels))
-        _add_lanes(products, channels * inner, part(partials, at + channels, channels))
+                products[j] += values[j] * (load(own, j) - means[j])
+        _add_lanes(sums, channels * inner, partials[number, 0])
+        _add_lanes(products, channels * inner, partials[number, 1])
 
 
 @njit
-def _combine_products(weight, moments, grad_weight, grad_bias, shape, cut, partials, coefficients):
+def _combine_products(
+    partials, cut, weight, num_groups, moments, coefficients, grad_weight, grad_bias
+):
     """Write the gradients to weight and bias, and the coefficients a, b, c, mean of that to x.
 
     Args:
-        weight: (address, dtype code) of [C], or missing.
-        moments: address and code of [N, 2, G]; those of the gradients alike.
-        shape: (N, C, G).
-        coefficients: [4, N, C], flat, such that a * grad + b * (x - mean) + c is the gradient.
+        weight: address of [C] in the compute dtype, or 0; addresses of the gradients alike.
+        moments: address of [N, 2, G].
+        coefficients: [4, N, C], such that a * grad + b * (x - mean) + c is the gradient to x.
     """
     size, row_channels, _, _, longest = cut
-    samples, channels, num_groups = shape
-    zero = coefficients.dtype.type(0)
-    parts, width = -(-size // longest), channels // num_groups
-    count, total = size // row_channels * width, samples * channels
-    weights = empty(channels, zero)
-    _fill(weights, 1.0)
-    if weight[0]:
-        load_block(weight[0], weight[1], 0, weights)
-    statistics = elements(moments[0], samples * 2 * num_groups, coefficients.dtype)
-    to_weight, to_bias = empty(channels, 0.0), empty(channels, 0.0)
-    _fill(to_weight, 0.0)
-    _fill(to_bias, 0.0)
+    _, samples, channels = coefficients.shape
+    dtype, parts, width = coefficients.dtype, -(-size // longest), channels // num_groups
+    count = size // row_channels * width
+    weights = elements(weight, channels if weight else 0, dtype)
+    statistics = elements(moments, samples * 2 * num_groups, dtype)
+    to_weight, to_bias = np.zeros(channels), np.zeros(channels)
     for k in range(samples * num_groups):
         n, group = divmod(k, num_groups)
         at = 2 * num_groups * n + group
@@ -298,55 +275,59 @@ def _combine_products(weight, moments, grad_weight, grad_bias, shape, cut, parti
         level = slope = 0.0
         for c in range(group * width, (group + 1) * width):
             row, column = divmod(n * channels + c, row_channels)
-            added = product = 0.0
+            total = product = 0.0
             for number in range(row * parts, (row + 1) * parts):
-                at = 2 * row_channels * number + column
-                added += partials[at]
-                product += partials[at + row_channels]
+                total += partials[number, 0, column]
+                product += partials[number, 1, column]
             product *= inverse
-            factor = np.float64(weights[c])
-            level += factor * added / count
+            factor = np.float64(weights[c]) if weight else 1.0
+            level += factor * total / count
             slope += factor * product / count
             to_weight[c] += product
-            to_bias[c] += added
-            coefficients[n * channels + c] = factor * inverse
+            to_bias[c] += total
+            coefficients[0, n, c] = factor * inverse
         for c in range(group * width, (group + 1) * width):
-            at = n * channels + c
-            coefficients[total + at] = -inverse * inverse * slope
-            coefficients[2 * total + at] = -inverse * level
-            coefficients[3 * total + at] = mean
-    store_block(to_weight, grad_weight[0], grad_weight[1], 0)
-    store_block(to_bias, grad_bias[0], grad_bias[1], 0)
+            coefficients[1, n, c] = -inverse * inverse * slope
+            coefficients[2, n, c] = -inverse * level
+            coefficients[3, n, c] = mean
+    result_weight = elements(grad_weight, channels, dtype)
+    result_bias = elements(grad_bias, channels, dtype)
+    for c in range(channels):
+        result_weight[c], result_bias[c] = to_weight[c], to_bias[c]
 
 
 @njit
-def _apply_backward(first, last, x, grad, grad_x, cut, coefficients):
+def _apply_backward(first, last, x, grad, grad_x, stored, size, cut, coefficients, in_place):
     """Write grad_x in chunks ``first`` to ``last``.
 
     Args:
-        x: (address, dtype code); ``grad``, which may be ``grad_x``, alike.
-        coefficients: [4, N, C], flat.
+        x: (address, dtype code) of ``size`` elements; ``grad`` and ``grad_x`` alike.
+        stored: zero of the type in memory.
+        in_place: whether ``grad`` is ``grad_x``.
     """
     _, channels, inner, span, _ = cut
-    zero, total, tiled = coefficients.dtype.type(0), coefficients.size // 4, -1
-    by_grad, by_x, rest, means = (
-        empty(span, zero), empty(span, zero), empty(span, zero), empty(span, zero)
-    )  # fmt: skip
-    buffers = empty(3 * span, zero)
+    source, target = _memory(x, size, stored), _memory(grad_x, size, stored)
+    given, values = _memory(grad, size, stored), coefficients.reshape(4, -1)
+    tiles, tiled = np.full((4, span), coefficients.dtype.type(0)), -1
+    by_grad, by_x, rest, means = tiles[0], tiles[1], tiles[2], tiles[3]
     for number in range(first, last):
         row, start, end = _chunk(number, cut)
         if row != tiled:
-            for i, tiles in enumerate((by_grad, by_x, rest, means)):
-                _tile(part(coefficients, i * total + row * channels, channels), inner, tiles)
+            for i in range(4):
+                _tile(values[i, row * channels : (row + 1) * channels], inner, tiles[i])
             tiled = row
         for i in range(start, end, span):
-            n = min(span, end - i)
-            own = read_block(x, i, part(buffers, 0, n))
-            passed = read_block(grad, i, part(buffers, span, n))
-            result = part(buffers, 2 * span, n)
-            for j in range(n):
-                result[j] = passed[j] * by_grad[j] + (own[j] - means[j]) * by_x[j] + rest[j]
-            store_block(result, grad_x[0], grad_x[1], i)
+            stop = min(i + span, end)
+            own, result = source[i:stop], target[i:stop]
+            if in_place:  # one array, so that the loop is vectorized
+                for j in range(own.size):
+                    value = (load(own, j) - means[j]) * by_x[j] + rest[j]
+                    store(result, j, load(result, j) * by_grad[j] + value)
+            else:
+                passed = given[i:stop]
+                for j in range(own.size):
+                    value = (load(own, j) - means[j]) * by_x[j] + rest[j]
+                    store(result, j, load(passed, j) * by_grad[j] + value)
 
 
 def _cut(x: Tensor, num_groups: int | None = None) -> tuple[Cut, int]:
@@ -367,6 +348,18 @@ def _cut(x: Tensor, num_groups: int | None = None) -> tuple[Cut, int]:
     return (size, place // inner, inner, span, chunk), rows * -(-size // chunk)
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _parameter(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else _as(x, dtype).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def group_norm3d(
     x: Tensor,
     weight: Tensor | None,
@@ -382,22 +375,27 @@ def group_norm3d(
     size = x.numel()
     if not size:
         return
-    zero, (samples, channels) = zero_of(x), x.shape[:2]
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    stored, zero = _STORED[dtype], zero_of(x)
+    source, result = _as(x, dtype), _as(out, dtype)
+    added = source if residual is None else _as(residual, dtype)
+    weight, bias = _parameter(weight, moments.dtype), _parameter(bias, moments.dtype)
     cut, chunks = _cut(x, num_groups)
-    groups = num_groups if cut[1] > 1 else 1
-    partials = np.empty(2 * groups * chunks)
-    coefficients = np.empty(3 * samples * channels, zero.dtype)
+    partials = np.empty((chunks, 2, num_groups if cut[1] > 1 else 1))
+    coefficients = np.empty((3, *x.shape[:2]), zero.dtype)
     grain_size = GRAIN_SIZE * chunks // size
-    parallel_for(_moments, chunks, grain_size, (x,), groups, cut, partials, zero)
+    parallel_for(_moments, chunks, grain_size, (source,), stored, zero, size, cut, partials)
     _combine_moments(
-        located(weight), located(bias), located(moments), samples, channels, num_groups, groups,
-        cut, eps, partials, coefficients,
+        partials, cut, _address(weight), _address(bias), eps, num_groups, _address(moments),
+        coefficients,
     )  # fmt: skip
     cut, chunks = _cut(x)
     parallel_for(
-        _apply, chunks, GRAIN_SIZE * chunks // size, (x, residual, out), cut, coefficients,
-        negative_slope,
+        _apply, chunks, GRAIN_SIZE * chunks // size, (source, added, result), stored, size, cut,
+        coefficients, residual is not None, negative_slope,
     )  # fmt: skip
+    if result is not out:
+        out.copy_(result)
 
 
 def group_norm3d_backward(
@@ -419,21 +417,32 @@ def group_norm3d_backward(
         grad_weight.zero_()
         grad_bias.zero_()
         return
-    grad = grad_output
-    if out is not None:
-        grad = grad_residual if grad_residual.numel() else grad_x
-    elif grad_residual.numel():
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    stored, zero = _STORED[dtype], zero_of(x)
+    source, given, result = _as(x, dtype), _as(grad_output, dtype), _as(grad_x, dtype)
+    grad, has_residual = given, grad_residual.numel() > 0
+    if out is None and has_residual:
         grad_residual.copy_(grad_output)
-    zero, shape = zero_of(x), (*x.shape[:2], num_groups)
+    elif out is not None:
+        grad = _as(grad_residual, dtype) if has_residual else result
+    weight = _parameter(weight, moments.dtype)
     cut, chunks = _cut(x)
-    coefficients = np.empty(4 * shape[0] * shape[1], zero.dtype)
-    partials, grain_size = np.empty(2 * cut[1] * chunks), GRAIN_SIZE * chunks // size
+    coefficients = np.empty((4, *x.shape[:2]), zero.dtype)
+    partials, grain_size = np.empty((chunks, 2, cut[1])), GRAIN_SIZE * chunks // size
     parallel_for(
-        _products, chunks, grain_size, (x, grad_output, out, moments, grad), shape, cut,
-        negative_slope, partials, zero,
+        _products, chunks, grain_size,
+        (source, given, source if out is None else _as(out, dtype), moments, grad), stored, zero,
+        size, cut, out is not None, negative_slope, (*x.shape[:2], num_groups), partials,
     )  # fmt: skip
     _combine_products(
-        located(weight), located(moments), located(grad_weight), located(grad_bias), shape, cut,
-        partials, coefficients,
+        partials, cut, _address(weight), num_groups, _address(moments), coefficients,
+        _address(grad_weight), _address(grad_bias),
     )  # fmt: skip
-    parallel_for(_apply_backward, chunks, grain_size, (x, grad, grad_x), cut, coefficients)
+    parallel_for(
+        _apply_backward, chunks, grain_size, (source, grad, result), stored, size, cut,
+        coefficients, grad is result,
+    )  # fmt: skip
+    if result is not grad_x:
+        grad_x.copy_(result)
+        if out is not None and has_residual:
+            grad_residual.copy_(grad)

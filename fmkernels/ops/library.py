@@ -329,8 +329,14 @@ class _Differentiable(torch.autograd.Function):
         return (*gradients, *[None] * (ctx.count - len(gradients)))
 
 
-# autograd.Function.apply without the Python code that comes before: a microsecond, and functorch's
-# check, which does not hold below the Autograd key
+class _DifferentiableUnderFunctorch(torch.autograd.function._SingleLevelFunction):
+    """Functorch takes no other class below the Autograd key."""
+
+    forward = staticmethod(_Differentiable.forward)
+    backward = staticmethod(_Differentiable.backward)
+
+
+# autograd.Function.apply without the Python code that comes before: a microsecond
 _apply = super(torch.autograd.Function, _Differentiable).apply
 
 
@@ -357,8 +363,9 @@ def _differentiable(
             return results if isinstance(results, Tensor) else tuple(_flat(results))
 
         structure = None
+        apply = _DifferentiableUnderFunctorch.apply if functorch else _apply
         with _allowed_under_functorch() if functorch else _NOTHING:
-            results = _apply(*_flat(args), compute, backward or not_differentiable)
+            results = apply(*_flat(args), compute, backward or not_differentiable)
         return results if isinstance(results, Tensor) else _like(structure, iter(results))
 
     return differentiable

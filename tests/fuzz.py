@@ -1,7 +1,7 @@
 """Test random cases for a given time: ``python -m tests.fuzz --minutes 5``.
 
 Operations run on the CPU path, in one or more threads, and must agree with the float64 reference.
-The property tests define the cases, which differ with every seed. Files (.mhd, tables, configs,
+The property tests define the cases, which differ with every seed. Files (scans, tables, configs,
 checkpoints, caches, metrics) are damaged. Reading them must succeed or raise InputError: no other
 exception, no hang, no gigabytes of memory.
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import SimpleITK as sitk
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 import fmkernels.cpu
 from fmkernels import functional
 from fmkernels.focalmix.config import Config, load_config
+from fmkernels.focalmix.data.annotations import read_annotations
 from fmkernels.focalmix.data.formats import load_volume
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.tables import read_candidates, write_candidates
@@ -40,6 +42,7 @@ from fmkernels.focalmix.evaluation.froc import evaluate
 from fmkernels.focalmix.training.checkpoint import State, load_run
 from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.kinds import write_dicom
 from tests.focalmix.training.test_loop import TINY
 
 OPS = functional.__all__
@@ -112,7 +115,17 @@ def write_originals(folder: Path) -> dict[str, Path]:
         run / "candidates.csv",
         {SCANS[0].uid: [[-160.5, -140.25, -280, 0.75], [-150, -130, -270, 0.5]]},
     )
-    return {
+    scan = sitk.ReadImage(str(data / "subset0" / f"{SCANS[0].uid}.mhd"))
+    kinds = {"mha": ".mha", "nifti": ".nii", "packed": ".nii.gz", "nrrd": ".nrrd"}
+    formats = {name: folder / f"scan{suffix}" for name, suffix in kinds.items()}
+    for path in formats.values():
+        sitk.WriteImage(scan[:9, :9, :9], str(path), useCompression=path.suffix == ".nrrd")
+    series = write_dicom(folder / "series", scan[:9, :9, :5], "1.2.3")
+    own = folder / "annotations.json"
+    own.write_text('{"training": [{"image": "a.nii", "box": [[1, 2.5, -3, 4, 5, 6]], "fold": 2}]}')
+    return formats | {
+        "slice": series / "IM0014",
+        "json": own,
         "header": data / "subset0" / f"{SCANS[0].uid}.mhd",
         "annotations": data / "annotations.csv",
         "excluded": data / "annotations_excluded.csv",
@@ -128,8 +141,10 @@ def write_originals(folder: Path) -> dict[str, Path]:
 def read(target: str, path: Path) -> None:
     """Read the file and use its content, as far as that is quick."""
     luna, run = path.parents[1], path.parent
-    if target == "header":
-        load_volume(path, (1.0, 1.0, 1.0))
+    if target in ("header", "mha", "nifti", "packed", "nrrd", "slice"):
+        load_volume(path.parent if target == "slice" else path, (1.0, 1.0, 1.0))
+    elif target == "json":
+        read_annotations(path, "RAS")
     elif target in ("annotations", "excluded", "series"):
         data = LUNA16(run, cache=run / "cache")
         evaluate({}, *data.findings(data.series), data.series, bootstraps=10)

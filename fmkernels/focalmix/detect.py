@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.dataset import name_scans
-from fmkernels.focalmix.data.formats import SUPPORTED, check_header, load_volume, read_scan, scan_id
+from fmkernels.focalmix.data.formats import (
+    SUPPORTED,
+    check_header,
+    hu_problem,
+    load_volume,
+    read_scan,
+    scan_id,
+)
 from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.errors import InputError, first_line, is_out_of_memory
@@ -173,6 +180,8 @@ def _search(
 ) -> ScanFindings:
     header = check_header(path)
     volume = load_volume(path, config.spacing)
+    if problem := hu_problem(volume.voxels):
+        raise InputError(f"{path}: {problem}")
     findings = to_findings(detect(config, model, volume), volume, header, threshold)
     return ScanFindings(uid, str(path.absolute()), findings)
 

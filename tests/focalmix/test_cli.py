@@ -231,6 +231,15 @@ def test_a_scan_that_does_not_fit_into_memory_is_a_bad_one(
     assert code == 1 and text.count("Unable to allocate 8.00 TiB") == 2
 
 
+def test_detect_refuses_values_that_are_no_hu(run, data, tmp_path, capsys):
+    """A detector finds anything but nodules in them."""
+    image = sitk.ReadImage(str(data / "subset9" / f"{SCANS[-1].uid}.mhd"))
+    scan = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(sitk.Clamp(image, sitk.sitkInt16, -1000, 3000) + 1024, str(scan))
+    assert main(["detect", str(run), str(scan), "--device=cpu", "--out", str(tmp_path / "f")]) == 1
+    assert "scan.nii.gz: values look like HU + 1024" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_no_bad_scan(run, data, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

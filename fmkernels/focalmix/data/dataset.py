@@ -399,7 +399,8 @@ def _source_files(path: Path, names: Iterable[str]) -> list[Path]:
 def _checksums(path: Path) -> dict[str, list[int]]:
     """Size and checksum of each file of a scan."""
     found = {}
-    for file in _source_files(path, (file.name for file in check_header(path).files)):
+    names = () if path.is_dir() else [file.name for file in check_header(path).files]
+    for file in _source_files(path, names):
         size = checksum = 0
         with open(file, "rb") as stream:
             while block := stream.read(_BLOCK):

@@ -29,6 +29,7 @@ from fmkernels.focalmix.errors import InputError
 _DEVIATION = "ITK_non_uniform_sampling_deviation"
 _NIFTI_BYTES = 348  # of the header
 _NRRD_BYTES = 1 << 16  # of the header, at most
+_NRRD_LINE = 1000  # bytes: longer lines can crash ITK's reader (5.4)
 _BLOCK = 1 << 20
 _MAX_TAIL = 1 << 24  # bytes behind the voxels
 
@@ -105,6 +106,10 @@ def nrrd_header(path: Path, uid: str) -> Header:
     if not blank or re.search(rb"^\s*data\s*file", text, re.I | re.M):
         raise InputError(
             f"{path}: data file: expected voxels in the file itself, got a header without them"
+        )
+    if (longest := max(map(len, text.split(b"\n")))) > _NRRD_LINE:
+        raise InputError(
+            f"{path}: expected lines of at most {_NRRD_LINE} bytes in the header, got {longest}"
         )
     warnings: tuple[str, ...] = ()
     if not re.search(rb"^space:", text, re.I | re.M):

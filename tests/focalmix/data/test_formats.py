@@ -453,6 +453,11 @@ BAD_FILES = {
         ),
         "data file: expected voxels in the file itself",
     ),
+    "a line that crashes ITK": (
+        ".nrrd",
+        lambda path: path.write_bytes(path.read_bytes().replace(b"kinds:", b"[" * 5000 + b":")),
+        "expected lines of at most 1000 bytes in the header, got 50",
+    ),
     "2D": (".nii", None, "expected 3 dimensions, got 2"),
     "a mask": (".nii.gz", None, r"expected a type of HU, .*label maps.*got 8-bit unsigned integer"),
     "RGB": (".nrrd", None, "expected 1 channel, got 3"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DEVICE, OURS, Comparison, Provider, Run, op_suites
-from fmkernels import sample_mixup
+from fmkernels import sample_mixup, soft_target_focal_loss
 
 MORE_THAN_INT32 = 2**31 + 2**16
 PART = 2**16  # elements: of large results, what is checked
@@ -75,6 +75,8 @@ def graphs() -> None:
             for result, expected in zip(results, _results(other), strict=True):
                 torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
         print(f"{comparison}: the same from a graph")
+    if DEVICE.type == "cuda":
+        _at_once()
     sample_mixup(8, device=DEVICE)
     (lam, index), replay = captured(lambda: list(sample_mixup(8, device=DEVICE)))
     replay()
@@ -83,6 +85,29 @@ def graphs() -> None:
     assert sorted(index.tolist()) == list(range(8)) and 0.5 <= lam.min() <= lam.max() <= 1
     assert not torch.equal(lam, first), "sample_mixup: a graph draws the same again"
     print("sample_mixup: new draws from a graph")
+
+
+def _at_once(times: int = 100) -> None:
+    """Launches of several streams and graphs do not count each other's programs."""
+    logits = torch.randn(3, 1 << 22, device=DEVICE)
+    targets = torch.rand_like(logits)
+    losses = [soft_target_focal_loss(x, y) for x, y in zip(logits, targets, strict=True)]
+    streams = [torch.cuda.Stream() for _ in losses]
+    graphs = [
+        captured(lambda x=x, y=y: [soft_target_focal_loss(x, y)])
+        for x, y in zip(logits[:2], targets[:2], strict=True)
+    ]
+    torch.cuda.synchronize()
+    for _ in range(times):
+        for stream, (_, replay) in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                replay()
+        with torch.cuda.stream(streams[2]):
+            eager = soft_target_focal_loss(logits[2], targets[2])
+        torch.cuda.synchronize()
+        found = [*(loss for (loss,), _ in graphs), eager]
+        assert all(map(torch.equal, found, losses)), "soft_target_focal_loss: launches interfere"
+    print(f"soft_target_focal_loss: {len(losses)} at once, {times} times")
 
 
 def large(elements: int = MORE_THAN_INT32) -> None:

@@ -3,7 +3,7 @@
 One launch handles all levels of a feature pyramid. A level is ``rows`` rows of ``inner`` elements:
 one row, unless targets are mixed or weights differ by sample. A program computes one or several
 tiles of ``BLOCK`` elements of one row. Sums are deterministic: each program writes one partial sum,
-and a second launch of one program adds them in order.
+and the program that finishes last adds them in order.
 """
 
 import itertools
@@ -16,13 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fmkernels.kernels.arithmetic import LOG2E, divide, log1p, log2
+from fmkernels.kernels.arrivals import arrival_counter, is_last
 from fmkernels.kernels.launching import quick
-from fmkernels.kernels.tuning import debug, launch_parameters
+from fmkernels.kernels.tuning import Launch, debug, launch_parameters, processors
 
 SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float32
 SMALLEST_DOUBLE = tl.constexpr(1e-290)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-FINISH_BLOCK = tl.constexpr(4096)
+PARTIALS = tl.constexpr(1024)  # partial sums added at once
+SCALE_BLOCK, SCALE_WARPS = 4096, 8  # few programs scale gradients, each many at once
+SCALE_PROGRAMS = 4  # per multiprocessor; mostly they only find that nothing is to be done
 
 
 @triton.jit
@@ -65,9 +68,10 @@ def _pick(level, values):
 
 
 @triton.jit
-def _locate(first, programs_per_row, inner, EXTENT, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Level, row, row length and first element in the row (int64) of this program."""
-    program = tl.program_id(0)
+def _locate(
+    program, first, programs_per_row, inner, EXTENT, ROWS: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Level, row, row length and first element in the row (int64) of a program."""
     level = 0
     for i in tl.static_range(1, len(first)):
         level += (program >= _unpack(first[i])).to(tl.int32)
@@ -96,18 +100,18 @@ def _pack(size: int) -> int:
 
 @triton.jit
 def _load_tile(
-    x, y, weight, lam, index, row, length, rows, column, mask, alpha0, alpha1,
+    x, y, weight, lam, index, row, length, rows, start, lane, mask, alpha0, alpha1,
     ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, logits, targets, factors and ignore mask of one tile, in the dtype of alpha0.
+    """Where a tile begins, and its logits, targets, factors and ignore mask, in alpha0's dtype.
 
-    ``mask`` is None for a tile that lies entirely in its row.
+    ``start`` is its first element in the row; ``mask`` is None if it lies entirely in its row.
     """
     T: tl.constexpr = alpha0.dtype
     OTHER: tl.constexpr = None if mask is None else 0
-    offset = row * length + column if ROWS else column
-    logit = tl.load(x + offset, mask, other=OTHER).to(T)
-    target = tl.load(y + offset, mask, other=OTHER).to(T)
+    at = row * length + start if ROWS else start
+    logit = tl.load(x + at + lane, mask, other=OTHER).to(T)
+    target = tl.load(y + at + lane, mask, other=OTHER).to(T)
     tl.device_assert((target <= 1) | (target != target), "targets must be in [0, 1] or negative")
     ignored = target < 0
     if lam is not None:
@@ -117,7 +121,7 @@ def _load_tile(
         )
         partner = tl.load(index + row).to(tl.int64)
         tl.device_assert((partner >= 0) & (partner < rows), "mix: index must be in [0, B)")
-        second = tl.load(y + partner * length + column, mask, other=OTHER).to(T)
+        second = tl.load(y + (partner * length + start) + lane, mask, other=OTHER).to(T)
         ignored = ignored | (second < 0)
         target = lam_row * target + (1.0 - lam_row) * second
     factor = alpha0 + target * (alpha1 - alpha0)
@@ -125,20 +129,20 @@ def _load_tile(
         if WEIGHT_PER_ROW:
             factor *= tl.load(weight + row).to(T)
         else:
-            factor *= tl.load(weight + offset, mask, other=OTHER).to(T)
+            factor *= tl.load(weight + at + lane, mask, other=OTHER).to(T)
     if mask is not None:
-        ignored = ignored | (column >= length)
-    return offset, logit, target, factor, ignored
+        ignored = ignored | (mask == 0)
+    return at, logit, target, factor, ignored
 
 
 @triton.jit
 def _sum_tile(
-    x, y, weight, grad, lam, index, scale, row, length, rows, column, mask, formula,
+    x, y, weight, grad, lam, index, scale, row, length, rows, start, lane, mask, formula,
     ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a tile, if asked for; return sums and counts over 4 elements each."""
-    offset, logit, target, factor, ignored = _load_tile(
-        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1],
+    at, logit, target, factor, ignored = _load_tile(
+        x, y, weight, lam, index, row, length, rows, start, lane, mask, formula[0], formula[1],
         ROWS, WEIGHT_PER_ROW,
     )  # fmt: skip
     # cleared before the arithmetic, not after it: a quarter fewer registers
@@ -147,7 +151,7 @@ def _sum_tile(
     factor = tl.where(ignored, 0.0, factor)
     loss, slope = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
     if grad is not None:
-        tl.store(grad + offset, slope * scale, mask)
+        tl.store(grad + at + lane, slope * scale, mask)
     FOURS: tl.constexpr = loss.shape[0] // 4  # groups of 4 that one thread holds
     counted = 1 - ignored.to(tl.int32)
     return tl.sum(loss.reshape(FOURS, 4), axis=1), tl.sum(counted.reshape(FOURS, 4), axis=1)
@@ -159,76 +163,18 @@ def _denominator(normalizer, T: tl.constexpr):
     return tl.where(value < 1.0, 1.0, value)
 
 
-@quick
 @triton.jit
-def fmkernels_sum_kernel(
-    x,  # tuple of pointers, one per level: logits [rows, inner]
-    y,  # likewise: targets [rows, inner]
-    weight,  # likewise: [rows] or [rows, inner]; or None
-    grad,  # likewise: gradients [rows, inner], written; or None
-    lam,  # [rows], or None
-    index,  # [rows] int64, or None
-    normalizer,  # scalar that gradients are divided by (at least 1), or None
-    losses,  # [programs], written
-    counts,  # [programs] int32, written; or None
-    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
-    rows, tiles,  # tiles per program
-    alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
-    GAMMA_IS_2: tl.constexpr,
-):  # fmt: skip
-    extent = tiles * BLOCK
-    level, row, length, start = _locate(first, programs_per_row, inner, extent, ROWS, ALIGNED)
-    x_l, y_l = _pick(level, x), _pick(level, y)
-    w_l = _pick(level, weight) if weight is not None else None
-    g_l = _pick(level, grad) if grad is not None else None
+def _add_up(losses, counts, normalizer, total, divisor, programs):
+    """Store the reduced loss, and what gradients must still be divided by."""
     T: tl.constexpr = losses.dtype.element_ty
-    formula = (alpha0.to(T), alpha1.to(T), gamma.to(T))
-    scale = 1.0 if normalizer is None else 1.0 / _denominator(normalizer, T)
-    loss = tl.zeros((BLOCK // 4,), T)
-    count = tl.zeros((BLOCK // 4,), tl.int32)
-    column = start + tl.arange(0, BLOCK)
-    if start + extent <= length:
-        for _ in range(tiles):
-            tile_loss, tile_count = _sum_tile(
-                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, None, formula,
-                ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
-            )  # fmt: skip
-            loss += tile_loss
-            count += tile_count
-            column += BLOCK
-    else:
-        for _ in range(tiles):
-            tile_loss, tile_count = _sum_tile(
-                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, column, column < length,
-                formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
-            )  # fmt: skip
-            loss += tile_loss
-            count += tile_count
-            column += BLOCK
-    tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0))
-    if counts is not None:
-        tl.store(counts + tl.program_id(0), tl.sum(count, axis=0))
-
-
-@quick
-@triton.jit
-def fmkernels_finish_kernel(
-    losses,  # [programs]
-    counts,  # [programs] int32; or None
-    normalizer,  # scalar, or None
-    total,  # scalar, written: the reduced loss
-    divisor,  # scalar, written: what gradients must still be divided by
-    programs,
-):
-    T: tl.constexpr = losses.dtype.element_ty
-    loss = tl.zeros((FINISH_BLOCK,), tl.float64)
-    count = tl.zeros((FINISH_BLOCK,), tl.int64)
-    for start in range(0, programs, FINISH_BLOCK):
-        i = start + tl.arange(0, FINISH_BLOCK)
-        loss += tl.load(losses + i, i < programs, other=0.0).to(tl.float64)
+    loss = tl.zeros((PARTIALS,), tl.float64)
+    count = tl.zeros((PARTIALS,), tl.int64)
+    for start in range(0, programs, PARTIALS):
+        i = start + tl.arange(0, PARTIALS)
+        # .cg: past the caches that other programs do not write through
+        loss += tl.load(losses + i, i < programs, 0.0, cache_modifier=".cg").to(tl.float64)
         if counts is not None:
-            count += tl.load(counts + i, i < programs, other=0).to(tl.int64)
+            count += tl.load(counts + i, i < programs, 0, cache_modifier=".cg").to(tl.int64)
     result = tl.sum(loss, axis=0)
     total_count = tl.full((), 1.0, tl.float64)
     if normalizer is not None:
@@ -240,15 +186,74 @@ def fmkernels_finish_kernel(
     tl.store(divisor, total_count.to(T))
 
 
+@quick
+@triton.jit
+def fmkernels_sum_kernel(
+    x,  # tuple of pointers, one per level: logits [rows, inner]
+    y,  # likewise: targets [rows, inner]
+    weight,  # likewise: [rows] or [rows, inner]; or None
+    grad,  # likewise: gradients [rows, inner], written; or None
+    lam,  # [rows], or None
+    index,  # [rows] int64, or None
+    normalizer,  # scalar that the loss and gradients are divided by (at least 1), or None
+    losses,  # [programs], written
+    counts,  # [programs] int32, written; or None
+    arrived,  # int32 counter of finished programs, 0 before and after
+    total,  # scalar, written: the reduced loss
+    divisor,  # scalar, written: what gradients must still be divided by
+    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
+    rows, tiles,  # tiles per program
+    alpha0: tl.float64, alpha1: tl.float64, gamma: tl.float64,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
+    GAMMA_IS_2: tl.constexpr,
+):  # fmt: skip
+    program, extent = tl.program_id(0), tiles * BLOCK
+    level, row, length, start = _locate(
+        program, first, programs_per_row, inner, extent, ROWS, ALIGNED
+    )
+    x_l, y_l = _pick(level, x), _pick(level, y)
+    w_l = _pick(level, weight) if weight is not None else None
+    g_l = _pick(level, grad) if grad is not None else None
+    T: tl.constexpr = losses.dtype.element_ty
+    formula = (alpha0.to(T), alpha1.to(T), gamma.to(T))
+    scale = 1.0 if normalizer is None else 1.0 / _denominator(normalizer, T)
+    loss = tl.zeros((BLOCK // 4,), T)
+    count = tl.zeros((BLOCK // 4,), tl.int32)
+    lane = tl.max_contiguous(tl.arange(0, BLOCK), 8)
+    if start + extent <= length:
+        for _ in range(tiles):
+            tile_loss, tile_count = _sum_tile(
+                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, start, lane, None,
+                formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
+            )  # fmt: skip
+            loss += tile_loss
+            count += tile_count
+            start += BLOCK
+    else:
+        for _ in range(tiles):
+            tile_loss, tile_count = _sum_tile(
+                x_l, y_l, w_l, g_l, lam, index, scale, row, length, rows, start, lane,
+                lane < length - start, formula, ROWS, WEIGHT_PER_ROW, GAMMA_IS_2,
+            )  # fmt: skip
+            loss += tile_loss
+            count += tile_count
+            start += BLOCK
+    tl.store(losses + program, tl.sum(loss, axis=0))
+    if counts is not None:
+        tl.store(counts + program, tl.sum(count, axis=0))
+    if is_last(arrived):
+        _add_up(losses, counts, normalizer, total, divisor, tl.num_programs(0))
+
+
 @triton.jit
 def _elementwise_tile(
-    x, y, weight, grad_output, out, lam, index, scale, row, length, rows, column, mask, formula,
-    ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GRAD_OUTPUT_IS_SCALAR: tl.constexpr,
+    x, y, weight, grad_output, out, lam, index, scale, row, length, rows, start, lane, mask,
+    formula, ROWS: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr, GRAD_OUTPUT_IS_SCALAR: tl.constexpr,
     GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
     """Store the losses of a tile, or its gradients times ``grad_output`` and ``scale``."""
-    offset, logit, target, factor, ignored = _load_tile(
-        x, y, weight, lam, index, row, length, rows, column, mask, formula[0], formula[1],
+    at, logit, target, factor, ignored = _load_tile(
+        x, y, weight, lam, index, row, length, rows, start, lane, mask, formula[0], formula[1],
         ROWS, WEIGHT_PER_ROW,
     )  # fmt: skip
     loss, grad = soft_target_focal(logit, target, factor, formula[2], GAMMA_IS_2)
@@ -258,8 +263,9 @@ def _elementwise_tile(
         result = grad * scale
     else:
         OTHER: tl.constexpr = None if mask is None else 0
-        result = grad * (tl.load(grad_output + offset, mask, other=OTHER).to(grad.dtype) * scale)
-    tl.store(out + offset, tl.where(ignored, 0.0, result), mask)
+        incoming = tl.load(grad_output + at + lane, mask, other=OTHER).to(grad.dtype)
+        result = grad * (incoming * scale)
+    tl.store(out + at + lane, tl.where(ignored, 0.0, result), mask)
 
 
 @quick
@@ -279,7 +285,9 @@ def fmkernels_elementwise_kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, WEIGHT_PER_ROW: tl.constexpr,
     GRAD_OUTPUT_IS_SCALAR: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
-    level, row, length, start = _locate(first, programs_per_row, inner, BLOCK, ROWS, ALIGNED)
+    level, row, length, start = _locate(
+        tl.program_id(0), first, programs_per_row, inner, BLOCK, ROWS, ALIGNED
+    )
     x_l, y_l, out_l = _pick(level, x), _pick(level, y), _pick(level, out)
     w_l = _pick(level, weight) if weight is not None else None
     d_l = _pick(level, grad_output) if grad_output is not None else None
@@ -290,40 +298,44 @@ def fmkernels_elementwise_kernel(
         scale = tl.load(d_l).to(T)
     if divisor is not None:
         scale = scale / _denominator(divisor, T)
-    column = start + tl.arange(0, BLOCK)
+    lane = tl.max_contiguous(tl.arange(0, BLOCK), 8)
     if start + BLOCK <= length:
         _elementwise_tile(
-            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, column, None,
+            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, start, lane, None,
             formula, ROWS, WEIGHT_PER_ROW, GRAD_OUTPUT_IS_SCALAR, GAMMA_IS_2,
         )  # fmt: skip
     else:
         _elementwise_tile(
-            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, column,
-            column < length, formula, ROWS, WEIGHT_PER_ROW, GRAD_OUTPUT_IS_SCALAR, GAMMA_IS_2,
+            x_l, y_l, w_l, d_l, out_l, lam, index, scale, row, length, rows, start, lane,
+            lane < length - start, formula, ROWS, WEIGHT_PER_ROW, GRAD_OUTPUT_IS_SCALAR, GAMMA_IS_2,
         )  # fmt: skip
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def fmkernels_scale_kernel(
     grad,  # tuple of pointers, one per level: gradients [inner], multiplied in place
     grad_output,  # scalar
     divisor,  # scalar
-    first, programs_per_row, inner,  # tuples of each level's first program and sizes (packed)
+    first, programs_per_row, inner,  # tuples of each level's first tile and sizes (packed)
+    tiles,  # of all levels
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad *= grad_output / divisor; where that is 1, no program reads or writes grad."""
-    level, _, length, start = _locate(first, programs_per_row, inner, BLOCK, False, False)
-    g_l = _pick(level, grad)
-    T: tl.constexpr = tl.float64 if g_l.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = tl.float64 if grad[0].dtype.element_ty == tl.float64 else tl.float32
     scale = tl.load(grad_output).to(T) / tl.load(divisor).to(T)
+    lane = tl.arange(0, BLOCK)
     if scale != 1.0:
-        offset = start + tl.arange(0, BLOCK)
-        if start + BLOCK <= length:
-            tl.store(g_l + offset, tl.load(g_l + offset).to(T) * scale)
-        else:
-            mask = offset < length
-            tl.store(g_l + offset, tl.load(g_l + offset, mask, other=0.0).to(T) * scale, mask)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            level, _, length, start = _locate(
+                tile, first, programs_per_row, inner, BLOCK, False, False
+            )
+            at = _pick(level, grad) + start + lane
+            if start + BLOCK <= length:
+                tl.store(at, tl.load(at).to(T) * scale)
+            else:
+                mask = lane < length - start
+                tl.store(at, tl.load(at, mask, other=0.0).to(T) * scale, mask)
 
 
 @dataclass(frozen=True)
@@ -369,26 +381,30 @@ def soft_target_focal_loss(
     tensor of ``rows`` or of all elements per level. Gradients are already divided by a
     ``normalizer``, but not by the number of elements that count: that is the ``divisor``.
     """
+    elements = sum(x.numel() for x in logits)
+    if not elements:
+        rows = 1  # of no element, for the one program that writes the loss
     launch = launch_parameters("soft_target_focal_loss", loss.device)
-    tiles = launch.tiles(sum(x.numel() for x in logits))
+    tiles = launch.tiles(elements)
     grid = _Grid.of(logits, rows, tiles * launch.block)
-    losses = loss.new_empty(grid.programs)
+    programs = max(grid.programs, 1)
+    losses = loss.new_empty(programs)
     counts = None
     if mean and normalizer is None:
-        counts = loss.new_empty(grid.programs, dtype=torch.int32)
+        counts = loss.new_empty(programs, dtype=torch.int32)
     with torch.cuda.device_of(loss):
-        if grid.programs:
-            fmkernels_sum_kernel[(grid.programs,)](
-                tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None,
-                lam, index, normalizer, losses, counts, *grid.sizes, rows, tiles,
-                alpha0, alpha1, gamma,
-                BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
-                WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
-                num_warps=launch.num_warps, debug=debug(),
-            )  # fmt: skip
-        fmkernels_finish_kernel[(1,)](
-            losses, counts, normalizer, loss, divisor, grid.programs, num_warps=8
-        )
+        fmkernels_sum_kernel[(programs,)](
+            tuple(logits), tuple(targets), tuple(weights) or None, tuple(gradients) or None,
+            lam, index, normalizer, losses, counts, arrival_counter(loss.device), loss, divisor,
+            *grid.sizes, rows, tiles, alpha0, alpha1, gamma,
+            BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
+            WEIGHT_PER_ROW=all(w.numel() == rows for w in weights), GAMMA_IS_2=gamma == 2.0,
+            num_warps=_warps(launch, loss.dtype), debug=debug(),
+        )  # fmt: skip
+
+
+def _warps(launch: Launch, dtype: torch.dtype) -> int:
+    return launch.num_warps * (2 if dtype == torch.float64 else 1)  # half the values per thread
 
 
 def soft_target_focal_loss_elementwise(
@@ -446,7 +462,7 @@ def _launch_elementwise(
                 BLOCK=launch.block, ROWS=rows > 1, ALIGNED=grid.aligned and rows > 1,
                 WEIGHT_PER_ROW=all(w.numel() == rows for w in weights),
                 GRAD_OUTPUT_IS_SCALAR=all(grad.dim() == 0 for grad in grad_outputs),
-                GAMMA_IS_2=gamma == 2.0, num_warps=launch.num_warps, debug=debug(),
+                GAMMA_IS_2=gamma == 2.0, num_warps=_warps(launch, out[0].dtype), debug=debug(),
             )  # fmt: skip
 
 
@@ -454,11 +470,12 @@ def soft_target_focal_loss_scale(
     gradients: Sequence[Tensor], grad_output: Tensor, divisor: Tensor
 ) -> None:
     """gradients *= grad_output / divisor, in place; moves no byte where that factor is 1."""
-    launch = launch_parameters("soft_target_focal_loss", gradients[0].device)
-    grid = _Grid.of(gradients, 1, launch.block)
-    if grid.programs:
+    device = gradients[0].device
+    grid = _Grid.of(gradients, 1, SCALE_BLOCK)
+    programs = min(grid.programs, SCALE_PROGRAMS * processors(device))
+    if programs:
         with torch.cuda.device_of(gradients[0]):
-            fmkernels_scale_kernel[(grid.programs,)](
-                tuple(gradients), grad_output, divisor, *grid.sizes,
-                BLOCK=launch.block, num_warps=launch.num_warps,
+            fmkernels_scale_kernel[(programs,)](
+                tuple(gradients), grad_output, divisor, *grid.sizes, grid.programs,
+                BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS,
             )  # fmt: skip

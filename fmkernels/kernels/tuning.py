@@ -50,7 +50,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         DEFAULT: Launch(block=1024, num_warps=4),
     },
     "soft_target_focal_loss": {
-        DEFAULT: Launch(block=1024, num_warps=4, max_tiles=8),
+        DEFAULT: Launch(block=1024, num_warps=2, max_tiles=8),
     },
     "crop_and_resize3d": {
         DEFAULT: Launch(block=512, num_warps=4, max_tiles=16, enough_programs=512),
@@ -84,6 +84,14 @@ def architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a device; those of an H100 for what is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_parameters(op: str, device: torch.device) -> Launch:

@@ -6,6 +6,7 @@ Reports registers, spills, the width of memory accesses and the instructions on 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 import subprocess
@@ -40,8 +41,10 @@ class MainPath:
     """The path from entry to exit with the widest global accesses; unconditional ones count double.
 
     In a kernel that also has a masked tail this is the unmasked path. The longest of equal paths
-    counts. A loop counts once, a call as one instruction. `loops` are those that no other loop of
-    the path contains, in order, each with the loops inside it.
+    counts. A loop counts once, a call as one instruction. After an atomic that is in no loop, the
+    shortest way to the exit counts: what the program that finishes last does for all is left out.
+    `loops` are those that no other loop of the path contains, in order, each with the loops inside
+    it.
     """
 
     instructions: int
@@ -219,7 +222,10 @@ def main_path(code: list[Instruction | str]) -> MainPath:
     names: dict[str, int] = {}
     for item in code:
         if blocks[-1] and (
-            isinstance(item, str) or blocks[-1][-1].target or not blocks[-1][-1].falls_through
+            isinstance(item, str)
+            or blocks[-1][-1].target
+            or not blocks[-1][-1].falls_through
+            or blocks[-1][-1].op == "EXIT"
         ):
             blocks.append([])
         if isinstance(item, str):
@@ -234,9 +240,37 @@ def main_path(code: list[Instruction | str]) -> MainPath:
         )
         return following + ([names[last.target]] if last and last.target in names else [])
 
+    def may_end(block: int) -> bool:
+        return not successors(block) or (bool(blocks[block]) and blocks[block][-1].op == "EXIT")
+
+    def reachable(block: int) -> set[int]:
+        found, new = set(), [block]
+        while new:
+            new = [s for s in successors(new.pop()) if s not in found] + new
+            found.update(new)
+        return found
+
+    after_atomics: set[int] = set()
+    for block, instructions in enumerate(blocks):
+        if any(i.op.startswith("ATOM") for i in instructions):
+            after = reachable(block)
+            after_atomics |= after if block not in after else set()
+
+    def way_out(block: int) -> list[int]:
+        queue = [(len(blocks[block]), [block])]
+        while not may_end((shortest := heapq.heappop(queue))[1][-1]):
+            length, path = shortest
+            for s in successors(path[-1]):
+                if s not in path:
+                    heapq.heappush(queue, (length + len(blocks[s]), [*path, s]))
+        return shortest[1]
+
     best: dict[int, tuple[int, int, list[int]]] = {}
 
     def visit(block: int, above: frozenset[int]) -> tuple[int, int, list[int]]:
+        if block not in best and block in after_atomics:
+            path = way_out(block)
+            best[block] = 0, sum(len(blocks[b]) for b in path), path
         if block not in best:
             paths = [
                 visit(s, above | {block}) for s in successors(block) if s not in above | {block}

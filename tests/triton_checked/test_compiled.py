@@ -165,6 +165,34 @@ def test_main_path_of_machine_code():
     assert sass(nested).loop == outer
 
 
+def test_the_main_path_leaves_out_what_only_the_last_program_does():
+    code = """
+        LDG.E R4, desc[UR4][R4.64]
+        {before}
+        @P0 BRA `(.L_x_0)
+        {counts} R5, desc[UR4][R6.64], R7
+        .L_x_0:
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        @P1 EXIT
+        MOV R8, RZ
+        .L_x_1:
+        LDG.E.128 R8, desc[UR4][R8.64]
+        @P2 BRA `(.L_x_1)
+        STG.E desc[UR4][R2.64], R8
+        {after}
+        EXIT
+    """
+    counts = "@P3 ATOMG.E.ADD.STRONG.GPU PT,"
+    short = aot.MainPath(6, {32: 1}, {})
+    assert sass(code.format(before="MOV R1, R2", counts=counts, after="NOP")) == short
+    # without a count, and with one in a loop, all is on the path
+    body = aot.MainPath(2, {128: 1}, {})
+    whole = aot.MainPath(11, {32: 1, 128: 1}, {32: 1}, (body,))
+    assert sass(code.format(before="MOV R1, R2", counts="MOV", after="NOP")) == whole
+    looped = sass(code.format(before=".L_x_2:", counts=counts, after="@P4 BRA `(.L_x_2)"))
+    assert looped.loads == {32: 1, 128: 1} and len(looped.loops) == 1
+
+
 def test_launches_and_grids(planted):
     case = planted.cases["masked torch.float32"]
     assert case.launches == (("masked", (98, 1, 1)),) and case.elements == 100_003

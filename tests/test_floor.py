@@ -46,10 +46,10 @@ def test_a_worse_figure_is_noticed(name):
     row = floor.Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in old.items()})
     value = getattr(row, name)
     figure = value[-1] if isinstance(value, tuple) else value
-    step = 0.051 * figure if name in floor.NOISE else 0.001
+    step = 0.06 * figure if name in floor.NOISE else 0.001
     higher = (*value[:-1], value[-1] + step) if isinstance(value, tuple) else value + step
     lower = (*value[:-1], value[-1] - step) if isinstance(value, tuple) else value - step
-    bad, good = (lower, higher) if name == "width" else (higher, lower)
+    bad, good = (lower, higher) if name in floor.HIGHER_IS_BETTER else (higher, lower)
     assert floor.worse(row, old) == floor.worse(replace(row, **{name: good}), old) == []
     assert len(floor.worse(replace(row, **{name: bad}), old)) == 1
     assert len(floor.worse(replace(row, **{name: bad}), old, same_compiler=False)) == (

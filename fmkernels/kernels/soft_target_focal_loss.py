@@ -24,7 +24,7 @@ SMALLEST = tl.constexpr(1e-37)  # keeps |d|^gamma and p q / |d| finite in float3
 SMALLEST_DOUBLE = tl.constexpr(1e-290)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 PARTIALS = tl.constexpr(1024)  # partial sums added at once
-SCALE_BLOCK, SCALE_WARPS = 4096, 8  # few programs scale gradients, each many at once
+SCALE_BLOCK, SCALE_WARPS = 4096, 4  # few programs scale gradients, each many at once
 SCALE_PROGRAMS = 4  # per multiprocessor; mostly they only find that nothing is to be done
 
 

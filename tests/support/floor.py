@@ -12,7 +12,7 @@ import json
 import math
 import pkgutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ import triton  # noqa: E402
 
 import tests.plans  # noqa: E402
 from tests.triton_checked.interpreter import checked  # noqa: E402
-from tests.triton_checked.plan import Case, CaseReport, PlanReport, Trips, run_plan  # noqa: E402
+from tests.triton_checked.plan import Case, PlanReport, Trips, VariantReport, run_plan  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.triton_checked.aot import MainPath
@@ -38,17 +38,54 @@ LARGE = 1 << 22  # elements; larger cases run kernels whose traffic a smaller ca
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What the predictions assume; docs/floor.md says where the numbers come from."""
+
+    target: str
+    multiprocessors: int
+    gigahertz: float
+    bandwidth: float  # of a copy, in TB/s
+    double: int  # float64 operations per clock and multiprocessor
+
+    def share(
+        self,
+        minimum: float,
+        moved: float,
+        instructions: float,
+        transcendental: float,
+        double: float,
+    ) -> float:
+        """Percent of the copy bandwidth at which the minimum moves; all figures of an element."""
+        bytes_per_clock = 1e3 * self.bandwidth / (self.multiprocessors * self.gigahertz)
+        clocks = max(
+            moved / bytes_per_clock,
+            instructions / (ISSUED * 4 * 32),
+            transcendental / 16,
+            double / self.double,
+        )
+        return 100 * minimum / bytes_per_clock / clocks
+
+
+GPUS = {
+    "A100": Gpu("sm_80", 108, 1.41, 1.84, 32),
+    "H200": Gpu("sm_90", 132, 1.8, 4.3, 64),
+    "B200": Gpu("sm_100", 148, 1.8, 7.2, 64),
+}
+ISSUED = 0.85  # instructions per clock of each of the 4 schedulers of a multiprocessor
+
+
+@dataclass(frozen=True)
 class Row:
-    """One case. Bytes and instructions are per element."""
+    """One case. Bytes and instructions are per element, over all its kernels."""
 
     op: str
     case: str
-    kernel: str  # the first one launched; `instructions`, `loop` and `width` are about it
     minimum: float | None  # bytes
     moved: float | None  # bytes; None for large cases and those without a minimum
     distinct: float | None  # the same, each cell once per launch: a cache may serve a second read
     instructions: tuple[float, ...]  # executed by a thread, on NVIDIA
-    loop: float | None  # the part of the main loop on sm_90; None without one that streams
+    loop: float | None  # the part of loops that stream, on sm_90; None without one
+    share: tuple[float, ...] | None  # predicted percent of the copy bandwidth, on GPUS
     registers: tuple[int, ...]  # most of all kernels, on all targets
     spills: int  # bytes, over all kernels and targets
     conversions: int  # of layout, most of all kernels and targets
@@ -58,9 +95,12 @@ class Row:
     variants: int | None  # of all its kernels over the sweep of sizes; None if that has none
 
 
-FIGURES = [field.name for field in fields(Row)][4:]
+FIGURES = [field.name for field in fields(Row)][3:]
 # what depends on the version of the compiler
-COMPILED = ("instructions", "loop", "registers", "spills", "conversions", "shared", "width")
+COMPILED = (
+    "instructions", "loop", "share", "registers", "spills", "conversions", "shared", "width",
+)  # fmt: skip
+HIGHER_IS_BETTER = ("share", "width")
 
 
 def plans() -> list[str]:
@@ -74,96 +114,130 @@ def rows(op: str, package: str = tests.plans.__name__, host_time: bool = False) 
     plan = run_plan(f"{package}.{op}", host_time=host_time)
     sweep = run_plan(f"{package}.{op}_sizes", targets=("sm_90",), compiled=False)
     cases = importlib.import_module(f"{package}.{op}").cases()
-    traffic = {case.name: _traffic(case) for case in cases}
-    return [_row(op, name, case, plan, sweep, *traffic[name]) for name, case in plan.cases.items()]
+    return [_row(op, case, plan, sweep, _traffic(case)) for case in cases]
 
 
-def _traffic(case: Case) -> tuple[float | None, float | None]:
-    """Bytes per element that a case moves: all, and each cell once per launch."""
+@dataclass(frozen=True)
+class _Traffic:
+    """Bytes that a case moves."""
+
+    launches: tuple[int, ...]  # each
+    distinct: int  # all, each cell once per launch
+
+
+def _traffic(case: Case) -> _Traffic | None:
     if case.min_bytes is None or case.elements > LARGE:
-        return None, None
+        return None
     with checked(shuffle=0) as report:
         case.call()
-    tensors = report.traffic.values()
-    moved = sum(t.read + t.written + t.atomic for t in tensors)
-    distinct = sum(t.read_once + t.written_once + t.atomic for t in tensors)
-    return round(moved / case.elements, 3), round(distinct / case.elements, 3)
+    distinct = sum(t.read_once + t.written_once + t.atomic for t in report.traffic.values())
+    return _Traffic(tuple(launch.moved for launch in report.launches), distinct)
 
 
-def _row(
-    op: str,
-    name: str,
-    case: CaseReport,
-    plan: PlanReport,
-    sweep: PlanReport,
-    moved: float | None,
-    distinct: float | None,
-) -> Row:
-    variants = [plan.variants[i] for i in case.variants]
-    kernel = variants[0].kernel
-    first = [
-        (variant, math.prod(grid))
-        for variant, (_, grid) in zip(variants, case.launches, strict=True)
-        if variant.kernel == kernel
+def _row(op: str, case: Case, plan: PlanReport, sweep: PlanReport, traffic: _Traffic | None) -> Row:
+    found, elements, minimum = plan.cases[case.name], case.elements, case.min_bytes
+    variants = [plan.variants[i] for i in found.variants]
+    if traffic:
+        moved = list(traffic.launches)
+    else:  # the first launch moves all
+        moved = [minimum and minimum * elements, *[0] * (len(variants) - 1)]
+    launches = [
+        _Launch(variant, math.prod(grid), nbytes, found.trips)
+        for variant, (_, grid), nbytes in zip(variants, found.launches, moved, strict=True)
     ]
-    programs = sum(count for _, count in first)
-    instructions, loop = [], None
-    for target in NVIDIA:
-        executed = 0.0
-        for variant, count in first:
-            code = variant.on[target]
-            elements = case.elements / programs / code.threads  # of a thread
-            if case.trips:
-                total, in_loop = (n / elements for n in _told(code.main, case.trips))
-                in_loop = round(in_loop, 1)
-            else:
-                total, in_loop = _executed(code.main, elements, moved or case.min_bytes)
-            executed += total * count / programs
-            loop = in_loop if target == "sm_90" else loop
-        instructions.append(round(executed, 1))
+
+    def executed(target: str, count: Callable[[MainPath], float]) -> float:
+        return sum(launch.executed(target, count) for launch in launches) / elements
+
+    instructions = {target: executed(target, _instructions) for target in NVIDIA}
+    loop = sum(launch.in_loop("sm_90") for launch in launches) / elements
+    distinct = traffic and traffic.distinct / elements
     code = [code for variant in variants for code in variant.on.values()]
     kernels = {variant.kernel for variant in variants}
+    # kernels that move little of all do not count
+    wide = [launch for launch in launches if not launch.moved or 6 * launch.moved >= max(moved)]
     return Row(
         op=op,
-        case=name,
-        kernel=kernel,
-        minimum=case.min_bytes,
-        moved=moved,
-        distinct=distinct,
-        instructions=tuple(instructions),
-        loop=loop,
+        case=case.name,
+        minimum=minimum,
+        moved=traffic and round(sum(moved) / elements, 3),
+        distinct=distinct and round(distinct, 3),
+        instructions=tuple(round(n, 1) for n in instructions.values()),
+        loop=round(loop, 1) or None,
+        share=minimum
+        and tuple(
+            round(
+                gpu.share(
+                    minimum,
+                    distinct or minimum,
+                    instructions[gpu.target],
+                    executed(gpu.target, lambda path: path.transcendental),
+                    executed(gpu.target, lambda path: path.double),
+                )
+            )
+            for gpu in GPUS.values()
+        ),
         registers=tuple(max(v.on[target].registers for v in variants) for target in TARGETS),
         spills=sum(c.spill_bytes for c in code),
         conversions=max(c.conversions for c in code),
         shared=max(c.shared_bytes for c in code),
-        width=min(_width(variant.on[target].main) for variant, _ in first for target in NVIDIA),
-        launches=len(case.launches),
+        width=min(_width(w.variant.on[target].main) for w in wide for target in NVIDIA),
+        launches=len(launches),
         variants=sum(variant.kernel in kernels for variant in sweep.variants) or None,
     )
 
 
-def _executed(path: MainPath, elements: float, moved: float | None) -> tuple[float, float | None]:
-    """Instructions of a thread per element: all, and those of its loop.
+@dataclass(frozen=True)
+class _Launch:
+    variant: VariantReport
+    programs: int
+    moved: float | None  # bytes
+    trips: Trips
 
-    How often the loop runs follows from the bytes that an element moves. A loop that streams
-    nothing counts once, because its length depends on the data.
-    """
-    inside = _streamed(path.loop) if path.loop and moved else 0
-    if not inside:
-        return path.instructions / elements, None
-    in_loop = inside / (8 * moved)  # elements
-    outside = (_streamed(path) - inside) / (8 * moved)
-    executed = path.instructions + path.loop.instructions * ((elements - outside) / in_loop - 1)
-    return executed / elements, round(path.loop.instructions / in_loop, 1)
+    def executed(self, target: str, count: Callable[[MainPath], float]) -> float:
+        """What `count` counts, over all threads.
+
+        How often a loop that streams runs follows from the bytes that the launch moves. Others
+        count once, unless the case tells, because their length depends on the data.
+        """
+        code = self.variant.on[target]
+        threads = self.programs * code.threads
+        if self.trips:
+            return threads * _told(code.main, self.trips, count)[0]
+        runs = 1.0
+        if (inside := self._streamed_in_loop(code.main)) and self.moved is not None:
+            outside = _streamed(code.main) - inside
+            runs = max(8 * self.moved / threads - outside, 0) / inside
+        return threads * (count(code.main) + (runs - 1) * _count_loop(code.main, count))
+
+    def in_loop(self, target: str) -> float:
+        """Instructions in loops that stream, as if all was done in them, over all threads."""
+        code = self.variant.on[target]
+        if self.trips:
+            return self.programs * code.threads * _told(code.main, self.trips, _instructions)[1]
+        inside = self._streamed_in_loop(code.main)
+        return 8 * self.moved / inside * code.main.loop.instructions if inside and self.moved else 0
+
+    @staticmethod
+    def _streamed_in_loop(path: MainPath) -> int:
+        return _streamed(path.loop) if path.loop else 0
 
 
-def _told(path: MainPath, trips: Trips) -> tuple[float, float]:
-    """Instructions of a thread whose loops run so often: all, and those of loops that repeat."""
-    total, repeated = path.instructions, 0.0
+def _instructions(path: MainPath) -> float:
+    return path.instructions
+
+
+def _count_loop(path: MainPath, count: Callable[[MainPath], float]) -> float:
+    return count(path.loop) if path.loop else 0
+
+
+def _told(path: MainPath, trips: Trips, count: Callable[[MainPath], float]) -> tuple[float, float]:
+    """What a thread whose loops run so often executes: all, and that of loops that repeat."""
+    total, repeated = count(path), 0.0
     for loop, runs in zip(path.loops, trips, strict=False):  # others run once
         runs, inside = runs if isinstance(runs, Sequence) else (runs, ())
-        in_loop = runs * _told(loop, inside)[0]
-        total += in_loop - loop.instructions
+        in_loop = runs * _told(loop, inside, count)[0]
+        total += in_loop - count(loop)
         repeated += in_loop if runs > 1 else 0
     return total, repeated
 
@@ -184,7 +258,7 @@ def _accesses(path: MainPath) -> Counter[int]:
 
 
 # a compiler sometimes emits other code for the same kernel: 147 instead of 142 instructions
-NOISE = {"instructions": 1.05, "loop": 1.05}
+NOISE = {"instructions": 1.05, "loop": 1.05, "share": 1 / 1.05}
 
 
 def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
@@ -192,11 +266,11 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
     found = []
     for name in FIGURES if same_compiler else [n for n in FIGURES if n not in COMPILED]:
         new, old = getattr(row, name), committed[name]
-        pairs = zip(new, old, strict=True) if isinstance(new, tuple) else [(new, old)]
+        pairs = zip(new, old, strict=True) if new and isinstance(old, list) else [(new, old)]
         for a, b in pairs:
             limit = b if b is None else b * NOISE.get(name, 1)
             if (a is None) != (b is None) or (
-                a is not None and (a < limit if name == "width" else a > limit)
+                a is not None and (a < limit if name in HIGHER_IS_BETTER else a > limit)
             ):
                 found.append(f"{name} {new}, was {old}")
                 break
@@ -204,8 +278,8 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
 
 
 HEADER = [
-    "case", "minimum", "bytes", "distinct", "instructions", "in the loop", "registers", "spills",
-    "conversions", "shared", "width", "launches", "variants",
+    "case", "minimum", "bytes", "distinct", "instructions", "in the loop", "share", "registers",
+    "spills", "conversions", "shared", "width", "launches", "variants",
 ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ class MainPath:
     loads: dict[int, int]  # bits of an access -> number
     stores: dict[int, int]
     loops: tuple[MainPath, ...] = ()
+    transcendental: int = 0  # instructions of the unit for reciprocals, exponentials and the like
+    double: int = 0  # instructions of the units for float64
 
     @property
     def loop(self) -> MainPath | None:
@@ -289,9 +291,8 @@ def main_path(code: list[Instruction | str]) -> MainPath:
         if s in path[: i + 1]
     ]
 
-    def figures(chosen: list[int]) -> tuple[int, dict[int, int], dict[int, int]]:
-        code = [i for block in chosen for i in blocks[block]]
-        return len(code), *_widths(code)
+    def count(code: list[Instruction], *stems: str) -> int:
+        return sum(i.op.startswith(stems) for i in code)
 
     def figured(first: int, last: int, back: list[tuple[int, int]]) -> MainPath:
         inside = [(a, b) for a, b in back if first <= a and b <= last]
@@ -301,6 +302,13 @@ def main_path(code: list[Instruction | str]) -> MainPath:
             if not any(c <= a and b <= d for c, d in inside if (c, d) != (a, b))
         ]
         loops = [figured(a, b, [loop for loop in inside if loop != (a, b)]) for a, b in outermost]
-        return MainPath(*figures(path[first : last + 1]), tuple(loops))
+        code = [i for block in path[first : last + 1] for i in blocks[block]]
+        return MainPath(
+            len(code),
+            *_widths(code),
+            tuple(loops),
+            transcendental=count(code, "MUFU"),
+            double=count(code, "DADD", "DMUL", "DFMA", "DSETP"),
+        )
 
     return figured(0, len(path) - 1, sorted(set(back)))

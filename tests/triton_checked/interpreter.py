@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from unittest import mock
 
@@ -49,6 +49,7 @@ POISONED_BYTES = 1 << 26  # larger allocations are left alone, so that their pag
 class Launch:
     kernel: str
     grid: tuple[int, int, int]
+    moved: int = field(default=0, compare=False)  # bytes
 
 
 class Report:
@@ -143,8 +144,8 @@ class _Session:
                 f"{name}: no GPU runs the grid {grid}: "
                 "y and z are at most 65535, the product at most 2^31 - 1"
             )
-        self.report.launches.append(Launch(name, grid))
         self.memory.begin_launch()
+        before = self.memory.moved()
         types = inspect.get_annotations(kernel.fn, eval_str=True)
         arguments = {
             k: v if types.get(k) is tl.constexpr else self.argument(k, v, types.get(k))
@@ -162,6 +163,7 @@ class _Session:
             except KernelFault as fault:
                 fault.args = (f"{name}, program {index} of {grid}, {_line(fault)}: {fault}",)
                 raise
+        self.report.launches.append(Launch(name, grid, self.memory.moved() - before))
 
     def argument(self, name: str, value, declared: tl.dtype | None = None):
         """A kernel argument as a compiled kernel would receive it."""

@@ -285,6 +285,10 @@ class Memory:
         for buffer in self.buffers.values():
             buffer.begin_launch()
 
+    def moved(self) -> int:
+        """Bytes moved so far."""
+        return sum(t.read + t.written + t.atomic for t in self.traffic.values())
+
     def bind(self, argument: str, tensor: torch.Tensor) -> int:
         """Add a tensor argument to the launch. Returns the pointer for the kernel."""
         view = View(argument, tensor, self._buffer(tensor))

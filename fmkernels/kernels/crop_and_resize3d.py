@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fmkernels.kernels.launching import quick
 from fmkernels.kernels.sampling import (
-    bilinear,
     is_usable,
     load_box,
+    march,
     nearest_voxel,
     sample_axis,
     sample_position,
@@ -105,23 +105,10 @@ def fmkernels_crop_kernel(
     sampled = z_axis[3].to(tl.int32) - 1  # the plane of voxels in far; near is the one before it
     for _ in range(0, layers):
         z = _position(layer, d, z_start, z_end, z_axis, NEAREST)
-        fz = (z - tl.floor(z)).to(T)
-        below, above = tl.floor(z).to(tl.int32), tl.ceil(z).to(tl.int32)
-        needed = tl.where(usable, above, sampled)
-        while sampled < needed:
-            sampled = tl.maximum(sampled + 1, below)
-            near = far
-            source = origin + sampled.to(tl.int64) * stride_z
-            if NEAREST:
-                far = tl.load(source + offset)
-            else:
-                far = bilinear(source, offset, stride_y, stride_x, fy, fx, low, scale, WINDOW)
-        value = far
-        if not NEAREST:
-            weight = tl.where(fz > 0.0, fz, 1.0)
-            value = near * (1.0 - weight) + far * weight
-            if STORED.is_floating():  # 0 * inf
-                value = tl.where(fz > 0.0, value, far)
+        value, near, far, sampled = march(
+            origin, offset, stride_z, stride_y, stride_x, z, fy, fx, near, far, sampled, usable,
+            low, scale, NEAREST, WINDOW,
+        )  # fmt: skip
         if out.dtype.element_ty != VALUE:
             value = to_storage(value.to(T), out.dtype.element_ty)
         tl.store(target + lane, value, lane < lanes)

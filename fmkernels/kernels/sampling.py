@@ -97,12 +97,19 @@ def nearest_voxel(sample, samples, start, end, origin, low, high):
 def bilinear(plane, offset, dy, dx, fy, fx, low, scale, WINDOW: tl.constexpr):
     """The value between 4 windowed voxels of a plane, at offset, offset + dx, ... from its pointer.
 
-    In the dtype of low. Voxels of weight 0 are not read.
+    In the dtype of low. Voxels of weight 0 do not show: those that may not be finite are not read.
     """
     right, down = fx > 0.0, fy > 0.0
     near, far = plane + offset, (plane + dy) + offset
-    near = _along(tl.load(near), tl.load(near + dx, right, 0), fx, low, scale, WINDOW)
-    far = tl.load(far, down, 0), tl.load(far + dx, right & down, 0)
+    if plane.dtype.element_ty.is_int():  # the voxel before instead; fewer predicates
+        dx = tl.where(right, dx, 0)
+        far = near + tl.where(down, dy, 0)
+        near = tl.load(near), tl.load(near + dx)
+        far = tl.load(far), tl.load(far + dx)
+    else:
+        near = tl.load(near), tl.load(near + dx, right, 0)
+        far = tl.load(far, down, 0), tl.load(far + dx, right & down, 0)
+    near = _along(near[0], near[1], fx, low, scale, WINDOW)
     return near * (1.0 - fy) + _along(far[0], far[1], fx, low, scale, WINDOW) * fy
 
 
@@ -111,6 +118,36 @@ def _along(near, far, fraction, low, scale, WINDOW: tl.constexpr):
     if WINDOW:
         near, far = window_voxels(near, low, scale), window_voxels(far, low, scale)
     return near.to(low.dtype) * (1.0 - fraction) + far.to(low.dtype) * fraction
+
+
+@triton.jit
+def march(
+    origin, offset, stride_z, stride_y, stride_x, z, fy, fx, near, far, sampled, usable,
+    low, scale, NEAREST: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The value of a layer at ``z``, and what the next one, at a higher z, uses again.
+
+    That is two planes of voxels sampled in y and x: ``near``, and ``far``, which is plane number
+    ``sampled``. A layer that is not ``usable`` samples none.
+    """
+    below, above = tl.floor(z).to(tl.int32), tl.ceil(z).to(tl.int32)
+    needed = tl.where(usable, above, sampled)
+    while sampled < needed:
+        sampled = tl.maximum(sampled + 1, below)
+        near = far
+        plane = origin + sampled.to(tl.int64) * stride_z
+        if NEAREST:
+            far = tl.load(plane + offset)
+        else:
+            far = bilinear(plane, offset, stride_y, stride_x, fy, fx, low, scale, WINDOW)
+    value = far
+    if not NEAREST:
+        fz = (z - tl.floor(z)).to(low.dtype)
+        weight = tl.where(fz > 0.0, fz, 1.0)
+        value = near * (1.0 - weight) + far * weight
+        if origin.dtype.element_ty.is_floating():  # 0 * inf
+            value = tl.where(fz > 0.0, value, far)
+    return value, near, far, sampled
 
 
 @triton.jit

@@ -43,7 +43,7 @@ DEFAULT = "default"
 
 TABLE: dict[str, dict[str, Launch]] = {
     "object_mixup3d": {
-        DEFAULT: Launch(block=1024, num_warps=4, max_registers=160),
+        DEFAULT: Launch(block=512, num_warps=2, max_registers=160),
         "gfx942": Launch(block=512, num_warps=4),
     },
     "predict_targets": {

@@ -1,13 +1,13 @@
 """Launches of object_mixup3d: in and out of place, donors given or the volumes, windows.
 
-In place, every volume is one box that fills its tiles. Out of place, there are no boxes.
+In place, every volume is one box. Out of place, there are no boxes.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from fmkernels.kernels.object_mixup3d import object_mixup3d
+from fmkernels.kernels.object_mixup3d import _mix_overlapping, object_mixup3d
 from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
@@ -16,6 +16,9 @@ I16, U8 = torch.int16, torch.uint8
 WINDOW = (-1200.0, 600.0)
 CUBES = (4, 1, 16, 16, 16)
 LARGE = (2, 1, 64, 64, 64)
+OBJECTS = (8, 1, 128, 128, 128)
+# one group of boxes is tested; of one tile, 64 layers need 65 planes of the donor
+MARCH = (1, (1, ((64, (65 / 64,)),)))
 
 
 class Objects:
@@ -38,15 +41,22 @@ class Objects:
 
         return Case(name, call, self.volumes.numel(), min_bytes)
 
-    def in_place(self, name: str, min_bytes: float | None = None) -> Case:
+    def in_place(self, name: str, min_bytes: float | None = None, trips=(), alone=True) -> Case:
         def call():
             overlap = self.arguments[0] is None
             object_mixup3d(self.volumes, *self.arguments, self.volumes, True, overlap)
 
-        return Case(name, call, self.volumes.numel(), min_bytes)
+        without = (_mix_overlapping,) if alone else ()
+        return Case(name, call, self.volumes.numel(), min_bytes, trips, without)
 
 
 def cases() -> Iterator[Case]:
+    for dtype in (F32, BF16):
+        objects = Objects(dtype, shape=OBJECTS, pairs=8, donors=OBJECTS)
+        name = f"large, in place, donors {dtype}".replace("torch.", "")
+        yield objects.in_place(name, 3 * dtype.itemsize, MARCH)
+    large = Objects(BF16, shape=OBJECTS, pairs=8, window=WINDOW, donors=OBJECTS, donor_dtype=I16)
+    yield large.in_place("large, in place, donors int16 windowed bfloat16", 6, MARCH)
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
         min_bytes = 3 * dtype.itemsize
@@ -54,6 +64,7 @@ def cases() -> Iterator[Case]:
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
     yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6)
     yield Objects(F32).in_place("in place float32", 12)
+    yield Objects(F32, donors=CUBES).in_place("near other boxes, in place float32", alone=False)
     yield Objects(F32, window=WINDOW).in_place("window, in place float32")
     yield Objects(F32, shape=LARGE, pairs=0).new("new, no box float32", F32, 8)
     yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(

@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
 
 from .driver import Variant
+
+Line = tuple[str, int]  # file and number
+Lines = tuple[str, int, int]  # file, the first and the last
 
 WIDTH = {
     "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
@@ -34,6 +38,7 @@ class Instruction:
     target: str | None  # the label of a branch
     falls_through: bool
     access: tuple[str, int] | None  # global memory: ("load" or "store", bits per thread)
+    line: Line | None = None  # of an access
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,18 @@ class Compiled:
         return cls(**{**parsed(data), "main": path(data["main"])})
 
 
-def compile_variant(variant: Variant) -> Compiled:
-    """Compile a recorded variant and read its machine code. Triton's cache keeps both."""
+def compile_variant(variant: Variant, without: tuple[Lines, ...] = ()) -> Compiled:
+    """Compile a recorded variant and read its machine code. Triton's cache keeps both.
+
+    The main path has no access to memory that comes from lines in `without`.
+    """
     kernel = triton.compile(variant.source, target=variant.target, options=variant.options)
-    digest = hashlib.sha256(Path(__file__).read_bytes() + kernel.hash.encode()).hexdigest()
+    key = f"{kernel.hash}{without}".encode()
+    digest = hashlib.sha256(Path(__file__).read_bytes() + key).hexdigest()
     cached = Path(triton.knobs.cache.dir) / "main-paths" / f"{digest}.json"
     if not cached.exists():
-        result = _nvidia(kernel) if variant.target.backend == "cuda" else _amd(kernel)
+        nvidia = variant.target.backend == "cuda"
+        result = _nvidia(kernel, without) if nvidia else _amd(kernel)
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
             json.dump(asdict(result), file)
@@ -111,12 +121,12 @@ def compile_variant(variant: Variant) -> Compiled:
     return Compiled.from_json(json.loads(cached.read_text()))
 
 
-def _nvidia(kernel) -> Compiled:
+def _nvidia(kernel, without: tuple[Lines, ...]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     code = parse(sass, _sass)
     spills = Counter(
@@ -125,6 +135,7 @@ def _nvidia(kernel) -> Compiled:
     return _result(
         kernel,
         code,
+        without,
         registers=registers,
         scalar_registers=None,
         spill_bytes=sum(_sass_bits(op) // 8 * n for op, n in spills.items()),
@@ -142,6 +153,7 @@ def _amd(kernel) -> Compiled:
     return _result(
         kernel,
         parse(text.split(".Lfunc_end0")[0], _gcn),
+        (),
         registers=count("vgpr_count"),
         scalar_registers=count("sgpr_count"),
         spill_bytes=4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
@@ -153,7 +165,9 @@ def _tool(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _result(kernel, code: list[Instruction | str], **figures) -> Compiled:
+def _result(
+    kernel, code: list[Instruction | str], without: tuple[Lines, ...], **figures
+) -> Compiled:
     instructions = [i for i in code if isinstance(i, Instruction)]
     loads, stores = _widths(instructions)
     return Compiled(
@@ -164,7 +178,7 @@ def _result(kernel, code: list[Instruction | str], **figures) -> Compiled:
         instructions=len(instructions),
         loads=loads,
         stores=stores,
-        main=main_path(code) if kernel.metadata.target.backend == "cuda" else None,
+        main=main_path(code, without) if kernel.metadata.target.backend == "cuda" else None,
     )
 
 
@@ -182,11 +196,14 @@ def _widths(instructions: list[Instruction]) -> tuple[dict[int, int], dict[int, 
 def parse(text: str, instruction: Callable[[str], Instruction | None]) -> list[Instruction | str]:
     """Labels (as strings) and instructions, in order."""
     code: list[Instruction | str] = []
+    source: Line | None = None
     for line in text.splitlines():
-        if label := re.match(r"(\.?[\w$]+):", line):
+        if place := re.match(r'\s*//## File "(.*)", line (\d+)', line):
+            source = place[1], int(place[2])
+        elif label := re.match(r"(\.?[\w$]+):", line):
             code.append(label[1])
         elif found := instruction(line):
-            code.append(found)
+            code.append(replace(found, line=source) if found.access else found)
     return code
 
 
@@ -218,32 +235,42 @@ def _gcn(line: str) -> Instruction | None:
     return Instruction(found[1], False, None, True, memory and (memory[1], WIDTH[memory[2]]))
 
 
-def main_path(code: list[Instruction | str]) -> MainPath:
+def main_path(code: list[Instruction | str], without: tuple[Lines, ...] = ()) -> MainPath:
     """Split the code into basic blocks and find the path that MainPath describes."""
     blocks: list[list[Instruction]] = [[]]
     names: dict[str, int] = {}
+    counted = False  # an atomic came before
     for item in code:
         if blocks[-1] and (
             isinstance(item, str)
             or blocks[-1][-1].target
             or not blocks[-1][-1].falls_through
-            or blocks[-1][-1].op == "EXIT"
+            or (counted and blocks[-1][-1].op == "EXIT")
         ):
             blocks.append([])
         if isinstance(item, str):
             names[item] = len(blocks) - 1
         else:
             blocks[-1].append(item)
+            counted |= item.op.startswith("ATOM")
+
+    def is_left_out(i: Instruction) -> bool:
+        return i.line is not None and any(
+            i.line[0] == file and first <= i.line[1] <= last for file, first, last in without
+        )
+
+    left_out = {b for b, instructions in enumerate(blocks) if any(map(is_left_out, instructions))}
 
     def successors(block: int) -> list[int]:
         last = blocks[block][-1] if blocks[block] else None
         following = (
             [block + 1] if (last is None or last.falls_through) and block + 1 < len(blocks) else []
         )
-        return following + ([names[last.target]] if last and last.target in names else [])
+        following += [names[last.target]] if last and last.target in names else []
+        return following
 
     def may_end(block: int) -> bool:
-        return not successors(block) or (bool(blocks[block]) and blocks[block][-1].op == "EXIT")
+        return not successors(block) or any(i.op == "EXIT" for i in blocks[block])
 
     def reachable(block: int) -> set[int]:
         found, new = set(), [block]
@@ -267,17 +294,21 @@ def main_path(code: list[Instruction | str]) -> MainPath:
                     heapq.heappush(queue, (length + len(blocks[s]), [*path, s]))
         return shortest[1]
 
-    best: dict[int, tuple[int, int, list[int]]] = {}
+    best: dict[int, tuple[float, int, list[int]]] = {}
 
-    def visit(block: int, above: frozenset[int]) -> tuple[int, int, list[int]]:
+    def visit(block: int, above: frozenset[int]) -> tuple[float, int, list[int]]:
+        if block in left_out:
+            best[block] = -math.inf, 0, [block]
         if block not in best and block in after_atomics:
             path = way_out(block)
             best[block] = 0, sum(len(blocks[b]) for b in path), path
         if block not in best:
-            paths = [
-                visit(s, above | {block}) for s in successors(block) if s not in above | {block}
-            ]
-            weight, length, rest = max(paths, default=(0, 0, []))
+            seen = above | {block}
+            following = [s for s in successors(block) if s not in seen]
+            if not following and not may_end(block):  # the end of a loop that is left at its head
+                following = [n for s in successors(block) for n in successors(s) if n not in seen]
+            end = (0.0 if may_end(block) else -math.inf, 0, [])
+            weight, length, rest = max([end, *(visit(s, seen) for s in following)])
             weight += sum(i.access[1] ** 2 * (2 - i.predicated) for i in blocks[block] if i.access)
             best[block] = weight, length + len(blocks[block]), [block, *rest]
         return best[block]

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib
+import inspect
 import json
 import math
 import os
@@ -45,6 +46,8 @@ class Case:
     min_bytes: bytes per element that any kernel must move for it; None if that is not counted.
     trips: how often each loop of the main path runs, in order; needed where the bytes that they
         stream do not tell. A pair gives the loop's own and the trips of the loops inside it.
+    without: device functions that the call does not run to their end; the main path leaves out what
+        they load and store themselves.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Case:
     elements: int | None = None
     min_bytes: float | None = None
     trips: Trips = ()
+    without: Sequence[triton.JITFunction] = ()
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,10 @@ def _run(module: str, targets: list[str], compiled: bool, host_time: bool) -> di
     report, variants = {}, {}
     for case in cases:
         launches = recorded[targets[0], case.name]
+        without = tuple(_lines(function) for function in case.without)
         for position, launch in enumerate(launches):
-            if launch.variant not in variants:
-                variants[launch.variant] = {
+            if (launch.variant, without) not in variants:
+                variants[launch.variant, without] = {
                     "kernel": launch.variant.kernel,
                     "case": case.name,
                     **_arguments(launch.variant.source),
@@ -149,15 +154,17 @@ def _run(module: str, targets: list[str], compiled: bool, host_time: bool) -> di
             "min_bytes": case.min_bytes,
             "trips": case.trips,
             "launches": [(launch.variant.kernel, launch.grid) for launch in launches],
-            "variants": [order.index(launch.variant) for launch in launches],
+            "variants": [order.index((launch.variant, without)) for launch in launches],
             "microseconds": None,
         }
         if host_time:
             with recording(targets[0]):
                 report[case.name]["microseconds"] = host_microseconds(case.call)
     with _alone(module), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for variant in variants.values():
-            variant["on"] = {t: pool.submit(compile_variant, v) for t, v in variant["on"].items()}
+        for (_, without), variant in variants.items():
+            variant["on"] = {
+                t: pool.submit(compile_variant, v, without) for t, v in variant["on"].items()
+            }
         for variant in variants.values():
             variant["on"] = {t: dataclasses.asdict(f.result()) for t, f in variant["on"].items()}
     return {"cases": report, "variants": list(variants.values())}
@@ -171,6 +178,11 @@ def _alone(module: str) -> Iterator[None]:
     with (folder / f"{module}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lines(function: triton.JITFunction) -> tuple[str, int, int]:
+    lines, first = inspect.getsourcelines(function.fn)
+    return inspect.getsourcefile(function.fn), first, first + len(lines) - 1
 
 
 def _arguments(source) -> dict:

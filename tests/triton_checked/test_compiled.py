@@ -101,13 +101,15 @@ def test_layout_conversions(planted):
         )
 
 
-def sass(text):
+def sass(text, without=()):
     lines = [line.strip() for line in textwrap.dedent(text).strip().splitlines()]
     code = [
-        line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;"
+        line
+        if line.endswith(":") or line.startswith("//")
+        else f"        /*{16 * n:04x}*/   {line} ;"
         for n, line in enumerate(lines)
     ]
-    return aot.main_path(aot.parse("\n".join(code), aot._sass))
+    return aot.main_path(aot.parse("\n".join(code), aot._sass), tuple(without))
 
 
 def test_main_path_of_machine_code():
@@ -159,6 +161,17 @@ def test_main_path_of_machine_code():
         @P2 BRA `(.L_x_2)
         EXIT
     """
+    left_at_its_head = """
+        .L_x_0:
+        @P0 BRA `(.L_x_1)
+        LDG.E R4, desc[UR4][R4.64]
+        BRA `(.L_x_0)
+        .L_x_1:
+        STG.E desc[UR4][R2.64], R4
+        EXIT
+    """
+    body = aot.MainPath(3, {32: 1}, {})
+    assert sass(left_at_its_head) == aot.MainPath(5, {32: 1}, {32: 1}, (body,))
     inner, last = aot.MainPath(2, {32: 1}, {}), aot.MainPath(2, {}, {32: 1})
     outer = aot.MainPath(4, {32: 1}, {}, (inner,))
     assert sass(nested) == aot.MainPath(7, {32: 1}, {32: 1}, (outer, last))
@@ -191,6 +204,24 @@ def test_the_main_path_leaves_out_what_only_the_last_program_does():
     assert sass(code.format(before="MOV R1, R2", counts="MOV", after="NOP")) == whole
     looped = sass(code.format(before=".L_x_2:", counts=counts, after="@P4 BRA `(.L_x_2)"))
     assert looped.loads == {32: 1, 128: 1} and len(looped.loops) == 1
+
+
+def test_the_main_path_leaves_out_lines():
+    code = """
+        //## File "/a/kernel.py", line 7
+        @P0 BRA `(.L_x_0)
+        LDG.E R4, desc[UR4][R4.64]
+        EXIT
+        .L_x_0:
+        //## File "/a/kernel.py", line 9
+        MOV R1, R2
+        LDG.E.128 R4, desc[UR4][R4.64]
+        EXIT
+    """
+    narrow, wide = aot.MainPath(3, {32: 1}, {}), aot.MainPath(4, {128: 1}, {})
+    assert sass(code, [("/a/kernel.py", 9, 12)]) == sass(code, [("/a/kernel.py", 8, 9)]) == narrow
+    assert sass(code) == sass(code, [("/a/kernel.py", 10, 12)]) == wide
+    assert sass(code, [("/b/kernel.py", 9, 12)]) == wide
 
 
 def test_launches_and_grids(planted):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fmkernels import crop_and_resize3d
-from fmkernels.kernels import crop_and_resize3d as kernels
+from fmkernels.kernels import sampling
 from tests.support import on_gpu
 from tests.support.cases import kernel_only
 from tests.triton_checked.interpreter import KernelFault, checked
@@ -73,7 +73,7 @@ def _bilinear_beyond_the_last_voxel(
 def test_a_planted_read_beyond_the_volume_is_caught(path, monkeypatch):
     volumes, box = torch.ones(1, 1, 3, 4, 5), torch.tensor([[0, 0, 0, 0, 3, 4, 5.0]])
     crop_and_resize3d(volumes, box, (3, 4, 5))
-    monkeypatch.setattr(kernels, "bilinear", _bilinear_beyond_the_last_voxel)
+    monkeypatch.setattr(sampling, "bilinear", _bilinear_beyond_the_last_voxel)
     with pytest.raises(KernelFault, match="volumes"):
         crop_and_resize3d(volumes, box, (3, 4, 5))
 

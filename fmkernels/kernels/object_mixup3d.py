@@ -184,7 +184,7 @@ def _load_weight(lam, k, T: tl.constexpr):
 @triton.jit
 def _mix_alone(
     volumes, donors, out, donor_boxes, lam, k, tile, programs, b, first, stop, C, donor_shape,
-    strides, out_strides, donor_strides, low, scale,
+    strides, donor_strides, low, scale,
     LANES: tl.constexpr, LAYERS: tl.constexpr, MIXED: tl.constexpr, WINDOW: tl.constexpr,
     DONOR_WINDOW: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -214,18 +214,16 @@ def _mix_alone(
         column = (inside - row * columns.to(INDEX)).to(tl.int32)
         layers_left = tl.minimum(depth, layers - layer)
         z = first[0] + layer
-        to = out + _voxel(b, c, z, first[1], first[2], out_strides)
-        to_lane = _in_plane(row, column, out_strides, INDEX)
+        at = _voxel(b, c, z, first[1], first[2], strides)
+        at_lane = _in_plane(row, column, strides, INDEX)
+        own, to = volumes + at, out + at
         if MIXED:
-            at = donors + _voxel(b, c, z, first[1], first[2], donor_strides)
-            at_lane = _in_plane(row, column, donor_strides, INDEX)
+            mixed = donors + at
             for _ in range(layers_left):
-                tl.store(to + to_lane, tl.load(at + at_lane, there), there)
-                at += donor_strides[2]
-                to += out_strides[2]
+                tl.store(to + at_lane, tl.load(mixed + at_lane, there), there)
+                mixed += strides[2]
+                to += strides[2]
         else:
-            at = volumes + _voxel(b, c, z, first[1], first[2], strides)
-            at_lane = _in_plane(row, column, strides, INDEX)
             origin = donors + _voxel(batch, c, z_axis[0], y_axis[0], x_axis[0], donor_strides)
             y = sample_position(row, y_axis[1], y_axis[2], y_axis[3], y_axis[4])
             x = sample_position(column, x_axis[1], x_axis[2], x_axis[3], x_axis[4])
@@ -235,27 +233,27 @@ def _mix_alone(
             near, far = tl.zeros([LANES], T), tl.zeros([LANES], T)
             sampled = z_axis[3].to(tl.int32) - 1
             for _ in range(layers_left):
-                value = _load_voxels(at + at_lane, there, low, scale, WINDOW)
+                value = _load_voxels(own + at_lane, there, low, scale, WINDOW)
                 z_donor = sample_position(layer, z_axis[1], z_axis[2], z_axis[3], z_axis[4])
                 donor, near, far, sampled = march(
                     origin, offset, donor_strides[2], donor_strides[3], donor_strides[4], z_donor,
                     fy, fx, near, far, sampled, weight != 1.0, low, scale, False, DONOR_WINDOW,
                 )  # fmt: skip
                 tl.store(
-                    to + to_lane,
+                    to + at_lane,
                     to_storage(_mix(value, donor, weight), out.dtype.element_ty),
                     there,
                 )
                 layer += 1
-                at += strides[2]
-                to += out_strides[2]
+                own += strides[2]
+                to += strides[2]
         tile += programs
 
 
 @triton.jit
 def _mix_overlapping(
     volumes, donors, out, boxes, donor_boxes, lam, k, tile, programs, K, b, first, stop, C, shape,
-    donor_shape, strides, out_strides, donor_strides, low, scale,
+    donor_shape, strides, donor_strides, low, scale,
     LANES: tl.constexpr, DEPTH: tl.constexpr, BOXES: tl.constexpr, MIXED: tl.constexpr,
     WINDOW: tl.constexpr, DONOR_WINDOW: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -293,10 +291,9 @@ def _mix_overlapping(
                     )  # fmt: skip
                     value = tl.where(inside, _mix(value, donor, weight), value)
             j = _next_neighbor(boxes, j, K, k, K, BOXES)
-        at = _voxel(b, c, z, y, x, out_strides)
+        at = _voxel(b, c, z, y, x, strides)
         if MIXED:
-            mixed = tl.load(donors + _voxel(b, c, z, y, x, donor_strides), mask)
-            tl.store(out + at, mixed, mask)
+            tl.store(out + at, tl.load(donors + at, mask), mask)
         else:
             tl.store(out + at, to_storage(value, out.dtype.element_ty), mask)
         tile += programs
@@ -308,14 +305,13 @@ def _mix_overlapping(
         "K", "programs", "B", "C", "D", "H", "W", "inner",
         "num_donors", "donor_D", "donor_H", "donor_W",
         "stride_b", "stride_c", "stride_z", "stride_y", "stride_x",
-        "out_b", "out_c", "out_z", "out_y", "out_x",
         "donor_b", "donor_c", "donor_z", "donor_y", "donor_x",
     ]
 )  # fmt: skip
 def fmkernels_object_mixup_kernel(
     volumes,  # [B, C, D, H, W], with strides
-    donors,  # [num_donors, C, donor_D, donor_H, donor_W], with strides; the scratch if MIXED
-    out,  # [B, C, D, H, W], with strides, written; may be volumes
+    donors,  # [num_donors, C, donor_D, donor_H, donor_W], with strides; if MIXED, like out
+    out,  # [B, C, D, H, W], with the strides of volumes, written; may be volumes
     boxes,  # [K, 7] float32
     donor_boxes,  # [K, 7] float32
     lam,  # [K]
@@ -324,7 +320,6 @@ def fmkernels_object_mixup_kernel(
     inner,  # adjacent channels: 1, or C for channels_last_3d
     num_donors, donor_D, donor_H, donor_W,
     stride_b, stride_c, stride_z, stride_y, stride_x,
-    out_b, out_c, out_z, out_y, out_x,
     donor_b, donor_c, donor_z, donor_y, donor_x,
     window_low: tl.float64, window_scale: tl.float64,
     LANES: tl.constexpr, DEPTH: tl.constexpr, LAYERS: tl.constexpr, BOXES: tl.constexpr,
@@ -346,18 +341,17 @@ def fmkernels_object_mixup_kernel(
         layers = tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH)
         if usable & (tile < tl.cdiv(plane, LANES) * layers * C):
             strides = (stride_b, stride_c, stride_z, stride_y, stride_x)
-            out_strides = (out_b, out_c, out_z, out_y, out_x)
             donor_strides = (donor_b, donor_c, donor_z, donor_y, donor_x)
             if _next_neighbor(boxes, -1, K, k, k, BOXES) >= (k if MIXED else K):
                 _mix_alone(
                     volumes, donors, out, donor_boxes, lam, k, tile, programs, b, first, stop, C,
-                    donor_shape, strides, out_strides, donor_strides, low, scale,
+                    donor_shape, strides, donor_strides, low, scale,
                     LANES, LAYERS, MIXED, WINDOW, DONOR_WINDOW, INDEX,
                 )  # fmt: skip
             else:
                 _mix_overlapping(
                     volumes, donors, out, boxes, donor_boxes, lam, k, tile, programs, K, b, first,
-                    stop, C, shape, donor_shape, strides, out_strides, donor_strides, low, scale,
+                    stop, C, shape, donor_shape, strides, donor_strides, low, scale,
                     LANES, DEPTH, BOXES, MIXED, WINDOW, DONOR_WINDOW, INDEX,
                 )  # fmt: skip
     elif COPY > 0:
@@ -435,17 +429,17 @@ def object_mixup3d(
     else:
         inner = 1 if volumes.is_contiguous() else volumes.shape[1]
     if overlap and donors.numel():
-        scratch = torch.empty_like(out, memory_format=torch.contiguous_format)
+        scratch = out.new_empty_strided(out.shape, volumes.stride())
         _launch(*inputs, donors, donor_window, scratch, None)
         _launch(*inputs, donors, None, out, inner, scratch)
     else:
         _launch(*inputs, donors, donor_window, out, inner)
 
 
-def programs_per_box(shape: Sequence[int], boxes: int, block: int) -> int:
+def programs_per_box(shape: Sequence[int], boxes: int) -> int:
     """The number of programs that divide the tiles of each of so many boxes among themselves."""
     _, C, D, H, W = shape
-    tiles = -(-H * W // LANES) * -(-D // (block // LANES)) * C
+    tiles = -(-H * W // LANES) * -(-D // LAYERS) * C
     return min(tiles, max(1, PROGRAMS // max(boxes, 1)))
 
 
@@ -464,20 +458,20 @@ def _launch(
     """Write the voxels in boxes, from ``scratch`` if given, and all others if ``inner`` is."""
     launch = launch_parameters("object_mixup3d", out.device)
     (B, C, D, H, W), K = out.shape, boxes.shape[0]
-    programs = programs_per_box(out.shape, K, launch.block)
-    copies = 0 if inner is None else triton.cdiv(out.numel(), COPY)
+    programs = programs_per_box(out.shape, K)
+    copies = 0 if inner is None else -(-out.numel() // COPY)
     grid = K * programs + copies
     if not grid:
         return
     sources = donors if scratch is None else scratch
-    planes = (x.shape[3] * x.stride(3) + x.shape[4] * x.stride(4) for x in (volumes, out, sources))
+    planes = (x.shape[3] * x.stride(3) + x.shape[4] * x.stride(4) for x in (volumes, donors))
     wide = max(out.numel() + COPY, *planes) >= WIDE_FROM
     low, high = window or donor_window or (0.0, 1.0)
     with torch.cuda.device_of(out):
         fmkernels_object_mixup_kernel[(grid,)](
             volumes, sources, out, boxes, donor_boxes, lam, K, programs, B, C, D, H, W, inner or 1,
-            donors.shape[0], *donors.shape[2:], *volumes.stride(), *out.stride(),
-            *sources.stride(), low, 1 / (high - low),
+            donors.shape[0], *donors.shape[2:], *volumes.stride(), *donors.stride(),
+            low, 1 / (high - low),
             LANES=LANES, DEPTH=launch.block // LANES, LAYERS=LAYERS, BOXES=BOXES,
             COPY=COPY if copies else 0, COPY_PART=COPY_PART, MIXED=scratch is not None,
             WINDOW=window is not None, DONOR_WINDOW=donor_window is not None, WIDE=wide,

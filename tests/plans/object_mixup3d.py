@@ -17,8 +17,11 @@ WINDOW = (-1200.0, 600.0)
 CUBES = (4, 1, 16, 16, 16)
 LARGE = (2, 1, 64, 64, 64)
 OBJECTS = (8, 1, 128, 128, 128)
-# one group of boxes is tested; of one tile, 64 layers need 65 planes of the donor
-MARCH = (1, (1, ((64, (65 / 64,)),)))
+
+
+def march(layers: int):
+    """Trips: one group of boxes is tested; of one tile, n layers need n + 1 planes of the donor."""
+    return 1, (1, ((layers, (1 + 1 / layers,)),))
 
 
 class Objects:
@@ -54,15 +57,15 @@ def cases() -> Iterator[Case]:
     for dtype in (F32, BF16):
         objects = Objects(dtype, shape=OBJECTS, pairs=8, donors=OBJECTS)
         name = f"large, in place, donors {dtype}".replace("torch.", "")
-        yield objects.in_place(name, 3 * dtype.itemsize, MARCH)
+        yield objects.in_place(name, 3 * dtype.itemsize, march(64))
     large = Objects(BF16, shape=OBJECTS, pairs=8, window=WINDOW, donors=OBJECTS, donor_dtype=I16)
-    yield large.in_place("large, in place, donors int16 windowed bfloat16", 6, MARCH)
+    yield large.in_place("large, in place, donors int16 windowed bfloat16", 6, march(64))
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
         min_bytes = 3 * dtype.itemsize
-        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes)
+        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes, march(4))
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
-    yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6)
+    yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6, march(4))
     yield Objects(F32).in_place("in place float32", 12)
     yield Objects(F32, donors=CUBES).in_place("near other boxes, in place float32", alone=False)
     yield Objects(F32, window=WINDOW).in_place("window, in place float32")

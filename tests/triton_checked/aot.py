@@ -213,10 +213,13 @@ def _sass(line: str) -> Instruction | None:
         return None
     predicate, op, rest = found.groups()
     stem = op.split(".")[0]
+    # a call of a local label is a branch to where none reaches
+    branches = stem == "BRA" or (stem == "CALL" and "`(.L_" in rest)
     # BRA.U has its predicate among the operands
-    branch = re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if stem == "BRA" else None
+    branch = re.match(r"\s*([!\w]+,)?.*`\((\S+?)\)", rest) if branches else None
     kind = {"LDG": "load", "STG": "store"}.get(stem)
-    ends = stem in ("BRA", "BRX", "EXIT", "RET") and not predicate and not (branch and branch[1])
+    ends = branches or stem in ("BRX", "EXIT", "RET")
+    ends = ends and not predicate and not (branch and branch[1])
     return Instruction(
         op, bool(predicate), branch and branch[2], not ends, kind and (kind, _sass_bits(op))
     )
@@ -267,7 +270,14 @@ def main_path(code: list[Instruction | str], without: tuple[Lines, ...] = ()) ->
             [block + 1] if (last is None or last.falls_through) and block + 1 < len(blocks) else []
         )
         following += [names[last.target]] if last and last.target in names else []
-        return following
+        return [onward(s) for s in following]
+
+    def onward(block: int) -> int:
+        """Where a block leads that does nothing but branch, as at the end of a loop."""
+        only = blocks[block][0] if len(blocks[block]) == 1 else None
+        if only is None or only.falls_through or only.target not in names:
+            return block
+        return block if names[only.target] == block else names[only.target]
 
     def may_end(block: int) -> bool:
         return not successors(block) or any(i.op == "EXIT" for i in blocks[block])

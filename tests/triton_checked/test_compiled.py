@@ -131,7 +131,12 @@ def test_main_path_of_machine_code():
         .L_x_2:
         BRA `(.L_x_2)
     """
-    for branch in ("@P0 BRA `(.L_x_0)", "BRA.U UP0, `(.L_x_0)", "BRA.U !UP0, `(.L_x_0)"):
+    for branch in (
+        "@P0 BRA `(.L_x_0)",
+        "BRA.U UP0, `(.L_x_0)",
+        "BRA.U !UP0, `(.L_x_0)",
+        "@!P6 CALL.REL.NOINC `(.L_x_0)",
+    ):
         assert sass(diamond.format(branch=branch, end="EXIT")) == aot.MainPath(
             5, {128: 1}, {128: 1}
         )
@@ -172,6 +177,16 @@ def test_main_path_of_machine_code():
     """
     body = aot.MainPath(3, {32: 1}, {})
     assert sass(left_at_its_head) == aot.MainPath(5, {32: 1}, {32: 1}, (body,))
+    left_before_its_end = """
+        .L_x_0:
+        LDG.E R4, desc[UR4][R4.64]
+        @!P6 CALL.REL.NOINC `(.L_x_1)
+        BRA `(.L_x_0)
+        .L_x_1:
+        EXIT
+    """
+    body = aot.MainPath(2, {32: 1}, {})
+    assert sass(left_before_its_end) == aot.MainPath(3, {32: 1}, {}, (body,))
     inner, last = aot.MainPath(2, {32: 1}, {}), aot.MainPath(2, {}, {32: 1})
     outer = aot.MainPath(4, {32: 1}, {}, (inner,))
     assert sass(nested) == aot.MainPath(7, {32: 1}, {32: 1}, (outer, last))

@@ -55,7 +55,11 @@ def each(ops: Iterable[OpInfo], **values: Callable[[OpInfo], Iterable]) -> pytes
     """Parametrize by op, and by what each of `values` gives for it."""
     rows = [((op,), op.name) for op in ops]
     for give in values.values():
-        rows = [((*row, v), f"{name}-{v}") for row, name in rows for v in give(row[0])]
+        rows = [
+            ((*row, v), "-".join([name, *map(str, v if isinstance(v, tuple) else (v,))]))
+            for row, name in rows
+            for v in give(row[0])
+        ]
     params = [pytest.param(*row, id=name.replace("torch.", "")) for row, name in rows]
     return pytest.mark.parametrize(("op", *values), params)
 
@@ -190,15 +194,40 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@each(KERNELS, sample=samples, dtype=dtypes)
-def test_agrees_with_the_reference(path, op, sample, dtype, poisoned):
+def samples_and_types(op: OpInfo, compiled: bool) -> list[tuple[str, torch.dtype]]:
+    """Samples and types that compile kernels, or the other ones.
+
+    The former are all samples of two types, and the first and the last one of all types.
+    """
+    names = list(samples(op))
+    return [
+        (name, dtype)
+        for name in names
+        for dtype in op.dtypes
+        if compiled == (name in (names[0], names[-1]) or dtype in op.dtypes[:2])
+    ]
+
+
+@each(KERNELS, case=lambda op: samples_and_types(op, compiled=True))
+def test_agrees_with_the_reference(path, op, case, poisoned):
+    sample, dtype = case
     check(op, copy(op.samples(dtype)[sample], path.device), dtype)
+
+
+@each(KERNELS, case=lambda op: samples_and_types(op, compiled=False))
+def test_agrees_with_the_reference_on_the_cpu(op, case, poisoned):
+    """The other types, of which each would compile a kernel for the same arithmetic."""
+    sample, dtype = case
+    check(op, op.samples(dtype)[sample], dtype)
 
 
 @pytest.mark.parametrize("result", VOXELS, ids=str)
 @each(WITH_DTYPE, dtype=dtypes)
 def test_every_type_of_result(path, op, dtype, result):
-    for window in (None, (-20.5, 30.0)):
+    windows: tuple = (None, (-20.5, 30.0))
+    if path.name == "kernel":  # each compiles a variant: one for a pair of types
+        windows = (windows[(VOXELS.index(dtype) + VOXELS.index(result)) % 2],)
+    for window in windows:
         arguments = {**op.sized(4, dtype), "window": window, "dtype": result}
         arguments = copy(arguments, path.device)
         results = tree_leaves(op.function(**arguments))

@@ -67,7 +67,8 @@ def cases() -> Iterator[Case]:
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
     yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6, march(4))
     yield Objects(F32).in_place("in place float32", 12)
-    yield Objects(F32, donors=CUBES).in_place("near other boxes, in place float32", alone=False)
+    near = "near other boxes, in place float32"
+    yield Objects(F32, donors=CUBES).in_place(near, trips=(1, (2, ())), alone=False)
     yield Objects(F32, window=WINDOW).in_place("window, in place float32")
     yield Objects(F32, shape=LARGE, pairs=0).new("new, no box float32", F32, 8)
     yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(

@@ -22,7 +22,7 @@ import triton
 
 from .driver import Variant
 
-Line = tuple[str, int]  # file and number
+Line = tuple[str, int]  # file, without its folder, which is where the code was compiled; number
 Lines = tuple[str, int, int]  # file, the first and the last
 
 WIDTH = {
@@ -199,7 +199,7 @@ def parse(text: str, instruction: Callable[[str], Instruction | None]) -> list[I
     source: Line | None = None
     for line in text.splitlines():
         if place := re.match(r'\s*//## File "(.*)", line (\d+)', line):
-            source = place[1], int(place[2])
+            source = Path(place[1]).name, int(place[2])
         elif label := re.match(r"(\.?[\w$]+):", line):
             code.append(label[1])
         elif found := instruction(line):

@@ -182,7 +182,7 @@ def _alone(module: str) -> Iterator[None]:
 
 def _lines(function: triton.JITFunction) -> tuple[str, int, int]:
     lines, first = inspect.getsourcelines(function.fn)
-    return inspect.getsourcefile(function.fn), first, first + len(lines) - 1
+    return Path(inspect.getsourcefile(function.fn)).name, first, first + len(lines) - 1
 
 
 def _arguments(source) -> dict:

@@ -33,6 +33,16 @@ def crop_and_resize3d(
     return out
 
 
+def apply_window(x: Tensor, window: tuple[float, float]) -> Tensor:
+    """clamp((x - low) / (high - low), 0, 1); at the bounds the derivative is that between them.
+
+    That of `torch.clamp` at its bounds is 1 before torch 2.14 and 0 since.
+    """
+    low, high = window
+    x = (x - low) / (high - low)
+    return torch.where((x >= 0) & (x <= 1), x, x.detach().clamp(0, 1))
+
+
 def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, mode: str, window) -> Tensor:
     batch, *bounds = box.tolist()
     extents_are_finite = bool((box[4:] - box[1:4]).isfinite().all())  # as float32 has them
@@ -42,8 +52,7 @@ def _crop(volumes: Tensor, box: Tensor, output_size, clamp: str, mode: str, wind
         )
     volume = volumes[int(batch)].double()
     if window:
-        low, high = window
-        volume = ((volume - low) / (high - low)).clamp(0, 1)
+        volume = apply_window(volume, window)
     axes = [
         _positions(start, end, n, size, clamp, volume.device)
         for start, end, n, size in zip(

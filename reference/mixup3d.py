@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from reference.crop_and_resize3d import apply_window
+
 
 def mixup3d(volumes, lam, index, *, donors=None, flips=None, window=None, dtype=None) -> Tensor:
     """out[b] = lam[b] f(volumes[b]) + (1 - lam[b]) f(donors[index[b]]), rounded for integer dtypes.
@@ -34,7 +36,4 @@ def _source(volumes: Tensor, flips: Tensor | None, row: int, window) -> Tensor:
     volume = volumes[row].double()
     mask = 0 if flips is None else int(flips[row])
     volume = volume.flip([axis for axis, bit in ((1, 1), (2, 2), (3, 4)) if mask & bit])
-    if window is None:
-        return volume
-    low, high = window
-    return ((volume - low) / (high - low)).clamp(0, 1)
+    return volume if window is None else apply_window(volume, window)

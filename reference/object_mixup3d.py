@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from reference.crop_and_resize3d import crop_and_resize3d
+from reference.crop_and_resize3d import apply_window, crop_and_resize3d
 
 
 def object_mixup3d(
@@ -21,8 +21,7 @@ def object_mixup3d(
     out = volumes.double().clone()
     target_window = window if donors.dtype == volumes.dtype else None
     if target_window:
-        low, high = target_window
-        out = ((out - low) / (high - low)).clamp(0, 1)
+        out = apply_window(out, target_window)
     for target, source, weight in zip(boxes, donor_boxes, lam.double(), strict=True):
         target, source = _clip(target, volumes), _clip(source, donors)
         if target is None or source is None:

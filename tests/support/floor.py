@@ -266,7 +266,8 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
     found = []
     for name in FIGURES if same_compiler else [n for n in FIGURES if n not in COMPILED]:
         new, old = getattr(row, name), committed[name]
-        pairs = zip(new, old, strict=True) if new and isinstance(old, list) else [(new, old)]
+        several = bool(new) and isinstance(old, list | tuple)
+        pairs = zip(new, old, strict=True) if several else [(new, old)]
         for a, b in pairs:
             limit = b if b is None else b * NOISE.get(name, 1)
             if (a is None) != (b is None) or (

@@ -6,12 +6,15 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from triton import knobs
 
 import tests.plans
+from fmkernels.kernels import launching
 from tests.support import on_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +75,13 @@ def describe(x: object) -> object:
     if isinstance(x, tuple):
         return [describe(each) for each in x]
     return (x.dtype, x.shape, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("hook", [None, lambda metadata: None])
+def test_a_launch_hook_may_be_a_plain_function_or_nothing(hook, monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    kernel = SimpleNamespace(pre_run_hooks=[])
+    assert launching._is_watched(kernel) is (hook is not None)
 
 
 if __name__ == "__main__":

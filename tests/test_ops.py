@@ -1,5 +1,6 @@
 """The tests that every op needs, made from the table in tests/opinfo.py."""
 
+import contextlib
 import inspect
 import math
 import os
@@ -1059,3 +1060,20 @@ def test_an_op_that_waits_is_caught(op, line, idle_kernels, monkeypatch):
             patch.setattr(cpu, name, waits(launch))
             with pytest.raises(HostSyncError, match="waits for the device"):
                 call_all(op)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("name", ["mixup3d", "object_mixup3d"])
+def test_autograd_notices_what_out_overwrites(name, watched):
+    """As after an in-place function of PyTorch's: else gradients would silently be wrong."""
+    volumes, lam = torch.rand(2, 1, 4, 4, 4), torch.tensor([0.5, 0.5])
+    boxes = torch.tensor([[0.0, 0, 0, 0, 3, 3, 3], [1, 1, 1, 1, 4, 4, 4]])
+    others = (lam, torch.tensor([1, 0])) if name == "mixup3d" else (boxes, boxes.flip(0), lam)
+    weight = torch.ones_like(volumes, requires_grad=True)
+    loss = (weight * volumes).sum()
+    seen = Functions() if watched else contextlib.nullcontext()
+    with seen:
+        getattr(functional, name)(volumes, *others, out=volumes)
+    assert volumes._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -39,9 +39,11 @@ def arrival_counter(device: torch.device) -> Tensor:
     if device.type != "cuda":  # interpreted, perhaps not to the end, or recorded
         return torch.zeros(1, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
-        unused = _unused.get(device)
+        with _lock:
+            if unused := _unused.get(device):
+                return unused.pop()
         # memory of the graph, which clears it whenever it runs: one launch more
-        return unused.pop() if unused else torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(1, dtype=torch.int32, device=device)
     stream = device, triton.runtime.driver.active.get_current_stream(device.index)
     if stream not in _of_stream or not _unused[device]:
         with _lock:

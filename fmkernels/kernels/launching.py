@@ -52,9 +52,9 @@ def _launcher(kernel: JITFunction) -> Callable:
 def _is_watched(kernel: JITFunction) -> bool:
     """Whether anybody wants to see launches."""
     runtime = knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains, or what a user has set
     return bool(
-        runtime.launch_enter_hook.calls
-        or runtime.launch_exit_hook.calls
+        any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
         or runtime.add_stages_inspection_hook
         or kernel.pre_run_hooks
     )

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from fmkernels.ops.checks import refuse_tangent
@@ -146,10 +147,30 @@ def mutating_op(schema: str, launcher: str) -> Callable[[Callable[..., None]], C
 
         def finish(op: torch._ops.OpOverload, *_: Any) -> None:
             LIBRARY.impl(op.name(), _resolving_negatives(op), "Negative")
+            kernel = _counting_versions(op)
+            LIBRARY.impl(op.name(), kernel, "ADInplaceOrView", with_keyset=True)
 
         return _define(schema, lambda *args: None, calling, launch.__module__, launcher, finish)
 
     return define
+
+
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """The arguments that an op writes into, by their number."""
+    return [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+
+
+def _counting_versions(op: torch._ops.OpOverload) -> Callable:
+    """The op, and one more version of what it writes: autograd may have saved the one before."""
+    written = _written(op)
+
+    def kernel(keyset, *args):
+        for i in written:
+            increment_version(args[i])
+        with _C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keyset & _C._after_ADInplaceOrView_keyset, *args)
+
+    return kernel
 
 
 def _resolving_negatives(op: torch._ops.OpOverload) -> Callable:
@@ -203,6 +224,7 @@ def _caller(
     kinds = [str(argument.type) for argument in op._schema.arguments]
     tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
     lists = [i for i, kind in enumerate(kinds) if kind == "List[Tensor]"]
+    written = _written(op)
 
     def call(*args, **options):
         if not (torch.compiler.is_compiling() or _is_watched()):
@@ -212,6 +234,8 @@ def _caller(
             key = _plain_backend(given)
             if key is not None:
                 if not (torch.is_grad_enabled() and any([x.requires_grad for x in given])):
+                    for i in written:
+                        increment_version(args[i])
                     return backends[key](*args, **options)
                 if differentiable and not _C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
                     return differentiable(backends[key], args, options)
@@ -233,12 +257,15 @@ def _is_watched() -> bool:
 
 def _plain_backend(tensors: Iterable[Tensor]) -> _C.DispatchKey | None:
     """The backend of tensors none of which is wrapped, marked or of a class of its own."""
-    backend = None
+    found = None
     for x in tensors:
         backend = _BACKEND_OF.get(_C._dispatch_keys(x).raw_repr())
         if backend is None or not (type(x) is Tensor or type(x) is Parameter):
             return None
-    return backend
+        if backend is not found and found is not None:
+            return None
+        found = backend
+    return found
 
 
 def _define_overload(

@@ -286,10 +286,16 @@ def name_scans(root: Path, failed: dict[Path, str] | None = None) -> dict[str, P
         else:
             paths.append(path)
     shared = {uid for uid in ids if ids.count(uid) > 1} if len(set(ids)) < len(ids) else set()
-    return {
-        (_relative(root, path) if uid in shared else uid): path
-        for uid, path in zip(ids, paths, strict=True)
-    }
+    named: dict[str, Path] = {}
+    for uid, path in zip(ids, paths, strict=True):
+        uid = _relative(root, path) if uid in shared else uid
+        if uid in named:
+            raise InputError(
+                f"{path}: expected a name of its own, got that of {named[uid]} but for the ending; "
+                "move or rename one of them"
+            )
+        named[uid] = path
+    return named
 
 
 def _relative(root: Path, path: Path) -> str:

@@ -44,6 +44,12 @@ class TestScans:
         data.prepare(workers=0, progress=False)
         assert len(data.boxes("c")[0]) == 1
 
+    def test_that_differ_in_the_ending_alone_are_refused(self, folder):
+        write_scan(folder / "patients/a/scan.nrrd", Scan("any", 0, nodules=[]))
+        write(folder, [f"a,{INSIDE}"])
+        with pytest.raises(InputError, match=r"scan\.nrrd: expected a name of its own.*nii\.gz"):
+            open_data(folder)
+
     @pytest.mark.parametrize(
         "name",
         [

@@ -132,8 +132,12 @@ def check(
         workers: processes that read scans; default: one per core, at most 8.
 
     Raises:
-        InputError: there is no data set in the folder, or a table cannot be read.
+        InputError: there is no data set in the folder, a table cannot be read, or the picture
+            cannot be written.
     """
+    figures.picture_format(picture)
+    if not (parent := Path(picture).parent).is_dir():
+        raise InputError(f"{picture}: expected a file in an existing folder, found no {parent}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
         data = open_data(root, coordinates=coordinates, unlabeled=unlabeled)

@@ -245,7 +245,7 @@ def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
             if value != option.default
         ]
         text = option.metadata["help"]
-        if option.default is not None:
+        if option.default not in (None, ()):
             text = f"{text} (default: {'; '.join(defaults)})"
         elif len(defaults) > 1:  # such texts name their default
             text = f"{text.removesuffix(')')}; {'; '.join(defaults[1:])})"

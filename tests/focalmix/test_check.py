@@ -216,6 +216,13 @@ def test_the_command(folder, tmp_path, capsys):
     assert "error: scans that cannot be used: 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["check.xyz", "nowhere/check.png"])
+def test_the_picture_is_checked_before_scans_are_read(folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("fmkernels.focalmix.check.open_data", None)
+    with pytest.raises(InputError, match=r"check\.(xyz|png): expected a"):
+        check(folder, tmp_path / name)
+
+
 def test_where_annotations_are_is_read_only_when_needed(luna_folder, monkeypatch):
     monkeypatch.setattr(DataSet, "where", lambda *_: pytest.fail("read the table again"))
     report = look(luna_folder)

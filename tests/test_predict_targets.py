@@ -441,7 +441,7 @@ def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@kernel_cases(200)
+@kernel_cases(60)
 @given(case=CASE)
 def test_any_case_in_the_kernel(path, case):
     check_case(case, path.device)

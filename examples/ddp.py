@@ -35,4 +35,5 @@ joint.backward()
 for gradient, p in zip(mine, model.parameters(), strict=True):
     torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
 print(f"rank {rank} of {world}: the gradient of the joint batch")
+dist.barrier()
 dist.destroy_process_group()

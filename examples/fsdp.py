@@ -40,4 +40,5 @@ joint.backward()
 for shard, p in zip(sharded.parameters(), model.parameters(), strict=True):
     torch.testing.assert_close(shard.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6)
 print(f"rank {rank} of {world}: the gradient of the joint batch, in shards")
+dist.barrier()
 dist.destroy_process_group()

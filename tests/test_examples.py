@@ -115,7 +115,9 @@ def test_ddp_and_fsdp(name, says):
         cwd=ROOT,
         env=os.environ | environment,
     )
-    assert done.returncode == 0, done.stderr
+    # once in a while gloo aborts a process that has ended, after all is said
+    aborted = "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted, done.stderr
     for rank in range(2):
         assert f"rank {rank} of 2: {says}" in done.stdout
 

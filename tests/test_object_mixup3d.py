@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import reference
 from fmkernels import object_mixup3d
 from fmkernels.kernels import object_mixup3d as kernels
+from fmkernels.kernels import tuning
 from tests.opinfo import FLOATS, VOXELS, make
 from tests.support import on_gpu
 from tests.support.cases import cases, kernel_cases
@@ -104,6 +105,18 @@ def test_a_program_takes_several_tiles(path, monkeypatch):
         draw(2, volumes.shape, path.device)[1],
         torch.tensor([0.5, 0.7], device=path.device),
     )
+
+
+def test_tiles_of_any_depth(path, monkeypatch):
+    """Those that the tuning sweep tries, without other boxes near and with them."""
+    volumes = make((1, 1, 20, 12, 14), device=path.device)
+    alone = rows((0, 0, 0, 0, 20, 12, 14), device=path.device)
+    lam = torch.tensor([0.5], device=path.device)
+    for block in (256, 1024, 2048):
+        row = tuning.Launch(block=block, num_warps=4)
+        monkeypatch.setitem(tuning.TABLE, "object_mixup3d", {tuning.DEFAULT: row})
+        compare(volumes, alone, draw(1, volumes.shape, path.device)[1], lam)
+        compare(volumes, *draw(3, volumes.shape, path.device))
 
 
 def test_more_boxes_than_are_tested_at_once(path, monkeypatch):

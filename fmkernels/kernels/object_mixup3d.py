@@ -338,7 +338,8 @@ def fmkernels_object_mixup_kernel(
         tile = (program - k * programs).to(INDEX)
         usable, b, first, stop = _load_target(boxes, donor_boxes, k, shape, donor_shape)
         plane = tl.maximum(stop[1] - first[1], 0).to(INDEX) * tl.maximum(stop[2] - first[2], 0)
-        layers = tl.cdiv(tl.maximum(stop[0] - first[0], 0), DEPTH)
+        SHALLOWEST: tl.constexpr = DEPTH if DEPTH < LAYERS else LAYERS  # layers of either tile
+        layers = tl.cdiv(tl.maximum(stop[0] - first[0], 0), SHALLOWEST)
         if usable & (tile < tl.cdiv(plane, LANES) * layers * C):
             strides = (stride_b, stride_c, stride_z, stride_y, stride_x)
             donor_strides = (donor_b, donor_c, donor_z, donor_y, donor_x)

@@ -121,8 +121,7 @@ def mixup3d(
             raise ValueError(
                 f"{name}: no gradient through out is offered, pass all tensors detached"
             )
-        op = mixup3d_out_op
-        op(volumes, donors, lam, index, flips, donor_flips, bounds, out)
+        mixup3d_out_op(volumes, donors, lam, index, flips, donor_flips, bounds, out)
         return out
     order = memory_order(volumes)
     mixed = mixup3d_op(

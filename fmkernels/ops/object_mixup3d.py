@@ -144,10 +144,8 @@ def object_mixup3d(
     pairs = boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous()
     if out is None:
         dense = volumes if _are_dense(volumes) else volumes.contiguous()
-        op = object_mixup3d_op
-        return op(dense, donors, *pairs, bounds, donor_bounds, dtype=dtype)
-    op = object_mixup3d_out_op
-    op(volumes, donors, *pairs, bounds, donor_bounds, out)
+        return object_mixup3d_op(dense, donors, *pairs, bounds, donor_bounds, dtype=dtype)
+    object_mixup3d_out_op(volumes, donors, *pairs, bounds, donor_bounds, out)
     return out
 
 

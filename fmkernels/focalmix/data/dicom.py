@@ -107,7 +107,6 @@ def dicom_header(folder: Path) -> Header:
         direction,
     )
     return Header(
-        series[0],
         files,
         size[::-1],
         (spacing, float(in_plane[0]), float(in_plane[1])),

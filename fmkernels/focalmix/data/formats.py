@@ -25,7 +25,7 @@ from fmkernels.focalmix.data.metaimage import metaimage_header
 from fmkernels.focalmix.data.volume import Volume, resample, resampled_shape
 from fmkernels.focalmix.errors import InputError, InputWarning
 
-_READERS: dict[str, Callable[[Path, str], Header]] = {
+_READERS: dict[str, Callable[[Path], Header]] = {
     ".mhd": metaimage_header,
     ".mha": metaimage_header,
     ".nii": nifti_header,
@@ -81,7 +81,7 @@ def check_header(path: str | Path) -> Header:
     suffix = _suffix(path.name)
     if not suffix:
         raise InputError(f"{path}: expected a scan ({SUPPORTED}), got {kind_of(path)}")
-    return _READERS[suffix](path, scan_name(path))
+    return _READERS[suffix](path)
 
 
 def read_scan(path: str | Path) -> Volume:

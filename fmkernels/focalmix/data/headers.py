@@ -46,10 +46,8 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header of a scan: its id, its files, its grid as in `Volume`."""
+    """The checked header of a scan: its files, its grid as in `Volume`."""
 
-    uid: str
-    """Series id of a DICOM series, else the name of the file without its suffix."""
     files: tuple[Path, ...]
     """All files that hold the scan."""
     shape: tuple[int, ...]

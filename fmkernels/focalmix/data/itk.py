@@ -48,7 +48,7 @@ def itk_reason(error: RuntimeError) -> str:
     return re.sub(r"^.*?\(0x[0-9a-f]+\): ", "", lines[-1]) if lines else "no reason given"
 
 
-def nifti_header(path: Path, uid: str) -> Header:
+def nifti_header(path: Path) -> Header:
     """Read a header of NIfTI (``.nii``, ``.nii.gz``) and check that the voxels are complete.
 
     Raises:
@@ -69,7 +69,7 @@ def nifti_header(path: Path, uid: str) -> Header:
     warnings: tuple[str, ...] = ()
     if head[344:348] == b"n+1\0" and not any(head[252:256]):  # qform_code, sform_code
         warnings = (f"{path}: the header does not say how the scan lies (qform and sform are 0)",)
-    header = _header(path, uid, "NiftiImageIO")
+    header = _header(path, "NiftiImageIO")
     expected = _stored_bytes(head, math.prod(header.shape))
     if is_packed:
         check_compression(path, expected)
@@ -92,7 +92,7 @@ def _stored_bytes(head: bytes, voxels: int) -> int:
     return int(offset) + voxels * bits // 8
 
 
-def nrrd_header(path: Path, uid: str) -> Header:
+def nrrd_header(path: Path) -> Header:
     """Read a header of NRRD with its voxels in the same file (``.nrrd``).
 
     Raises:
@@ -114,13 +114,13 @@ def nrrd_header(path: Path, uid: str) -> Header:
     warnings: tuple[str, ...] = ()
     if not re.search(rb"^space:", text, re.I | re.M):
         warnings = (f"{path}: the header does not say how the scan lies (no field space)",)
-    header = _header(path, uid, "NrrdImageIO")
+    header = _header(path, "NrrdImageIO")
     if not re.search(rb"^encoding:\s*raw\s*$", text, re.I | re.M):
         check_compression(path, 2 * math.prod(header.shape))  # at least
     return replace(header, warnings=warnings + header.warnings)
 
 
-def _header(path: Path, uid: str, kind: str) -> Header:
+def _header(path: Path, kind: str) -> Header:
     """The checked header, as ITK reads it."""
     sitk = simpleitk()
     reader = sitk.ImageFileReader()
@@ -145,7 +145,6 @@ def _header(path: Path, uid: str, kind: str) -> Header:
     if reader.HasMetaDataKey(_DEVIATION):
         warnings = check_slices(path, float(reader.GetMetaData(_DEVIATION)), spacing[2])
     return Header(
-        uid,
         (path,),
         size[::-1],
         spacing[::-1],

@@ -36,7 +36,7 @@ _TYPES = {
 _UNSIGNED = ("MET_UCHAR", "MET_USHORT", "MET_UINT", "MET_ULONG", "MET_ULONG_LONG")
 
 
-def metaimage_header(path: Path, uid: str) -> Header:
+def metaimage_header(path: Path) -> Header:
     """Read a header, check it and the size of its file of voxels.
 
     Raises:
@@ -136,7 +136,6 @@ def metaimage_header(path: Path, uid: str) -> Header:
         )
     read = _inflate if is_compressed else _read
     return Header(
-        uid,
         (path,) if is_local else (path, raw),
         size[::-1],
         tuple(spacing[::-1].tolist()),

@@ -9,7 +9,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from fmkernels.focalmix.data.formats import hu_problem, read_scan
 from fmkernels.focalmix.data.own import OwnData, open_data
 from fmkernels.focalmix.data.tables import UNKNOWN_DIAMETER, diameters
 from fmkernels.focalmix.data.volume import Volume, index_to_box, reoriented
-from fmkernels.focalmix.data.workers import process_pool
+from fmkernels.focalmix.data.workers import process_map
 from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 from fmkernels.focalmix.evaluation import figures
 
@@ -167,10 +166,7 @@ def check(
 
 def _look_at_all(data: DataSet, series: Sequence[str], workers: int) -> Iterable[Look]:
     work = [(uid, data.path(uid), data.nodules(uid)) for uid in series]
-    with ExitStack() as stack:
-        looks: Iterable[Look] = map(_look, work)
-        if min(workers, len(work)) > 1:
-            looks = stack.enter_context(process_pool(min(workers, len(work)))).map(_look, work)
+    with process_map(_look, work, workers) as looks:
         yield from tqdm(looks, "checking", total=len(work), unit="scan")
 
 

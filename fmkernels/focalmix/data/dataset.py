@@ -27,7 +27,7 @@ from fmkernels.focalmix.data.formats import (
     scan_name,
 )
 from fmkernels.focalmix.data.volume import Volume
-from fmkernels.focalmix.data.workers import process_pool
+from fmkernels.focalmix.data.workers import process_map
 from fmkernels.focalmix.errors import InputError, InputWarning
 from fmkernels.focalmix.files import atomic_write
 
@@ -246,20 +246,11 @@ class DataSet(ABC):
         if workers is None:
             size = sum(_size(path) for _, path, _ in stale)
             workers = min(os.cpu_count() or 1, 8, 1 + size // BYTES_PER_WORKER)
-        with (
-            tqdm(
-                total=len(stale), desc="resampling", unit="scan", disable=not (progress and stale)
-            ) as bar,
-            contextlib.ExitStack() as stack,
-        ):
-            mapped: Iterable[list[str]] = map(write, stale)
-            if min(workers, len(stale)) > 1:
-                pool = stack.enter_context(process_pool(min(workers, len(stale))))
-                mapped = pool.map(write, stale)
-            for messages in mapped:
+        hidden = not (progress and stale)
+        with process_map(write, stale, workers) as mapped:
+            for messages in tqdm(mapped, "resampling", len(stale), unit="scan", disable=hidden):
                 for message in messages:
                     warnings.warn(message, InputWarning, stacklevel=2)
-                bar.update()
         for uid in series:
             self.boxes(uid)
 

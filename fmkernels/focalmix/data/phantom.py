@@ -10,7 +10,6 @@ point of the lungs; world coordinates add the ``shift`` of the scan. Voxel array
 Radiodensities are Hounsfield units (HU).
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,7 +32,7 @@ from fmkernels.focalmix.data.tables import (
     write_findings,
     write_series,
 )
-from fmkernels.focalmix.data.workers import process_pool
+from fmkernels.focalmix.data.workers import process_map
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.files import lock_folder
 
@@ -973,13 +972,7 @@ def write_phantoms(
         (out / f"subset{subset}").mkdir(parents=True, exist_ok=True)
 
     write = functools.partial(_write_scan, out, size, seed)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_folder(out))
-        results: Iterable[tuple[NDArray, NDArray]] = map(write, indices)
-        if (processes := min(workers, len(indices))) > 1:
-            pool = stack.enter_context(process_pool(processes))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(write, indices)
+    with lock_folder(out), process_map(write, indices, workers) as results:
         bar = tqdm(
             results, total=len(indices), desc=f"{size} phantoms", unit="scan", disable=not progress
         )

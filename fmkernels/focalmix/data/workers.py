@@ -1,13 +1,18 @@
 """Worker processes: a pool, and single ones."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def process_pool(count: int) -> ProcessPoolExecutor:
@@ -17,6 +22,24 @@ def process_pool(count: int) -> ProcessPoolExecutor:
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+
+
+@contextlib.contextmanager
+def process_map(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
+) -> Iterator[Iterable[_Result]]:
+    """``map`` in up to ``workers`` processes of a `process_pool`, or in this one if one is enough.
+
+    After the block, no item is begun any more.
+    """
+    if (count := min(workers, len(items))) < 2:
+        yield map(function, items)
+        return
+    with process_pool(count) as pool:
+        try:
+            yield pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def start_process(function: Callable, *arguments: object, log: Path) -> BaseProcess:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fmkernels.focalmix.data.headers import Header, check_grid, printable
-from fmkernels.focalmix.data.itk import itk_reason, simpleitk
+from fmkernels.focalmix.data.itk import itk_errors, read_voxels, simpleitk
 from fmkernels.focalmix.errors import InputError
 
 _MODALITY, _SERIES = "0008|0060", "0020|000e"
@@ -150,10 +150,8 @@ def _tags(sitk: Any, file: Path) -> dict[str, str]:
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(file))
-    try:
+    with itk_errors(file):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputError(f"{file}: cannot be read: {itk_reason(error)}") from None
     return {tag: reader.GetMetaData(tag).strip() for tag in _NAMES if reader.HasMetaDataKey(tag)}
 
 
@@ -174,17 +172,7 @@ def _numbers(file: Path, tags: dict[str, str], tag: str, count: int) -> np.ndarr
 
 
 def _read(files: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
-    sitk = simpleitk()
-    reader = sitk.ImageSeriesReader()
+    reader = simpleitk().ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([str(file) for file in files])
-    try:
-        voxels = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        raise InputError(f"{files[0].parent}: slices cannot be read: {itk_reason(error)}") from None
-    if voxels.shape != shape:
-        raise InputError(
-            f"{files[0].parent}: expected slices that stay as they are, "
-            "but they changed while they were read"
-        )
-    return voxels
+    return read_voxels(reader, files[0].parent, shape)

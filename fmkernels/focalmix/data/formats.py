@@ -7,7 +7,7 @@ SimpleITK is imported where a scan is read that is not MetaImage, LUNA16's forma
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ def find_scans(folder: str | Path) -> list[Path]:
         paths = [Path(name, file) for file in sorted(files) if not file.startswith(".")]
         scans = [path for path in paths if _suffix(path.name)]
         found += scans
-        if not scans and _is_series(paths):
+        if not scans and any(path.is_file() and is_dicom(path) for path in paths):
             found.append(Path(name))
     return found
 
@@ -170,7 +170,3 @@ def _as_hu(path: Path, stored: np.ndarray) -> np.ndarray:
 def _suffix(name: str) -> str:
     """The suffix of a scan as supported, in lower case; empty for other files."""
     return next((suffix for suffix in _READERS if name.lower().endswith(suffix)), "")
-
-
-def _is_series(paths: Iterable[Path]) -> bool:
-    return any(is_dicom(path) for path in sorted(paths) if path.is_file())

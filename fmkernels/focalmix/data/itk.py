@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -42,10 +43,36 @@ def simpleitk() -> ModuleType:
     return SimpleITK
 
 
-def itk_reason(error: RuntimeError) -> str:
-    """The last line of an error of SimpleITK, which says most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"^.*?\(0x[0-9a-f]+\): ", "", lines[-1]) if lines else "no reason given"
+@contextlib.contextmanager
+def itk_errors(path: Path) -> Iterator[None]:
+    """Make an error of SimpleITK in the block an InputError that names ``path``."""
+    try:
+        yield
+    except RuntimeError as error:
+        # the last line says most
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = re.sub(r"^.*?\(0x[0-9a-f]+\): ", "", lines[-1]) if lines else "no reason given"
+        raise InputError(f"{path}: cannot be read: {reason}") from None
+
+
+def read_voxels(reader: Any, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The voxels [D, H, W] of a reader of SimpleITK, of the shape that the header says.
+
+    Args:
+        reader: any reader, with its file names set.
+        path: the scan, for messages.
+        shape: the shape of the voxels.
+
+    Raises:
+        InputError: they cannot be read, or have another shape.
+    """
+    with itk_errors(path):
+        voxels = simpleitk().GetArrayFromImage(reader.Execute())
+    if voxels.shape != shape:
+        raise InputError(
+            f"{path}: expected a scan that stays as it is, but it changed while it was read"
+        )
+    return voxels
 
 
 def nifti_header(path: Path) -> Header:
@@ -83,12 +110,10 @@ def nifti_header(path: Path) -> Header:
 
 def _stored_bytes(head: bytes, voxels: int) -> int:
     """Size of a NIfTI file by its header."""
-    first = head[4:8] != b"n+2\0"
     order = "<" if struct.unpack("<i", head[:4])[0] in (348, 540) else ">"
-    bits, offset = struct.unpack_from(f"{order}h", head, 72 if first else 14)[0], 0
-    (offset,) = struct.unpack_from(
-        *((f"{order}f", head, 108) if first else (f"{order}q", head, 168))
-    )
+    bits_at, offset_at, kind = (14, 168, "q") if head[4:8] == b"n+2\0" else (72, 108, "f")
+    (bits,) = struct.unpack_from(f"{order}h", head, bits_at)
+    (offset,) = struct.unpack_from(f"{order}{kind}", head, offset_at)
     return int(offset) + voxels * bits // 8
 
 
@@ -125,12 +150,9 @@ def _header(path: Path, kind: str) -> Header:
     sitk = simpleitk()
     reader = sitk.ImageFileReader()
     reader.SetImageIO(kind)
-    with _lower_case(path) as name:
+    with _lower_case(path) as name, itk_errors(path):
         reader.SetFileName(name)
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise InputError(f"{path}: cannot be read: {itk_reason(error)}") from None
+        reader.ReadImageInformation()
     if reader.GetDimension() != 3:
         raise InputError(f"{path}: expected 3 dimensions, got {reader.GetDimension()}")
     if (channels := reader.GetNumberOfComponents()) != 1:
@@ -156,20 +178,11 @@ def _header(path: Path, kind: str) -> Header:
 
 
 def _read(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    sitk = simpleitk()
-    reader = sitk.ImageFileReader()
+    reader = simpleitk().ImageFileReader()
     reader.SetImageIO(kind)
     with _lower_case(path) as name:
         reader.SetFileName(name)
-        try:
-            voxels = sitk.GetArrayFromImage(reader.Execute())
-        except RuntimeError as error:
-            raise InputError(f"{path}: cannot be read: {itk_reason(error)}") from None
-    if voxels.shape != shape:
-        raise InputError(
-            f"{path}: expected a file that stays as it is, but it changed while it was read"
-        )
-    return voxels
+        return read_voxels(reader, path, shape)
 
 
 def _read_packed(path: Path, expected: int, shape: tuple[int, ...]) -> np.ndarray:

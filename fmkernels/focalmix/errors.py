@@ -1,8 +1,15 @@
-"""The exception for bad input. The command line prints it as one line and exits with 2."""
+"""Bad input, and what to say of other errors."""
 
 
 class InputError(ValueError):
-    """Bad input: names the file, row or field, what was expected and what came."""
+    """Bad input: names the file, row or field, what was expected and what came.
+
+    The command line prints it as one line and exits with 2.
+    """
+
+
+class InputWarning(UserWarning):
+    """Suspicious input, in one line. The command line prints it and goes on."""
 
 
 def first_line(error: Exception) -> str:
@@ -16,7 +23,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     texts = ("can't allocate memory", "not enough memory")
     is_host = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return isinstance(error, MemoryError) or is_host or type(error).__name__ == "OutOfMemoryError"
-
-
-class InputWarning(UserWarning):
-    """Suspicious input, in one line. The command line prints it and goes on."""

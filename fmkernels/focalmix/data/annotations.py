@@ -107,15 +107,10 @@ def _read_table(path: Path) -> Iterator[Annotation]:
 
 
 def _finding(where: str, values: Mapping[str, Any], is_box: bool) -> tuple[float, ...]:
-    numbers = []
-    for name, value in values.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
+    numbers = [_number(value) for value in values.values()]
+    for number, (name, value) in zip(numbers, values.items(), strict=True):
         if not math.isfinite(number):
             raise InputError(f"{where}: {name}: expected a finite number, got {value!r}")
-        numbers.append(number)
     if not is_box:
         if numbers[3] == 0:
             raise InputError(f"{where}: diameter: expected one other than zero, got 0")
@@ -129,21 +124,24 @@ def _finding(where: str, values: Mapping[str, Any], is_box: bool) -> tuple[float
 
 
 def _fold(where: str, value: Any) -> int:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if number not in FOLDS:
+    if (number := _number(value)) not in FOLDS:
         raise InputError(f"{where}: fold: expected an integer of 0 to 9, got {value!r}")
     return int(number)
 
 
-def _read_json(path: Path) -> Iterator[Annotation]:
+def _number(value: Any) -> float:
+    """A value of a table or of JSON as a number; NaN if it is none."""
     try:
-        content = json.loads(read_text(path))
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _read_json(path: Path) -> Iterator[Annotation]:
+    text = read_text(path)
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: expected JSON, got {first_line(error)}") from None
     lists = (
         {name: content[name] for name in _LISTS if name in content}
@@ -181,13 +179,12 @@ def _read_json(path: Path) -> Iterator[Annotation]:
 
 
 def _corners(where: str, box: Sequence[Any], mode: str) -> dict[str, Any]:
-    names = ("x1", "y1", "z1", "x2", "y2", "z2")
+    names = [name for name, _ in _BOX]
     if mode == "xyzxyz":
         return dict(zip(names, box, strict=True))
-    try:
-        center, size = np.array(box, dtype=float).reshape(2, 3)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: expected 6 numbers, got {box}") from None
+    center, size = np.array([_number(value) for value in box]).reshape(2, 3)
+    if np.isnan([center, size]).any():
+        raise InputError(f"{where}: expected 6 numbers, got {box}")
     if not (size > 0).all():
         raise InputError(
             f"{where}: expected center and size, got the size {size.tolist()}; "

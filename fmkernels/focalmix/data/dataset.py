@@ -9,6 +9,7 @@ import urllib.parse
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -276,10 +277,10 @@ def name_scans(root: Path, failed: dict[Path, str] | None = None) -> dict[str, P
             failed[path] = str(error)
         else:
             paths.append(path)
-    shared = {uid for uid in ids if ids.count(uid) > 1} if len(set(ids)) < len(ids) else set()
+    counts = Counter(ids)
     named: dict[str, Path] = {}
     for uid, path in zip(ids, paths, strict=True):
-        uid = _relative(root, path) if uid in shared else uid
+        uid = _relative(root, path) if counts[uid] > 1 else uid
         if uid in named:
             raise InputError(
                 f"{path}: expected a name of its own, got that of {named[uid]} but for the ending; "
@@ -375,7 +376,7 @@ def _is_made_from(file: Path, source: Mapping[str, Sequence[int]], path: Path) -
     if newest + _CLOCK < file.stat().st_mtime_ns:
         return True
     began = time.time_ns()
-    if _checksums(path) != {name: list(value) for name, value in source.items()}:
+    if _checksums(path) != source:
         return False
     with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(file, ns=(began, began))

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -148,12 +149,12 @@ class _Names:
         self.paths = paths
         self.whole: dict[str, str] = {}  # whole path in the folder -> id
         self.all: dict[str, list[str]] = {}
-        parents = [path.parent for path in paths.values()]
+        siblings = Counter(path.parent for path in paths.values())
         for uid, path in paths.items():
             relative = path.relative_to(root)
             whole = {relative.as_posix(), (relative.parent / scan_name(path)).as_posix()}
             names = {path.name, scan_name(path)} | whole
-            if path.parent != root and parents.count(path.parent) == 1:
+            if path.parent != root and siblings[path.parent] == 1:
                 names |= {path.parent.name, relative.parent.as_posix()}
             self.whole |= dict.fromkeys(whole, uid)
             for name in names:

@@ -194,7 +194,7 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
         raise
     except (
         RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError,
-        AttributeError, OverflowError, NotImplementedError, zipfile.BadZipFile,
+        AttributeError, OverflowError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise InputError(
             f"{path}: expected a whole checkpoint of this version, got {first_line(error)}"

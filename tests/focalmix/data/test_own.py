@@ -283,6 +283,14 @@ class TestJson:
                 r"box 0: expected 6 numbers",
             ),
             (
+                {"training": [{"image": "a", "box": [[1, 2, 3, 4, 10**400, 6]]}]},
+                r"box 0: expected 6 numbers",
+            ),
+            (
+                {"training": [{"image": "a", "box": [], "fold": 10**400}]},
+                "fold: expected an integer of 0 to 9",
+            ),
+            (
                 {"training": [{"image": "a", "box": [[10, 20, 30, -4, 5, 6]]}]},
                 r'for corners, add "box_mode": "xyzxyz"',
             ),

@@ -97,7 +97,7 @@ def nifti_header(path: Path) -> Header:
     if head[344:348] == b"n+1\0" and not any(head[252:256]):  # qform_code, sform_code
         warnings = (f"{path}: the header does not say how the scan lies (qform and sform are 0)",)
     header = _header(path, "NiftiImageIO")
-    expected = _stored_bytes(head, math.prod(header.shape))
+    expected = _stored_bytes(path, head, math.prod(header.shape))
     if is_packed:
         check_compression(path, expected)
     elif (size := path.stat().st_size) < expected:
@@ -108,12 +108,14 @@ def nifti_header(path: Path) -> Header:
     return replace(header, read=read, warnings=warnings + header.warnings)
 
 
-def _stored_bytes(head: bytes, voxels: int) -> int:
+def _stored_bytes(path: Path, head: bytes, voxels: int) -> int:
     """Size of a NIfTI file by its header."""
     order = "<" if struct.unpack("<i", head[:4])[0] in (348, 540) else ">"
     bits_at, offset_at, kind = (14, 168, "q") if head[4:8] == b"n+2\0" else (72, 108, "f")
     (bits,) = struct.unpack_from(f"{order}h", head, bits_at)
     (offset,) = struct.unpack_from(f"{order}{kind}", head, offset_at)
+    if not math.isfinite(offset):
+        raise InputError(f"{path}: vox_offset: expected a finite number, got {offset}")
     return int(offset) + voxels * bits // 8
 
 

@@ -417,6 +417,11 @@ BAD_FILES = {
     ),
     "a pair": (".nii", poke(344, b"ni1\0"), "got the header of a NIfTI pair"),
     "not packed": (".nii.gz", replace_file(b"hello"), "in a gzip archive, got text"),
+    "no place of voxels": (
+        ".nii",
+        poke(108, np.float32(np.nan).tobytes()),
+        "vox_offset: expected a finite number, got nan",
+    ),
     "half a file": (".nii", cut(-60), r"expected at least 832 bytes, got 772; is the copy"),
     "half an archive": (".nii.gz", cut(-60), "expected a complete gzip archive"),
     "no checksum": (".nii.gz", cut(-6), "expected a complete gzip archive"),

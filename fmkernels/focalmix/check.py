@@ -53,10 +53,9 @@ class Problem(NamedTuple):
 class Evidence(NamedTuple):
     """What lies at the place of a nodule."""
 
-    is_inside: bool
     is_plausible: bool
-    density: float
-    """Mean HU in the middle of the nodule; NaN outside of the scan."""
+    density: float | None
+    """Mean HU in the middle of the nodule; None outside of the scan."""
     fits: str
     """How the coordinates would have to be read to hit something like a nodule; empty: no way."""
 
@@ -215,9 +214,7 @@ def _evidence(volume: Volume, nodules: np.ndarray) -> Iterable[Evidence]:
             there = _place(volume, center, diameter)
             if there is not None and there.lung > _CLEAR_LUNG and there.contrast > best:
                 fits, best = name, there.contrast
-        yield Evidence(
-            here is not None, is_plausible, here.density if here is not None else np.nan, fits
-        )
+        yield Evidence(is_plausible, None if here is None else here.density, fits)
 
 
 def _is_nodule(place: _Place | None) -> TypeGuard[_Place]:
@@ -351,7 +348,7 @@ def _finding_problems(data: DataSet, found: Mapping[str, Look]) -> Iterable[Prob
                 yield Problem("nodules that are there twice", text)
         for k, evidence in enumerate(look.evidence):
             hint = f"; it would fit as {evidence.fits}" if evidence.fits else ""
-            if not evidence.is_inside:
+            if evidence.density is None:
                 text = f"{data.where(uid, k)}: not in scan {uid}{hint}"
                 yield Problem("nodules outside of their scan", text, is_error=True)
             elif not evidence.is_plausible:
@@ -405,7 +402,8 @@ def _panels(data: DataSet, found: Mapping[str, Look]) -> list[figures.CheckPanel
     for is_plausible, _, uid, k in chosen:
         evidence, problem = found[uid].evidence[k], ""
         if not is_plausible:
-            problem = f"{evidence.density:.0f} HU here" if evidence.is_inside else "outside"
+            density = evidence.density
+            problem = "outside" if density is None else f"{density:.0f} HU here"
             problem += f"; fits as {evidence.fits}" if evidence.fits else ""
         panels.append(_panel(data, uid, k, problem))
     return panels
@@ -422,7 +420,7 @@ def _panel(data: DataSet, uid: str, k: int | None, problem: str) -> figures.Chec
     index = int(np.clip(np.floor(z), 0, depth - 1))
     title = data.where(uid, k).rpartition(", ")[2] if k is not None else ""
     return figures.CheckPanel(
-        np.asarray(volume.voxels[index]),
+        volume.voxels[index],
         volume.spacing[1:],
         boxes[:, [1, 2, 4, 5]],
         f"{uid[-24:]} {title}".strip(),

@@ -40,38 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _warnings_in_one_line():
             return arguments.run(arguments)
     except InputError as error:
-        print(f"fmkernels: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except OSError as error:
         known = error.filename is not None and error.strerror
-        text = f"{error.filename}: {error.strerror}" if known else str(error)
-        print(f"fmkernels: {text}", file=sys.stderr)
+        _say(f"{error.filename}: {error.strerror}" if known else error)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"fmkernels: {error.name} is not installed; install fmkernels[train]", file=sys.stderr
-        )
+        _say(f"{error.name} is not installed; install fmkernels[train]")
         return 2
     except FloatingPointError as error:
-        print(f"fmkernels: {error}", file=sys.stderr)
+        _say(error)
         return 1
     except BrokenProcessPool:
-        print(
-            "fmkernels: a worker process died, perhaps out of memory; try fewer --workers",
-            file=sys.stderr,
-        )
+        _say("a worker process died, perhaps out of memory; try fewer --workers")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"fmkernels: not enough memory ({first_line(error)}); try smaller patches or batches",
-            file=sys.stderr,
-        )
+        _say(f"not enough memory ({first_line(error)}); try smaller patches or batches")
         return 2
     except KeyboardInterrupt as error:
         print(f"\nfmkernels: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _say(text: object) -> None:
+    """Print a line on stderr, since stdout may hold the results."""
+    print(f"fmkernels: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -82,7 +78,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def print_line(message: Any, category: type[Warning], *rest: Any, **options: Any) -> None:
             if issubclass(category, InputWarning):
-                print(f"fmkernels: warning: {message}", file=sys.stderr)
+                _say(f"warning: {message}")
             else:
                 show(message, category, *rest, **options)
 
@@ -214,6 +210,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_coordinates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coordinates",
+        choices=("LPS", "RAS"),
+        default="LPS",
+        help="world coordinates of the annotations (default: %(default)s)",
+    )
+
+
 def _add_preset(parser: argparse.ArgumentParser, default: str | None) -> None:
     from fmkernels.focalmix.config import PRESETS
 
@@ -237,12 +242,11 @@ def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
     }
     for option in (option for option in fields(Config) if option.name not in without):
         hint, is_list = HINTS[option.name], isinstance(option.default, tuple)
-        values = {name: getattr(preset, option.name) for name, preset in PRESETS.items()}
         defaults = [_written(option.default)]
         defaults += [
             f"{name}: {_written(value)}"
-            for name, value in values.items()
-            if value != option.default
+            for name, preset in PRESETS.items()
+            if (value := getattr(preset, option.name)) != option.default
         ]
         text = option.metadata["help"]
         if option.default not in (None, ()):
@@ -297,9 +301,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _say_written(*paths: Path) -> None:
-    """Say where the results are; on stderr, since stdout may be one of them."""
     for path in paths:
-        print(f"fmkernels: wrote {path}", file=sys.stderr)
+        _say(f"wrote {path}")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -378,10 +381,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     print(as_text(rows), end="")
     if arguments.seeds < 3:
-        print(
-            "fmkernels: with fewer than 3 seeds, intervals do not show the variation of training",
-            file=sys.stderr,
-        )
+        _say("with fewer than 3 seeds, intervals do not show the variation of training")
     _say_written(arguments.out)
     return 0
 
@@ -451,11 +451,11 @@ def _detect(arguments: argparse.Namespace) -> int:
         text += f", {earlier:,} of them searched earlier"
     if report.searched:
         text += f"; {report.seconds / report.searched:.1f} s per scan, {peak_memory(device)}"
-    print(f"fmkernels: {text}", file=sys.stderr)
+    _say(text)
     _say_written(*report.written)
     if not report.failed:
         return 0
-    print(f"fmkernels: {count(len(report.failed), 'scan')} not searched:", file=sys.stderr)
+    _say(f"{count(len(report.failed), 'scan')} not searched:")
     for path, reason in report.failed.items():
         print(reason if str(path) in reason else f"{path}: {reason}", file=sys.stderr)
     return 1
@@ -507,12 +507,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         type=_reader(tuple[int, ...]),
         help="subsets to evaluate, e.g. 8,9 (default: all)",
     )
-    parser.add_argument(
-        "--coordinates",
-        choices=("LPS", "RAS"),
-        default="LPS",
-        help="world coordinates of the annotations (default: %(default)s)",
-    )
+    _add_coordinates(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="PNG", type=Path, help="write the FROC curve to this PNG")
     parser.set_defaults(run=_evaluate)
@@ -535,7 +530,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result.to_dict(), allow_nan=False))
         for warning in result.warnings:
-            print(f"fmkernels: WARNING: {warning}", file=sys.stderr)
+            _say(f"WARNING: {warning}")
     else:
         print(result)
     if arguments.plot:
@@ -548,12 +543,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
-    parser.add_argument(
-        "--coordinates",
-        choices=("LPS", "RAS"),
-        default="LPS",
-        help="world coordinates of the annotations (default: %(default)s)",
-    )
+    _add_coordinates(parser)
     parser.add_argument(
         "--unlabeled-data",
         metavar="FOLDER",
@@ -570,7 +560,10 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         help="picture of slices with the annotated boxes (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", metavar="N", type=_at_least(1), help="worker processes (default: one per core)"
+        "--workers",
+        metavar="N",
+        type=_at_least(1),
+        help="worker processes (default: one per core, at most 8)",
     )
     parser.set_defaults(run=_check)
 

@@ -3,15 +3,16 @@
 The teacher sees images as they are. Flips, and the other symmetries, are those of `data.patches`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmkernels.focalmix.config import Config
+from fmkernels.focalmix.training.seeds import derive_seed
 
 
 def augmented(model: Callable[[Tensor], Any], config: Config, key: Sequence[int]) -> Callable:
@@ -36,8 +37,7 @@ def augment(images: Tensor, config: Config, key: Sequence[int]) -> Tensor:
     Returns:
         A new tensor of the shape, device and dtype of ``images``.
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator(images.device).manual_seed(seed)
+    generator = torch.Generator(images.device).manual_seed(derive_seed(*key))
 
     def uniform(low: float, high: float) -> Tensor:
         values = torch.rand(
@@ -48,9 +48,7 @@ def augment(images: Tensor, config: Config, key: Sequence[int]) -> Tensor:
     contrast, brightness = (uniform(-config.contrast, config.contrast) for _ in range(2))
     result = images.float() * (1 + contrast) + brightness
     if config.blur:
-        result = blur(
-            result, uniform(0, config.blur).flatten(), reach=int(np.ceil(3 * config.blur))
-        )
+        result = blur(result, uniform(0, config.blur).flatten(), reach=math.ceil(3 * config.blur))
     if config.noise:
         low, high = config.window
         noise = torch.randn(

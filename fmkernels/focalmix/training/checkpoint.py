@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,6 +19,7 @@ from fmkernels.focalmix.config import Config, config_from_dict
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.files import atomic_write
 from fmkernels.focalmix.model.detector import amp_dtype, build_model, channels_last
+from fmkernels.focalmix.training.seeds import derive_seed
 
 CHECKPOINT, BURN_IN, PSEUDO_BOXES = "checkpoint.pt", "burn_in.pt", "pseudo_boxes.pt"
 
@@ -58,8 +58,7 @@ class State:
 
     def start_anew(self, config: Config) -> None:
         """Draw fresh weights, and forget average and optimizer; step and schedule go on."""
-        seed = np.random.SeedSequence((config.seed, self.step)).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(seed >> 1))
+        torch.manual_seed(derive_seed(config.seed, self.step))
         self.model.load_state_dict(build_model(config).state_dict())
         self.ema.n_averaged.zero_()  # the next update copies the weights
         self.optimizer.state.clear()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from fmkernels.focalmix.model.anchors import (
 from fmkernels.focalmix.model.detector import input_dtype
 from fmkernels.focalmix.model.matcher import Matches, atss_match
 from fmkernels.focalmix.training import plain
+from fmkernels.focalmix.training.seeds import derive_seed
 
 
 class Losses(NamedTuple):
@@ -102,8 +102,7 @@ def sample_draws(
 
 
 def _generator(*key: int) -> torch.Generator:
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator("cpu").manual_seed(int(seed))
+    return torch.Generator("cpu").manual_seed(derive_seed(*key))
 
 
 def supervised_loss(

@@ -112,14 +112,11 @@ def supervised_loss(
 
     With ``draws``, images and objects are mixed as in a FocalMix step.
     """
-    matches, images, mix = _match(batch, config), batch["image"], None
-    if draws is None:
-        inputs = _views(config)(images, [0], window=config.window, dtype=input_dtype(images))
-    else:
-        mix = (draws.lam, draws.index) if config.image_mixup else None
-        inputs = mix_images(images, mix, config)
-        if config.object_mixup:
-            mix_objects(inputs, images, _first(batch["boxes"], config.max_objects), config, draws)
+    matches, images = _match(batch, config), batch["image"]
+    mix = (draws.lam, draws.index) if draws is not None and config.image_mixup else None
+    inputs = mix_images(images, mix, config)
+    if draws is not None and config.object_mixup:
+        mix_objects(inputs, images, _first(batch["boxes"], config.max_objects), config, draws)
     return _losses(model(inputs), matches.targets, matches, config, mix=mix)
 
 
@@ -161,11 +158,9 @@ def focalmix_loss(
 
 def mix_images(images: Tensor, mix: tuple[Tensor, Tensor] | None, config: Config) -> Tensor:
     """Images in HU, windowed and mixed with weights and partners, or only windowed."""
-    if mix is None:
-        count, device = len(images), images.device
-        weights = torch.ones(count, dtype=torch.float32, device=device)
-        mix = weights, torch.arange(count, device=device)
     dtype = input_dtype(images)
+    if mix is None:
+        return _views(config)(images, [0], window=config.window, dtype=dtype)
     return _ops(config).mixup3d(images, *mix, window=config.window, dtype=dtype)
 
 

@@ -557,9 +557,8 @@ def _scans(labeled: int | None) -> str:
     return "all" if labeled is None else str(labeled)
 
 
-_RATES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
 _HEAD = (
-    *("labeled", "method", *_RATES, "CPM", "95%", "gain", "95% of the gain"),
+    *("labeled", "method", *froc.RATE_NAMES, "CPM", "95%", "gain", "95% of the gain"),
     *("points", "95%, paired t", "of the way", "to FocalMix", "95%, paired t"),
 )
 

@@ -27,6 +27,7 @@ from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import (
     BAND_RATES,
     OPERATING_POINTS,
+    RATE_NAMES,
     Froc,
     hits,
     interpolate,
@@ -50,6 +51,7 @@ _STYLE = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "legend.title_fontsize": "small",
 }
 # the colors of Okabe and Ito
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -159,7 +161,7 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
                 **marks,
             )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(OPERATING_POINTS, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        axes.set_xticks(OPERATING_POINTS, RATE_NAMES)
         axes.set(
             xlim=OPERATING_POINTS[:: len(OPERATING_POINTS) - 1],
             ylim=(0, 100),
@@ -175,7 +177,6 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
             title="CPM: mean of the seven points [95 % bootstrap interval, shaded]"
             if shaded
             else None,
-            title_fontsize="small",
         )
 
 
@@ -209,7 +210,6 @@ def draw_comparison(
             loc="outside lower center",
             ncols=3,
             title="bars: 95 % interval over scans and seeds",
-            title_fontsize="small",
         )
 
 
@@ -268,9 +268,7 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
         top.yaxis.set_minor_formatter(NullFormatter())
         top.set(title=f"Training, steps {step[0]:,.0f} to {step[-1]:,.0f}", ylabel="Loss")
         smoothed = f"loss (thick: running mean of {window} points)" if window > 1 else "loss"
-        figure.legend(
-            loc="outside lower center", ncols=len(losses), title=smoothed, title_fontsize="small"
-        )
+        figure.legend(loc="outside lower center", ncols=len(losses), title=smoothed)
         panels[1].plot(step, metrics["lr"], color="0.3")
         panels[1].set(ylabel="Learning rate", ylim=(0, 1.1 * metrics["lr"].max() or 1))
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
@@ -318,13 +316,7 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
         if not any(len(panel.true) for panel in panels):
             handles = handles[2:]
         window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=3,
-            title=window,
-            title_fontsize="small",
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, title=window)
 
 
 def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> None:
@@ -356,13 +348,7 @@ def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> No
             ),
         ]
         window = "axial slices as radiologists show them, {:g} to {:g} HU".format(*LUNG_WINDOW)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=2,
-            title=window,
-            title_fontsize="small",
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, title=window)
 
 
 def _draw_checked(axes: Axes, panel: CheckPanel) -> None:

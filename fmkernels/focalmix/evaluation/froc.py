@@ -17,6 +17,9 @@ from fmkernels.focalmix.errors import InputError
 OPERATING_POINTS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives per scan at which LUNA16 takes the sensitivity; the CPM is the mean of all."""
 
+RATE_NAMES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
+"""The `OPERATING_POINTS` for people."""
+
 BAND_RATES = np.array([2.0 ** (k / 10) for k in range(-30, 31)])
 """False positives per scan of `Froc.band`: ten per octave, every tenth is an operating point."""
 
@@ -166,7 +169,7 @@ class Froc:
 
         lines = [
             f"{count(self.n_scans, 'scan')}, {count(self.n_nodules, 'nodule')}",
-            _line("False positives per scan", ("1/8", "1/4", "1/2", "1", "2", "4", "8")),
+            _line("False positives per scan", RATE_NAMES),
             line("Sensitivity (%)", self.operating_sensitivities),
         ]
         cpm = f"CPM {self.cpm:.3f}"

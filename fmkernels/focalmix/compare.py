@@ -30,7 +30,7 @@ from fmkernels.focalmix.data.workers import start_process
 from fmkernels.focalmix.distributed import announced_processes
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
-from fmkernels.focalmix.files import atomic_write
+from fmkernels.focalmix.files import atomic_write, write_text
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
 from fmkernels.focalmix.training.loop import (
     CANDIDATES,
@@ -233,12 +233,9 @@ def compare(
         results.setdefault((run.labeled, run.method), []).append(found)
     rows = _rows(results)
     for name, table in (("txt", as_text), ("md", as_markdown), ("csv", as_csv)):
-        with atomic_write(out / f"table.{name}") as temporary:
-            temporary.write_text(table(rows), encoding="utf-8")
-    with atomic_write(out / "runs.csv") as temporary:
-        temporary.write_text(_runs_as_csv(rows, results), encoding="utf-8")
-    with atomic_write(out / TIMING) as temporary:
-        temporary.write_text(json.dumps(_timing(runs), indent=2) + "\n", encoding="utf-8")
+        write_text(out / f"table.{name}", table(rows))
+    write_text(out / "runs.csv", _runs_as_csv(rows, results))
+    write_text(out / TIMING, json.dumps(_timing(runs), indent=2) + "\n")
     points = {
         name: [
             (row.labeled, row.cpm, *row.interval)

@@ -70,6 +70,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
                 shutil.copyfileobj(file, stream)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def naming(path: Path, written: Path | None = None) -> Iterator[None]:
     """Make an OSError of the block name ``path``, and a full disk what ``written`` holds."""

@@ -20,7 +20,7 @@ import numpy as np
 from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.tables import CANDIDATE_COLUMNS
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.files import atomic_write, lock_file, naming, open_stream
+from fmkernels.focalmix.files import lock_file, naming, open_stream, write_text
 
 _BOX = ("x1", "y1", "z1", "x2", "y2", "z2")
 COLUMNS = (
@@ -194,8 +194,7 @@ def write_json(path: Path, table: Table) -> None:
         for scan in table.finished.values()
     ]
     values = {"model": table.model, "threshold": table.threshold, "scans": scans}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def write_slicer(path: Path, scan: ScanFindings, header: Header) -> None:
@@ -208,9 +207,7 @@ def write_slicer(path: Path, scan: ScanFindings, header: Header) -> None:
         _roi(f"{number}: {finding.probability:.2f}, {finding.diameter:.1f} mm", finding, header)
         for number, finding in enumerate(scan.findings, start=1)
     ]
-    with atomic_write(path) as temporary:
-        text = json.dumps({"@schema": SLICER_SCHEMA, "markups": markups}, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"@schema": SLICER_SCHEMA, "markups": markups}, indent=1) + "\n")
 
 
 def _roi(name: str, finding: Finding, header: Header) -> Mapping[str, Any]:

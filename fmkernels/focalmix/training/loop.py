@@ -43,7 +43,7 @@ from fmkernels.focalmix.distributed import (
 )
 from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 from fmkernels.focalmix.evaluation import figures, froc
-from fmkernels.focalmix.files import atomic_write, lock_folder
+from fmkernels.focalmix.files import lock_folder, write_text
 from fmkernels.focalmix.model.detector import autocast
 from fmkernels.focalmix.model.inference import Detections, detect
 from fmkernels.focalmix.training.augment import augmented
@@ -698,5 +698,4 @@ def choose_scans(config: Config, data: DataSet) -> Scans:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -145,10 +145,13 @@ def read_truth(
     has_scans = data is not None and bool(find_scans(data))
     if data is not None and has_scans and annotations is None:
         truth = _of_data_set(data, excluded, subsets, coordinates)
-        listed = truth.series if series is None else list(read_series(series))
-        chosen = [uid for uid in truth.series if uid in set(listed)]
+        if series is None:
+            return truth
+        listed = read_series(series)
+        chosen = [uid for uid in truth.series if uid in listed]
         if not chosen:
-            raise InputError(f"{series}: expected scans of {data}, got {listed[0]}")
+            got = next(iter(listed), "an empty list")
+            raise InputError(f"{series}: expected scans of {data}, got {got}")
         others = {*truth.others, *truth.series} - set(chosen)
         return Truth(chosen, truth.nodules, truth.excluded, others, truth.warnings)
     if subsets is not None:
@@ -210,7 +213,8 @@ def _of_tables(
     dropped = _read(excluded, coordinates, series)
     doubts = _doubt_excluded(excluded, dropped, series, annotations.parent)
     notes: list[str] = []
-    if others := [uid for uid in nodules if uid not in set(series)]:
+    known = set(series)
+    if others := [uid for uid in nodules if uid not in known]:
         rows = count(sum(len(nodules[uid]) for uid in others), "nodule")
         hint = _hint(others[0], [uid for uid in series if uid not in nodules])
         text = _outside(annotations, series, f"{rows} in {count(len(others), 'scan')}")

@@ -137,6 +137,9 @@ def test_scans_with_a_list_or_other_tables(tmp_path):
     write(tmp_path / "list.csv", "1.2.3")
     with pytest.raises(InputError, match=r"list\.csv: expected scans of .*got 1\.2\.3"):
         read_truth(root, series=tmp_path / "list.csv")
+    write(tmp_path / "list.csv")
+    with pytest.raises(InputError, match=r"list\.csv: expected scans of .*got an empty list"):
+        read_truth(root, series=tmp_path / "list.csv")
 
 
 def test_findings_without_a_scan_are_in_the_warnings(tmp_path):

@@ -108,11 +108,13 @@ def detect_scans(
             beside[1].mkdir(exist_ok=True)
             report.written.append(beside[1])
         for uid, path in (bar := tqdm(paths.items(), "detecting", unit="scan")):
+            if uid not in new and "slicer" not in formats:
+                continue
             began = time.monotonic()
             try:
+                header = check_header(path)
                 if uid in new:
-                    scan = _search(config, model, uid, path, threshold)
-                header = check_header(path) if "slicer" in formats else None
+                    scan = _search(config, model, uid, path, header, threshold)
             except KeyboardInterrupt:
                 finished = count(len(table.finished), "scan")
                 raise KeyboardInterrupt(
@@ -129,7 +131,7 @@ def detect_scans(
                 report.searched, report.seconds = report.searched + 1, report.seconds + seconds
                 findings, peak = count(len(scan.findings), "finding"), peak_memory(device)
                 bar.write(f"{uid}: {findings}, {seconds:.1f} s, {peak}", file=sys.stderr)
-            if header is not None and table.finished[uid].findings:
+            if "slicer" in formats and table.finished[uid].findings:
                 write_slicer(slicer_path(beside[1], uid), table.finished[uid], header)
         if "json" in formats:
             write_json(beside[0], table)
@@ -176,9 +178,13 @@ def _is_finished(table: Table, uid: str, path: Path) -> bool:
 
 
 def _search(
-    config: Config, model: torch.nn.Module, uid: str, path: Path, threshold: float
+    config: Config,
+    model: torch.nn.Module,
+    uid: str,
+    path: Path,
+    header: Header,
+    threshold: float,
 ) -> ScanFindings:
-    header = check_header(path)
     volume = load_volume(path, config.spacing)
     if problem := hu_problem(volume.voxels):
         raise InputError(f"{path}: {problem}")

@@ -24,7 +24,6 @@ from scipy import stats
 from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config, load_config
-from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.data.workers import start_process
 from fmkernels.focalmix.distributed import announced_processes
@@ -38,6 +37,7 @@ from fmkernels.focalmix.training.loop import (
     TIMING,
     check_options,
     choose_scans,
+    open_scans,
     train,
 )
 from fmkernels.focalmix.training.metrics import METRICS
@@ -199,15 +199,7 @@ def compare(
     out = Path(out)
     methods = _methods(config, without, extended)
     runs = _plan(config, out, methods, labeled, seeds, all_labels)
-    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
-    data = open_data(
-        root,
-        spacing=config.spacing,
-        subsets=subsets,
-        cache=config.cache,
-        coordinates=config.coordinates,
-        unlabeled=config.unlabeled_data,
-    )
+    data = open_scans(config, root, config.unlabeled_data)
     used: set[str] = set()
     for run in runs:  # what is impossible is reported before hours of training
         check_options(run.folder, run.config)
@@ -227,9 +219,11 @@ def compare(
     _train_all([run for run in runs if not run.finished], root, jobs, progress)
     progress.raise_failures()
 
+    findings = data.findings(scans.test)  # all runs have the same test scans
     results: dict[tuple[int | None, str], list[froc.Froc]] = {}
     for run in runs:
-        found = _evaluate(run.config, root, run.folder, bootstraps)
+        candidates = read_candidates(run.folder / CANDIDATES)
+        found = froc.evaluate(candidates, *findings, scans.test, bootstraps=bootstraps)
         results.setdefault((run.labeled, run.method), []).append(found)
     rows = _rows(results)
     for name, table in (("txt", as_text), ("md", as_markdown), ("csv", as_csv)):
@@ -451,12 +445,6 @@ def _copy(source: Path, target: Path) -> None:
     if source.exists() and not target.exists():
         with atomic_write(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-def _evaluate(config: Config, root: str | Path, run: Path, bootstraps: int) -> froc.Froc:
-    data = open_data(root, subsets=config.test_subsets, coordinates=config.coordinates)
-    candidates, findings = read_candidates(run / CANDIDATES), data.findings(data.series)
-    return froc.evaluate(candidates, *findings, data.series, bootstraps=bootstraps)
 
 
 def _rows(results: Mapping[tuple[int | None, str], Sequence[froc.Froc]]) -> list[Row]:

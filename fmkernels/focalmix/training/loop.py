@@ -124,13 +124,12 @@ def train(
     out, device = Path(out), choose_device(config.device)
     with process_group(device), _lock(out), _fastest_convolutions():
         _claim(out, config, resume)
-        data, scans = _open_data(config, root)
+        data, scans = _prepare(config, root)
         run = _Run(config, data, scans, out, State(config, device), Stopwatch(device, profile))
         if (out / CHECKPOINT).exists():
             run.state.load(out / CHECKPOINT, scans.train)
         if rank_and_world_size()[0] == 0:
-            used = scans if config.method == "focalmix" else scans._replace(unlabeled=[])
-            counts = zip(used._fields, used, strict=True)
+            counts = zip(scans._fields, scans, strict=True)
             roles = ", ".join(f"{role} {len(series)}" for role, series in counts if series)
             tqdm.write(f"{data.summary()}\nin this run: {roles}", file=sys.stderr)
         try:
@@ -614,27 +613,31 @@ def check_options(out: Path, config: Config) -> Config | None:
     return stored
 
 
-def _open_data(config: Config, root: str | Path) -> tuple[DataSet, Scans]:
-    subsets = [*config.train_subsets, *config.validation_subsets, *config.test_subsets]
-    data = open_data(
-        root,
-        spacing=config.spacing,
-        subsets=subsets,
-        cache=config.cache,
-        coordinates=config.coordinates,
-        unlabeled=config.unlabeled_data if config.method == "focalmix" else (),
-    )
+def _prepare(config: Config, root: str | Path) -> tuple[DataSet, Scans]:
+    unlabeled = config.unlabeled_data if config.method == "focalmix" else ()
+    data = open_scans(config, root, unlabeled)
     scans = choose_scans(config, data)
     if rank_and_world_size()[0] == 0:
-        used = scans if config.method == "focalmix" else scans._replace(unlabeled=[])
-        data.prepare([uid for role in used for uid in role])
+        data.prepare([uid for role in scans for uid in role])
     if dist.is_initialized():
         dist.barrier()
     return data, scans
 
 
+def open_scans(config: Config, root: str | Path, unlabeled: Sequence[str]) -> DataSet:
+    """Open the subsets of a data set that a run uses, and folders of unlabeled scans."""
+    return open_data(
+        root,
+        spacing=config.spacing,
+        subsets=[*config.train_subsets, *config.validation_subsets, *config.test_subsets],
+        cache=config.cache,
+        coordinates=config.coordinates,
+        unlabeled=unlabeled,
+    )
+
+
 def choose_scans(config: Config, data: DataSet) -> Scans:
-    """The scans of a run by their role.
+    """The scans of a run by their role; a supervised run has no unlabeled ones.
 
     Raises:
         InputError: there are too few scans, or a role has no nodule.
@@ -684,7 +687,7 @@ def choose_scans(config: Config, data: DataSet) -> Scans:
         raise InputError(
             f"unlabeled: expected at most the {len(others)} other training scans, got {asked}"
         )
-    chosen = set(others[: config.unlabeled])
+    chosen = set(others[: config.unlabeled] if config.method == "focalmix" else ())
     scans["unlabeled"] = [uid for uid in (*train, *data.unlabeled) if uid in chosen]
     for role, numbers in subsets.items():
         if scans[role] and not any(len(data.nodules(uid)) for uid in scans[role]):

@@ -52,6 +52,8 @@ def test_a_worse_figure_is_noticed(name):
     bad, good = (lower, higher) if name in floor.HIGHER_IS_BETTER else (higher, lower)
     assert floor.worse(row, old) == floor.worse(replace(row, **{name: good}), old) == []
     assert len(floor.worse(replace(row, **{name: bad}), old)) == 1
+    assert len(floor.worse(replace(row, **{name: None}), old)) == 1
+    assert len(floor.worse(row, old | {name: None})) == 1
     assert len(floor.worse(replace(row, **{name: bad}), old, same_compiler=False)) == (
         name not in floor.COMPILED
     )

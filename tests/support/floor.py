@@ -266,13 +266,15 @@ def worse(row: Row, committed: dict, same_compiler: bool = True) -> list[str]:
     found = []
     for name in FIGURES if same_compiler else [n for n in FIGURES if n not in COMPILED]:
         new, old = getattr(row, name), committed[name]
-        several = bool(new) and isinstance(old, list | tuple)
+        several = isinstance(new, tuple) and old is not None
         pairs = zip(new, old, strict=True) if several else [(new, old)]
         for a, b in pairs:
-            limit = b if b is None else b * NOISE.get(name, 1)
-            if (a is None) != (b is None) or (
-                a is not None and (a < limit if name in HIGHER_IS_BETTER else a > limit)
-            ):
+            if a is None or b is None:
+                is_worse = a is not b
+            else:
+                limit = b * NOISE.get(name, 1)
+                is_worse = a < limit if name in HIGHER_IS_BETTER else a > limit
+            if is_worse:
                 found.append(f"{name} {new}, was {old}")
                 break
     return found

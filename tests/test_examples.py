@@ -26,6 +26,11 @@ def run(name: str) -> dict:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.+?)^```", text, re.M | re.S)
+
+
 def falls(losses: list[float]) -> bool:
     return all(loss == loss for loss in losses) and losses[-1] < 0.9 * losses[0]
 
@@ -115,7 +120,7 @@ def test_ddp_and_fsdp(name, says):
         cwd=ROOT,
         env=os.environ | environment,
     )
-    # once in a while gloo aborts a process that has ended, after all is said
+    # gloo sometimes aborts a process that is ending, after it has printed its line
     aborted = "terminate called without an active exception" in done.stderr
     assert done.returncode == 0 or aborted, done.stderr
     for rank in range(2):
@@ -152,9 +157,7 @@ def test_monai_focalmix():
 
 def test_the_diff_of_the_page_is_the_example():
     """Kept and added lines are lines of the example, in order; added ones are marked."""
-    (diff,) = re.findall(
-        r"^```diff\n(.+?)^```", (ROOT / "docs/monai.md").read_text(encoding="utf-8"), re.M | re.S
-    )
+    (diff,) = blocks("docs/monai.md", "diff")
     example = iter((EXAMPLES / "monai_focalmix.py").read_text(encoding="utf-8").splitlines())
     shown = [line for line in diff.splitlines() if line[0] in "+ "]
     assert sum(line[0] == "+" for line in shown) > 5
@@ -166,12 +169,9 @@ def test_the_diff_of_the_page_is_the_example():
 
 
 def test_the_diff_of_the_readme_is_part_of_that_of_the_page():
-    short, long = (
-        re.findall(r"^```diff\n(.+?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
-        for name in ("README.md", "docs/monai.md")
-    )
-    lines = iter(long[0].splitlines())
-    for line in short[0].splitlines():
+    (short,), (long,) = (blocks(page, "diff") for page in ("README.md", "docs/monai.md"))
+    lines = iter(long.splitlines())
+    for line in short.splitlines():
         assert line in lines, line
 
 
@@ -187,9 +187,7 @@ def test_every_example_is_tested_and_short():
 
 def test_the_quick_start_runs_as_pasted():
     """In a fresh interpreter, which has imported nothing."""
-    (block,) = re.findall(
-        r"^```python\n(.+?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-    )
+    (block,) = blocks("README.md", "python")
     done = subprocess.run(
         [sys.executable, "-c", block],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -197,11 +195,6 @@ def test_the_quick_start_runs_as_pasted():
         text=True,
     )
     assert done.returncode == 0 and re.fullmatch(r"loss 0\.\d{4}\n", done.stdout), done
-
-
-def python_of(page: str) -> list[str]:
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.+?)^```", text, re.M | re.S)
 
 
 def test_python_in_the_pages():
@@ -218,10 +211,13 @@ def test_python_in_the_pages():
         "boxes": boxes,
         "donor_boxes": boxes.flip(0),
     }
-    blocks = [*python_of("soft_targets"), *python_of("quickstart")]
-    assert len(blocks) == 2
-    for block in blocks:
+    (loss,), (others,) = (
+        blocks(f"docs/{page}.md", "python") for page in ("soft_targets", "quickstart")
+    )
+    for block in (loss, others):
         exec(block, given)
+    given["loss"].backward()
+    assert all(level.grad.any() for level in given["logits"])
     assert given["loss"].isfinite() and given["mixed"].dtype == torch.bfloat16
     assert given["lesions"].shape == (2, 1, 32, 32, 32)
 
@@ -262,7 +258,7 @@ def test_what_is_replaced_gives_the_same():
         "residual": torch.randn(2, 4, 4, 4, 4),
     }
     results = ("loss", None, "crops", "scans", "targets", "y")  # MixUp draws its numbers
-    for block, result in zip(python_of("replaces"), results, strict=True):
+    for block, result in zip(blocks("docs/replaces.md", "python"), results, strict=True):
         seen = []
         for part in block.split("# after"):
             given = {

@@ -55,10 +55,8 @@ def test_every_flip_is_undone(path, mask, width):
 @pytest.mark.parametrize("permutation", range(6))
 def test_every_symmetry_is_undone(path, permutation, size, classes):
     """Whichever axis is the innermost of the view, in vectors and not, next to a flipped view."""
-    (logits, _), codes = (
-        make((1, 2, 4, size, size, size)),
-        range(8 * permutation, 8 * (permutation + 1)),
-    )
+    logits, _ = make((1, 2, 4, size, size, size))
+    codes = range(8 * permutation, 8 * (permutation + 1))
     probabilities = logits[0].sigmoid()
     if classes:
         probabilities = logits[0].unflatten(1, (2, 2)).softmax(2).flatten(1, 2)
@@ -175,8 +173,7 @@ def test_classes(path, classes, layout):
         flat = logits.flatten(0, 1).contiguous(memory_format=torch.channels_last_3d)
         logits = flat.unflatten(0, (3, 2))
     elif layout == "transposed":
-        logits = logits.permute(0, 2, 1, 5, 3, 4)[:, :30]
-        logits = logits if classes == 2 else logits.transpose(1, 2)
+        logits = logits.permute(*((0, 2, 1) if classes == 2 else (0, 1, 2)), 5, 3, 4)
     elif layout == "sliced":
         logits = logits[..., ::2, :, 1:]
     targets = compare(logits, flips, classes=classes)

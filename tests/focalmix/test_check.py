@@ -1,5 +1,6 @@
 """fmkernels check: what is wrong with a data set is named, what is right is not."""
 
+import re
 import shutil
 
 import numpy as np
@@ -133,8 +134,7 @@ def test_values_that_are_no_hu_are_named_and_not_trained_on(folder, change, mess
     sitk.WriteImage(changed, str(path))
     report = look(folder)
     assert report.has_errors and problems(report) == {("scans that cannot be used", True)}
-    with pytest.raises(InputError, match=message):
-        raise InputError(report.problems[0].text)
+    assert re.search(message, report.problems[0].text)
     with pytest.raises(InputError, match=message):
         open_data(folder).prepare(workers=0, progress=False)
     assert hu_problem(voxels) == ""
@@ -187,7 +187,7 @@ def test_long_lists_are_cut(folder):
     assert "warning: unknown diameters: 9\n" in text and "  ... and 4 more" in text
 
 
-def test_luna16_without_the_excluded_findings(luna_folder, capfd):
+def test_luna16_without_the_excluded_findings(luna_folder):
     report = look(luna_folder)
     assert "tables" not in {problem.kind for problem in report.problems}
     (luna_folder / "annotations_excluded.csv").rename(luna_folder / "annotations_exclude.csv")

@@ -41,8 +41,11 @@ def write_candidates(path: Path, ids) -> None:
 
 
 def test_tables_alone(tables):
-    given = {name: tables / f"{name}.csv" for name in ("annotations",)}
-    given |= {"excluded": tables / "annotations_excluded.csv", "series": tables / "seriesuids.csv"}
+    given = {
+        "annotations": tables / "annotations.csv",
+        "excluded": tables / "annotations_excluded.csv",
+        "series": tables / "seriesuids.csv",
+    }
     for truth in (read_truth(tables), read_truth(None, **given)):
         result = evaluate(tables / "found.csv", truth, bootstraps=0)
         details = result.froc.details

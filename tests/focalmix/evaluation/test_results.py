@@ -148,7 +148,7 @@ def test_a_table_cut_anywhere_is_continued(tmp_path):
     path = tmp_path / "found.csv"
     write(path)
     whole = path.read_bytes()
-    ends = [0, *(whole.index(b"\n") + 1,)]
+    ends = [0, whole.index(b"\n") + 1]
     for scan in SCANS:
         rows = max(1, len(scan.findings))
         end = ends[-1]

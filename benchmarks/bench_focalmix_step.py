@@ -2,8 +2,8 @@
 
 Rows differ in two things: whose ops run between the networks, and whether the networks' norms are
 `fmkernels.nn.GroupNorm3d` or group_norm, sum and ReLU of PyTorch. On GPUs the networks are also
-compiled, last. "networks alone" is what no op between the networks can change: the teacher
-on all views, and the detector forward and backward. The rest of a step is ops and the matching of
+compiled, last. "networks alone" is what no op between the networks can change: the teacher on
+all views, and the detector forward and backward. The rest of a step is ops and the matching of
 anchors.
 """
 

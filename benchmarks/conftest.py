@@ -35,12 +35,12 @@ class _Replay:
 
 
 _replay = _Replay()
-_left_out: dict[str, str] = {}  # what has no row, and why
+_left_out: dict[str, str] = {}  # what was not measured, and why
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--limit", type=float, default=math.inf, help="seconds after which no comparison is begun"
+        "--limit", type=float, default=math.inf, help="seconds after which no comparison begins"
     )
 
 

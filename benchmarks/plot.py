@@ -223,7 +223,7 @@ def speed(run: dict) -> str:
 
 
 def rivals(rows: list[dict], comparison: tuple[str, str, str]) -> dict[str, dict]:
-    """The rows of a comparison by provider, without copies, and formulas that are only parts."""
+    """The rows of a comparison by provider, without copies and formulas, which do only a part."""
     return {
         row["provider"]: row
         for row in rows
@@ -274,7 +274,7 @@ def faster(ours: dict, others: Sequence[dict]) -> str:
 
 
 def host_time(rows: list[dict]) -> str:
-    """How long one element takes the host, in times of the only other provider there."""
+    """Host time of one element, as a multiple of that of the only other provider there."""
     times = {(row["workload"], row["provider"] == OURS): row for row in whole(rows) if row["host"]}
     shares = [
         f"`{op}` {row['median_s'] / times[op, False]['median_s']:.1f}"
@@ -282,7 +282,8 @@ def host_time(rows: list[dict]) -> str:
         if is_ours and (op, False) in times
     ]
     return (
-        f"One element takes the host, in calls of the cheapest registered op: {', '.join(shares)}."
+        "Host time of one element, as a multiple of a call of the cheapest registered op: "
+        f"{', '.join(shares)}."
         if shares
         else ""
     )
@@ -315,8 +316,7 @@ def figures(rows: list[dict]) -> dict[str, Figure]:
     Providers are compared by their share of copy bandwidth, or by time where no bytes are counted.
     A provider has the same color and marker in all charts.
     """
-    names = dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: row["provider"]))
-    others = [name for name in names if name != OURS]
+    others = sorted({row["provider"] for row in rows} - {OURS})
     palette = matplotlib.color_sequences["tab20"]
     styles = {name: (palette[i % 20], "os^"[i // 20 % 3]) for i, name in enumerate(others)}
     styles[OURS] = ((0.0, 0.0, 0.0), "D")

@@ -418,7 +418,7 @@ def step(path: Path, *, dark: bool) -> None:
         axes.set_title("loss and gradient", size=9)
         arrow((0.76, middle_top), (0.86, 0.62))
         arrow((0.76, middle_bottom), (0.86, 0.42))
-        drawn.text(0.795, middle_top - 0.0, "student", ha="left", size=8.5)
+        drawn.text(0.795, middle_top, "student", ha="left", size=8.5)
         drawn.text(
             0.865 + width / 2,
             0.27,

@@ -65,7 +65,7 @@ tuning: $(READY)
 	$(call keep,runs/tuning,tuning)
 
 test: $(READY)
-	@echo "all tests, about 25 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
+	@echo "all tests, about 20 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
 	$(PYTHON) -m pytest -n auto
 
 # long fault injection and fuzzing

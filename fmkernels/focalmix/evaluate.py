@@ -1,17 +1,19 @@
 """Candidates against the nodules of a data set, or of tables alone, and what to doubt in them."""
 
+import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fmkernels.focalmix.data.annotations import read_annotations
+from fmkernels.focalmix.data.annotations import Annotation, read_annotations
 from fmkernels.focalmix.data.dataset import name_scans
 from fmkernels.focalmix.data.formats import find_scans, scan_name
 from fmkernels.focalmix.data.luna16 import find_table
+from fmkernels.focalmix.data.names import ScanNames
 from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates, read_series
 from fmkernels.focalmix.errors import InputError, InputWarning
@@ -97,15 +99,15 @@ def evaluate(
         uid = unknown[0] if unknown else next(iter(found))
         raise InputError(
             f"{candidates}: seriesuid: expected the scans to evaluate, such as {truth.series[0]}, "
-            f"got {uid}{_hint(uid, missing)}"
+            f"got {uid}{_hints([uid], missing).get(uid, '')}"
         )
     doubts, notes = list(truth.warnings), list(truth.notes)
     if unknown:
-        lost = count(sum(len(found[uid]) for uid in unknown), "candidate")
-        hint = _hint(unknown[0], missing)
-        text = _outside(candidates, scans, f"{lost} in {count(len(unknown), 'scan')}")
+        counts = {uid: len(found[uid]) for uid in unknown}
+        hints = _hints(unknown, missing)
         # where every scan has candidates, the others are of scans that are not evaluated
-        (doubts if missing else notes).append(f"{text}, the first of {unknown[0]}{hint}")
+        lines = doubts if missing else notes
+        lines += _outside(candidates, scans, counts, hints, "candidate")
     if missing:
         nodules = count(sum(len(truth.nodules.get(uid, ())) for uid in missing), "nodule")
         doubts.append(
@@ -144,23 +146,14 @@ def read_truth(
         raise InputError(f"{data}: expected a folder with scans or tables, found no such folder")
     has_scans = data is not None and bool(find_scans(data))
     if data is not None and has_scans and annotations is None:
-        truth = _of_data_set(data, excluded, subsets, coordinates)
-        if series is None:
-            return truth
-        listed = read_series(series)
-        chosen = [uid for uid in truth.series if uid in listed]
-        if not chosen:
-            got = next(iter(listed), "an empty list")
-            raise InputError(f"{series}: expected scans of {data}, got {got}")
-        others = {*truth.others, *truth.series} - set(chosen)
-        return Truth(chosen, truth.nodules, truth.excluded, others, truth.warnings)
+        return _of_data_set(data, excluded, series, subsets, coordinates)
     if subsets is not None:
         raise InputError("--subsets: expected scans in subsets; give the list of scans as --series")
     return _of_tables(
+        data if has_scans else None,
         annotations or _table_in(data, "annotations.csv"),
         excluded or _table_in(data, "annotations_excluded.csv"),
         series or _table_in(data, "seriesuids.csv"),
-        list(name_scans(data)) if data is not None and has_scans else [],
         coordinates,
     )
 
@@ -170,7 +163,11 @@ def _table_in(data: Path | None, name: str) -> Path | None:
 
 
 def _of_data_set(
-    root: Path, excluded: Path | None, subsets: Sequence[int] | None, coordinates: str
+    root: Path,
+    excluded: Path | None,
+    listing: Path | None,
+    subsets: Sequence[int] | None,
+    coordinates: str,
 ) -> Truth:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
@@ -181,62 +178,125 @@ def _of_data_set(
             doubts.append(str(one.message))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    names = ScanNames(root, {uid: data.path(uid) for uid in [*data.series, *data.unlabeled]})
     series = [uid for uid in data.series if subsets is None or data.subset(uid) in subsets]
     if not series:
         asked = "" if subsets is None else f" in the subsets {','.join(map(str, subsets))}"
         raise InputError(f"{root}: expected scans with annotations{asked}, found none")
+    if listing is not None:
+        listed = _read_list(listing, names)
+        series = [uid for uid in series if uid in listed.values()]
+        lost = [name for name, uid in listed.items() if uid not in names.paths]
+        if not series:
+            got = next(iter(listed), "an empty list")
+            raise InputError(f"{listing}: expected scans of {root}, got {got}")
+        if lost:
+            near = names.nearest(lost[0])
+            doubts.append(f"{listing}: {lost[0]!r} is no scan{near}; {len(lost)} such rows")
     nodules, dropped = data.findings(series)
-    others = {*data.series, *data.unlabeled} - set(series)
+    others = set(names.paths) - set(series)
     if excluded is not None:
-        dropped = _read(excluded, coordinates, series)
+        dropped, more, _ = _read(excluded, coordinates, names, series, are_all=True)
+        doubts += more
     table = excluded or data.excluded_table
-    doubts += _doubt_excluded(table, dropped, [*series, *others], root)
+    doubts += _doubt_excluded(table, dropped, names.paths, root)
     return Truth(series, nodules, dropped, others, doubts)
 
 
 def _of_tables(
+    root: Path | None,
     annotations: Path | None,
     excluded: Path | None,
     listing: Path | None,
-    scans: list[str],
     coordinates: str,
 ) -> Truth:
+    """The truth of tables, beside the scans in ``root`` if there are any."""
     if annotations is None:
         raise InputError("--annotations: expected the table of nodules, found none")
-    series = scans if listing is None else list(read_series(listing))
+    paths = {} if root is None else name_scans(root)
+    names = ScanNames.of_ids(()) if root is None else ScanNames(root, paths)
+    series = list(paths)
+    if listing is not None:
+        series = list(dict.fromkeys(_read_list(listing, names).values()))
     if not series:
         raise InputError(
             "--series: expected the list of all scans: false positives are counted per scan, also "
             "of scans without nodules"
         )
-    nodules = _read(annotations, coordinates, series)
-    dropped = _read(excluded, coordinates, series)
-    doubts = _doubt_excluded(excluded, dropped, series, annotations.parent)
-    notes: list[str] = []
-    known = set(series)
-    if others := [uid for uid in nodules if uid not in known]:
-        rows = count(sum(len(nodules[uid]) for uid in others), "nodule")
-        hint = _hint(others[0], [uid for uid in series if uid not in nodules])
-        text = _outside(annotations, series, f"{rows} in {count(len(others), 'scan')}")
-        (doubts if hint else notes).append(f"{text}, the first of {others[0]}{hint}")
-    return Truth(series, nodules, dropped, (), doubts, notes)
+    if root is None:
+        names = ScanNames.of_ids(series)
+    nodules, doubts, notes = _read(annotations, coordinates, names, series, root is not None)
+    if (doubts or notes) and not set(nodules) & set(series):
+        raise InputError(f"{(doubts or notes)[0]}; expected scans such as {series[0]}")
+    dropped, more, _ = _read(excluded, coordinates, names, series, root is not None)
+    doubts += more
+    doubts += _doubt_excluded(excluded, dropped, series, annotations.parent)
+    return Truth(series, nodules, dropped, set(names.paths) - set(series), doubts, notes)
 
 
-def _outside(table: str | Path, series: Collection[str], what: str) -> str:
-    return f"{table}: not counted, outside of the {count(len(series), 'scan')} evaluated: {what}"
+def _read_list(table: Path, names: ScanNames) -> dict[str, str]:
+    """The names in a list of scans, and their ids; names of no scan stay as they are."""
+    listed = read_series(table)
+    return {name: names.find(name, f"{table}, row {row}") or name for name, row in listed.items()}
 
 
-def _read(table: Path | None, coordinates: str, series: Iterable[str]) -> dict[str, np.ndarray]:
-    """The findings of a table, float64 [n, 4] per series."""
+def _read(
+    table: Path | None,
+    coordinates: str,
+    names: ScanNames,
+    series: Sequence[str],
+    are_all: bool = False,
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """The findings of a table, float64 [n, 4] per series, with doubts and notes about others.
+
+    ``are_all``: there are no scans but those of ``names``.
+    """
     if table is None or table == NO_TABLE:
-        return {}
+        return {}, [], []
     if not table.is_file():
         raise InputError(f"{table}: expected a table of findings, found no such file")
-    scans, found = set(series), dict[str, list[tuple[float, ...]]]()
-    for row in read_annotations(table, coordinates):
-        uid = row.scan if row.scan in scans else scan_name(row.scan)
-        found.setdefault(uid, []).extend([] if row.finding is None else [row.finding])
-    return {uid: np.array(rows, dtype=np.float64).reshape(-1, 4) for uid, rows in found.items()}
+    found, lost = names.by_scan(read_annotations(table, coordinates))
+    without = [uid for uid in series if uid not in found]
+    doubts = []
+    strange: dict[str, int] = {}
+    for row in lost:
+        strange[row.scan] = strange.get(row.scan, 0) + (row.finding is not None)
+    hints = _hints(strange, without)
+    # an id that is no path may be that of a scan of another fold, and the list right
+    if (
+        are_all
+        or hints
+        or any(re.search(r"[/\\]", uid) or scan_name(uid) != uid for uid in strange)
+    ):
+        doubts = _outside(table, series, strange, hints)
+        strange = {}
+    chosen = set(series)
+    others = {uid: len(_findings(rows)) for uid, rows in found.items() if uid not in chosen}
+    notes = _outside(table, series, others | strange, {})
+    return {uid: _findings(rows) for uid, rows in found.items()}, doubts, notes
+
+
+def _findings(rows: Iterable[Annotation]) -> np.ndarray:
+    found = [row.finding for row in rows if row.finding is not None]
+    return np.array(found, dtype=np.float64).reshape(-1, 4)
+
+
+def _outside(
+    table: str | Path,
+    series: Collection[str],
+    counts: Mapping[str, int],
+    hints: Mapping[str, str],
+    what: str = "nodule",
+) -> list[str]:
+    """A line about rows of scans that are not evaluated, given how many each has."""
+    if not counts:
+        return []
+    first = next(iter(hints or counts))
+    return [
+        f"{table}: not counted, outside of the {count(len(series), 'scan')} evaluated: "
+        f"{count(sum(counts.values()), what)} in {count(len(counts), 'scan')}, "
+        f"the first of {first}{hints.get(first, '')}"
+    ]
 
 
 def _doubt_excluded(
@@ -256,12 +316,28 @@ def _doubt_excluded(
     return []
 
 
-def _hint(uid: str, names: Iterable[str]) -> str:
-    """The name that an id may stand for, which differs in zeros, case, folder or suffix only."""
+def _hints(uids: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """For ids, the names that they may stand for: they differ in zeros, case, folders or suffix.
 
-    def normal(name: str) -> str:
-        name = scan_name(name.strip().replace("\\", "/")).lower()
-        return re.sub(r"(?<!\d)0+(?=\d)", "", name)
+    Of several such names, it is one with the most folders in common.
+    """
 
-    near = next((name for name in names if normal(name) == normal(uid)), None)
-    return "" if near is None else f" (is it {near}?)"
+    def normal(name: str) -> list[str]:
+        """The parts of a path, the last one first."""
+        folder, _, name = name.strip().replace("\\", "/").rpartition("/")
+        parts = [scan_name(name), *folder.split("/")[::-1]]
+        return [re.sub(r"(?<!\d)0+(?=\d)", "", part).lower() for part in parts]
+
+    def shared(*paths: list[str]) -> int:
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*paths, strict=False))
+        return len(list(pairs))
+
+    known: dict[str, list[str]] = {}
+    for name in names:
+        known.setdefault(normal(name)[0], []).append(name)
+    hints = {}
+    for uid in uids:
+        parts = normal(uid)
+        if near := known.get(parts[0]):
+            hints[uid] = f" (is it {max(near, key=lambda name: shared(normal(name), parts))}?)"
+    return hints

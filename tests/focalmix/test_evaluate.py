@@ -85,7 +85,7 @@ def test_annotations_that_may_mean_a_scan_are_not_overlooked(tables):
     text = (tables / "annotations.csv").read_text().replace("\n007,", "\n7.mhd,")
     (tables / "annotations.csv").write_text(text)
     (warning,) = evaluate(tables / "found.csv", read_truth(tables), bootstraps=0).warnings
-    assert "evaluated: 1 nodule in 1 scan, the first of 7 (is it 007?)" in warning
+    assert "evaluated: 1 nodule in 1 scan, the first of 7.mhd (is it 007?)" in warning
 
 
 @pytest.mark.parametrize("near", ["", "Annotations_Excluded (1).csv"])
@@ -209,3 +209,89 @@ def test_long_lists_are_cut(tables, capsys):
     out = capsys.readouterr().out
     assert "  ... and 20 more; --json lists all\n" in out  # of 40 nodules
     assert "  ... and 26 more; --json lists all\n" in out  # of 36 scans
+
+
+PATHS = ["a/scan", "b/scan", "c"]
+
+
+@pytest.fixture
+def paths(tmp_path) -> Path:
+    """A list of scans by their paths, two of one file name, and candidates on 1, 2, 3 mm."""
+    write(tmp_path / "seriesuids.csv", *PATHS)
+    write_candidates(tmp_path / "found.csv", PATHS)
+    return tmp_path
+
+
+def paths_truth(folder: Path, *rows: str):
+    write(folder / "own.csv", "scan,x,y,z,diameter", *rows)
+    return read_truth(
+        None,
+        annotations=folder / "own.csv",
+        excluded=NO_TABLE,
+        series=folder / "seriesuids.csv",
+    )
+
+
+@pytest.mark.parametrize("before", ["", "./", "/old/disk/"])
+def test_scans_of_one_file_name_stay_apart(paths, before):
+    truth = paths_truth(
+        paths, f"{before}a/scan.nii.gz,1,2,3,6", f"{before}b/scan.nii.gz,5,5,5,6", "c,,,,"
+    )
+    assert {uid: len(rows) for uid, rows in truth.nodules.items()} == {
+        "a/scan": 1, "b/scan": 1, "c": 0,
+    }  # fmt: skip
+    result = evaluate(paths / "found.csv", truth, bootstraps=0)
+    assert [miss.uid for miss in result.froc.details.misses] == ["b/scan"]
+    assert result.warnings == result.notes == []
+    write(paths / "excluded.csv", "scan,x,y,z,diameter", "b/scan.nii.gz,90,2,3,6")
+    truth = read_truth(None, annotations=paths / "own.csv", series=paths / "seriesuids.csv",
+                       excluded=paths / "excluded.csv")  # fmt: skip
+    assert len(truth.excluded["b/scan"]) == 1 and "a/scan" not in truth.excluded
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            ["scan.nii.gz,1,2,3,6"],
+            r"own\.csv, row 2: .* one scan, got 'scan\.nii\.gz', which is a/scan and b/scan",
+        ),
+        (
+            ["x/c.mhd,1,2,3,6", "y/c.mhd,1,2,3,6"],
+            r"own\.csv, row 3: expected one path for the scan c, got 'y/c\.mhd' and, in row 2, "
+            r"'x/c\.mhd'; are these two scans\?",
+        ),
+        (["c,1,2,3,6", "x/c.mhd,1,2,3,6"], r"row 3: expected one path for the scan c"),
+        (["d/scan2,1,2,3,6"], r"the first of d/scan2; expected scans such as a/scan"),
+    ],
+)
+def test_a_name_of_two_scans_is_refused(paths, rows, message):
+    with pytest.raises(InputError, match=message):
+        paths_truth(paths, *rows)
+
+
+def test_rows_of_unknown_scans_are_not_overlooked(paths):
+    truth = paths_truth(paths, "a/scan,1,2,3,6", "d/scan.mhd,1,2,3,6", "d/scan.mhd,1,2,3,6")
+    (warning,) = evaluate(paths / "found.csv", truth, bootstraps=0).warnings
+    assert "evaluated: 2 nodules in 1 scan, the first of d/scan.mhd (is it b/scan?)" in warning
+
+
+def test_rows_of_no_scan_of_the_data_are_not_overlooked(tmp_path):
+    root = write_luna(tmp_path / "luna", SCANS)
+    header = "seriesuid,coordX,coordY,coordZ,diameter_mm"
+    write(tmp_path / "own.csv", header, f"subset0/{SCANS[0].uid}.mhd,1,2,3,4", "1.2.3,1,2,3,4")
+    truth = read_truth(root, annotations=tmp_path / "own.csv", excluded=tmp_path / "own.csv")
+    assert len(truth.nodules[SCANS[0].uid]) == 1 and len(truth.warnings) == 2
+    assert all("own.csv: not counted, outside of the 5" in line for line in truth.warnings)
+    write(tmp_path / "list.csv", f"subset9/{SCANS[4].uid}.mhd", "1.2.3")
+    truth = read_truth(root, series=tmp_path / "list.csv", excluded=NO_TABLE)
+    assert truth.series == [SCANS[4].uid]
+    assert "list.csv: '1.2.3' is no scan; 1 such rows" in truth.warnings[0]
+
+
+def test_hints_keep_the_folder(paths):
+    write_candidates(paths / "found.csv", ["A/scan", "B/scan", "c"])
+    truth = paths_truth(paths, "b/scan,1,2,3,6")
+    write_candidates(paths / "found.csv", ["a/scan", "x/B/scan.mhd", "c"])
+    first, _ = evaluate(paths / "found.csv", truth, bootstraps=0).warnings
+    assert "the first of x/B/scan.mhd (is it b/scan?)" in first

@@ -1,18 +1,17 @@
 """Own data sets: a folder of scans in any format with one table of annotations."""
 
-import difflib
 import hashlib
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fmkernels.focalmix.data.annotations import FOLDS, Annotation, read_annotations
 from fmkernels.focalmix.data.dataset import DataSet, Scan, name_scans
-from fmkernels.focalmix.data.formats import SUPPORTED, scan_name
+from fmkernels.focalmix.data.formats import SUPPORTED
 from fmkernels.focalmix.data.luna16 import LUNA16
+from fmkernels.focalmix.data.names import ScanNames
 from fmkernels.focalmix.data.tables import read_series
 from fmkernels.focalmix.errors import InputError, InputWarning
 
@@ -68,7 +67,7 @@ class OwnData(DataSet):
             )
         self.annotations = _find_annotations(self.root)
         self.excluded_table = _named(self.root, _EXCLUDED)
-        names = _Names(self.root, paths)
+        names = ScanNames(self.root, paths)
         rows = _by_scan(self.annotations, names, coordinates)
         excluded = _by_scan(self.excluded_table, names, coordinates)
         listed = _listed(self.root / _SERIES, names)
@@ -142,70 +141,35 @@ def _named(root: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
-class _Names:
-    """The names by which a table may call a scan."""
-
-    def __init__(self, root: Path, paths: Mapping[str, Path]) -> None:
-        self.paths = paths
-        self.whole: dict[str, str] = {}  # whole path in the folder -> id
-        self.all: dict[str, list[str]] = {}
-        siblings = Counter(path.parent for path in paths.values())
-        for uid, path in paths.items():
-            relative = path.relative_to(root)
-            whole = {relative.as_posix(), (relative.parent / scan_name(path)).as_posix()}
-            names = {path.name, scan_name(path)} | whole
-            if path.parent != root and siblings[path.parent] == 1:
-                names |= {path.parent.name, relative.parent.as_posix()}
-            self.whole |= dict.fromkeys(whole, uid)
-            for name in names:
-                self.all.setdefault(name, []).append(uid)
-        self.all |= {uid: [uid] for uid in paths}
-
-    def find(self, name: str, where: str) -> str | None:
-        """The id of the scan of a name; None if there is none.
-
-        The name may begin with other folders if it goes on with the whole path in the folder.
-        """
-        path = PurePosixPath(name.replace("\\", "/"))
-        found = self.all.get(str(path), [])
-        if len(found) > 1:
-            raise InputError(
-                f"{where}: expected the name of one scan, got {name!r}, which is "
-                f"{self.paths[found[0]]} and {self.paths[found[1]]}; name it with its folder"
-            )
-        if found:
-            return found[0]
-        tails = ("/".join(path.parts[first:]) for first in range(1, len(path.parts)))
-        return next((self.whole[tail] for tail in tails if tail in self.whole), None)
-
-
-def _by_scan(table: Path | None, names: _Names, coordinates: str) -> dict[str, list[Annotation]]:
+def _by_scan(table: Path | None, names: ScanNames, coordinates: str) -> dict[str, list[Annotation]]:
     """The rows of a table by the ids of their scans."""
-    found: dict[str, list[Annotation]] = {}
-    lost = []
-    for row in () if table is None else read_annotations(table, coordinates):
-        uid = names.find(row.scan, row.where)
-        if uid is None:
-            lost.append(row)
-        else:
-            found.setdefault(uid, []).append(row)
+    if table is None:
+        return {}
+    found, lost = names.by_scan(read_annotations(table, coordinates))
     if lost:
-        near = difflib.get_close_matches(lost[0].scan, names.all, 1, cutoff=0.8)
-        hint = f" (is it {near[0]}?)" if near else ""
+        near = names.nearest(lost[0].scan)
         if not found:
-            raise InputError(f"{lost[0].where}: expected a scan, got {lost[0].scan!r}{hint}")
+            raise InputError(f"{lost[0].where}: expected a scan, got {lost[0].scan!r}{near}")
         warnings.warn(
-            f"{lost[0].where}: {lost[0].scan!r} is no scan{hint}; {len(lost)} such rows",
+            f"{lost[0].where}: {lost[0].scan!r} is no scan{near}; {len(lost)} such rows",
             InputWarning,
             stacklevel=4,
         )
     return found
 
 
-def _listed(table: Path, names: _Names) -> set[str | None]:
+def _listed(table: Path, names: ScanNames) -> set[str]:
     """The ids of the scans in a list."""
-    listed = read_series(table) if table.is_file() else {}
-    return {names.find(name, f"{table}, row {row}") for name, row in listed.items()}
+    found, lost = set(), []
+    for name, row in read_series(table).items() if table.is_file() else ():
+        where = f"{table}, row {row}"
+        if uid := names.find(name, where):
+            found.add(uid)
+        else:
+            lost.append(f"{where}: {name!r} is no scan{names.nearest(name)}")
+    if lost:
+        warnings.warn(f"{lost[0]}; {len(lost)} such rows", InputWarning, stacklevel=4)
+    return found
 
 
 def _fold(uid: str, rows: Sequence[Annotation]) -> int:

@@ -75,6 +75,30 @@ class TestScans:
         ):
             open_data(folder)
 
+    def test_in_the_root_is_called_by_its_whole_path(self, folder):
+        """Beside scans of the same file name in folders."""
+        write_scan(folder / "scan.nii.gz", Scan("any", 0, nodules=[(8, 16, 15, 9.0)]))
+        for name in ("scan.nii.gz", "scan", "./scan.nii.gz"):
+            write(folder, [f"{name},{INSIDE}", "patients/a/scan.nii.gz,,,,"])
+            data = open_data(folder)
+            assert sorted(data.series) == ["patients/a/scan", "scan"]
+            assert len(data.nodules("scan")) == 1
+
+    @pytest.mark.parametrize("other", ["x/c.mhd", "c.mhd"])
+    def test_that_are_missing_do_not_give_their_rows_to_others(self, folder, other):
+        write(folder, [f"{other},{INSIDE}", f"y/c.mhd,{INSIDE}"])
+        with pytest.raises(
+            InputError, match=rf"row 3: .* scan c, got 'y/c\.mhd' and, in row 2, '{other}'; are"
+        ):
+            open_data(folder)
+
+    def test_of_a_list_that_are_none_are_named(self, folder):
+        write(folder, [f"a,{INSIDE}"])
+        (folder / "seriesuids.csv").write_text("c.mhd\npatients/d/scan\n")
+        with pytest.warns(InputWarning, match=r"seriesuids\.csv, row 2: 'patients/d/scan' is no"):
+            data = open_data(folder)
+        assert data.unlabeled == ["patients/b/scan"]
+
     def test_of_dicom_are_called_by_series_id_or_folder(self, tmp_path):
         scan = SCANS[0]
         image = write_scan(tmp_path / "one.mhd", scan)

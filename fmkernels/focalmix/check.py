@@ -18,6 +18,7 @@ import numpy as np
 import scipy.ndimage
 from tqdm import tqdm
 
+from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.dataset import DataSet
 from fmkernels.focalmix.data.formats import hu_problem, read_scan
 from fmkernels.focalmix.data.own import OwnData, open_data
@@ -26,6 +27,7 @@ from fmkernels.focalmix.data.volume import Volume, index_to_box, reoriented
 from fmkernels.focalmix.data.workers import process_map
 from fmkernels.focalmix.errors import InputError, InputWarning, first_line
 from fmkernels.focalmix.evaluation import figures
+from fmkernels.focalmix.roles import choose_scans
 
 PANELS = 12
 """Maximum number of slices in the picture."""
@@ -118,6 +120,7 @@ def check(
     *,
     coordinates: str = "LPS",
     unlabeled: Iterable[str | Path] = (),
+    config: Config | None = None,
     workers: int | None = None,
 ) -> Report:
     """Look at a data set and draw slices with the annotated boxes on one page.
@@ -127,6 +130,7 @@ def check(
         picture: the figure to write.
         coordinates: "LPS" or "RAS": those of the tables.
         unlabeled: folders of more scans, without labels.
+        config: the options of `train`, of which the subsets matter; default: those of the demo.
         workers: processes that read scans; default: one per core, at most 8.
 
     Raises:
@@ -156,6 +160,7 @@ def check(
         *_scan_problems(data, found),
         *_finding_problems(data, found),
         *_table_problems(data),
+        *_role_problems(data, config or Config()),
     ]
     if panels := _panels(data, found):
         figures.draw_check(picture, panels, report.summary[0])
@@ -366,10 +371,17 @@ def _finding_problems(data: DataSet, found: Mapping[str, Look]) -> Iterable[Prob
             yield Problem("coordinates", text)
 
 
+def _role_problems(data: DataSet, config: Config) -> Iterable[Problem]:
+    """Why there is nothing to train or to evaluate on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)
+            choose_scans(config, data)
+    except InputError as error:
+        yield Problem("labels", str(error), is_error=True)
+
+
 def _table_problems(data: DataSet) -> Iterable[Problem]:
-    if isinstance(data, OwnData) and data.annotations is None:
-        text = f"{data.root}: no annotations.csv, .tsv or .json; all scans are without labels"
-        yield Problem("tables", text)
     if data.excluded_table is None:
         others = [path for path in sorted(data.root.rglob("*.csv")) if "exclu" in path.name.lower()]
         if others:

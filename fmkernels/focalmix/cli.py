@@ -230,7 +230,11 @@ def _add_preset(parser: argparse.ArgumentParser, default: str | None) -> None:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+def _add_config(
+    parser: argparse.ArgumentParser,
+    without: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> None:
     """Add the fields of a configuration as options; those that are not given set no attribute."""
     from fmkernels.focalmix.config import GROUPS, HINTS, PRESETS, Config
 
@@ -240,7 +244,9 @@ def _add_config(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
         )
         for name in GROUPS
     }
-    for option in (option for option in fields(Config) if option.name not in without):
+    for option in fields(Config):
+        if option.name in without or (only and option.name not in only):
+            continue
         hint, is_list = HINTS[option.name], isinstance(option.default, tuple)
         defaults = [_written(option.default)]
         defaults += [
@@ -542,16 +548,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
+    subsets = ("train_subsets", "validation_subsets", "test_subsets")
     _add_data(parser)
-    _add_coordinates(parser)
-    parser.add_argument(
-        "--unlabeled-data",
-        metavar="FOLDER",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="folders of more scans, without labels",
-    )
+    _add_preset(parser, default="demo")
+    _add_config(parser, only=("coordinates", "unlabeled_data", *subsets))
     parser.add_argument(
         "--out",
         metavar="PNG",
@@ -570,12 +570,16 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.check import check
+    from fmkernels.focalmix.config import PRESETS
 
+    given = {name: value for name, value in _given(arguments).items() if name != "workers"}
+    config = replace(PRESETS[arguments.preset], **given)
     report = check(
         arguments.data,
         arguments.out,
-        coordinates=arguments.coordinates,
-        unlabeled=arguments.unlabeled_data,
+        coordinates=config.coordinates,
+        unlabeled=config.unlabeled_data,
+        config=config,
         workers=arguments.workers,
     )
     print(report)

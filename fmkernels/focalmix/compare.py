@@ -30,14 +30,13 @@ from fmkernels.focalmix.distributed import announced_processes
 from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import atomic_write, write_text
+from fmkernels.focalmix.roles import DATA, check_data, choose_scans, keep_data, open_scans
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
 from fmkernels.focalmix.training.loop import (
     CANDIDATES,
     EVALUATION,
     TIMING,
     check_options,
-    choose_scans,
-    open_scans,
     train,
 )
 from fmkernels.focalmix.training.metrics import METRICS
@@ -187,8 +186,8 @@ def compare(
         bootstraps: number of bootstrap samples.
 
     Raises:
-        InputError: see `train`; there are no test subsets; or ``config`` already has what
-            ``without`` or ``extended`` change.
+        InputError: see `train`; there are no test subsets; a run was trained with other data; or
+            ``config`` already has what ``without`` or ``extended`` change.
         FloatingPointError: a run diverged; all others are finished.
         ChildProcessError: the process of a run failed otherwise; all others are finished.
     """
@@ -203,6 +202,8 @@ def compare(
     used: set[str] = set()
     for run in runs:  # what is impossible is reported before hours of training
         check_options(run.folder, run.config)
+        if (run.folder / CHECKPOINT).exists():
+            check_data(run.folder, data, choose_scans(run.config, data))
         if run.method not in (BASELINE, ALL_LABELS):
             continue  # all methods have the scans of the baseline
         method = "supervised" if run.labeled is None else "focalmix"
@@ -338,7 +339,7 @@ def _train_all(runs: Sequence[_Run], root: str | Path, jobs: int, progress: _Pro
         _share_burn_in(run)
         began = time.monotonic()
         try:
-            train(run.config, root, run.folder, resume=True)
+            train(run.config, root, run.folder, resume=(run.folder / CHECKPOINT).exists())
         except FloatingPointError as error:
             progress.add_failure(run, f"FloatingPointError: {first_line(error)}", diverged=True)
         else:
@@ -387,7 +388,7 @@ def _train_in_processes(
 def _train_alone(config: Config, root: str | Path, folder: Path) -> None:
     """Train a run, in a process of its own."""
     try:
-        train(config, root, folder, resume=True)
+        train(config, root, folder, resume=(folder / CHECKPOINT).exists())
     except Exception as error:
         print(f"\n{_FAILED}{type(error).__name__}: {first_line(error)}", file=sys.stderr)
         raise
@@ -431,6 +432,9 @@ def _share_burn_in(run: _Run) -> None:
         for name in (METRICS, PSEUDO_BOXES, BURN_IN):
             (run.folder / name).unlink(missing_ok=True)
             _copy(run.shared / name, run.folder / name)
+        if (run.shared / DATA).exists():  # the unlabeled scans may be others
+            found = json.loads((run.shared / DATA).read_text(encoding="utf-8"))
+            keep_data(run.folder, {k: value for k, value in found.items() if k != "unlabeled"})
         _copy(run.shared / BURN_IN, run.folder / CHECKPOINT)
 
 

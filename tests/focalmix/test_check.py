@@ -198,11 +198,28 @@ def test_luna16_without_the_excluded_findings(luna_folder):
     )
 
 
-def test_scans_without_labels_are_drawn_too(folder):
+def test_scans_without_labels_are_drawn_and_are_an_error(folder):
     (folder / "annotations.csv").unlink()
     report = look(folder)
     assert report.picture is not None and report.picture.exists()
-    assert "no annotations.csv, .tsv or .json; all scans are without labels" in str(report)
+    assert report.has_errors and "own: expected scans with labels, found no table" in str(report)
+    (folder / "annotations.csv").write_text("scan,x,y,z,diameter\n")
+    report = look(folder)
+    assert report.has_errors and "annotations.csv: expected a row for each scan" in str(report)
+
+
+def test_folds_that_are_not_trained_on_are_an_error(folder, capsys):
+    table = folder / "annotations.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},fold", *(f"{row},8" for row in rows)]))
+    report = look(folder)
+    assert problems(report) == {("labels", True)}
+    assert "scans with labels are in [8]; choose others, or give a column fold" in str(report)
+    argv = ["check", str(folder), "--out", str(folder / "check.png"), "--workers=1"]
+    assert main(argv) == 1
+    assert main([*argv, "--train-subsets=8", "--test-subsets=9"]) == 0
+    table.write_text("\n".join([f"{header},fold", f"{rows[0]},0", "s1,,,,,8"]))
+    assert "test_subsets: expected at least one nodule in" in str(look(folder))
 
 
 def test_the_command(folder, tmp_path, capsys):

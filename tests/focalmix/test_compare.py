@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from fmkernels.focalmix.evaluation.froc import evaluate
 from fmkernels.focalmix.training import loop
 from fmkernels.focalmix.training.checkpoint import BURN_IN, CHECKPOINT, PSEUDO_BOXES
 from fmkernels.focalmix.training.loop import train
-from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.conftest import SCANS, write_luna, write_scan
 from tests.focalmix.training.test_loop import (
     ROOT,
     TINY,
@@ -259,6 +260,24 @@ def test_another_configuration_is_refused(luna_folder, tmp_path):
         )
     with pytest.raises(InputError, match="test_subsets: expected at least one"):
         compare(replace(CONFIG, test_subsets=()), luna_folder, tmp_path, labeled=[2], seeds=1)
+
+
+def test_runs_of_other_data_are_refused(luna_folder, tmp_path, capsys):
+    folder = shutil.copytree(luna_folder, tmp_path / "luna")
+    settings = dict(labeled=[2], seeds=1, bootstraps=10)
+    compare(replace(CONFIG, burn_in=1), folder, tmp_path / "out", **settings)
+    assert "no checkpoint to resume" not in capsys.readouterr().err
+    table = folder / "annotations.csv"
+    kept = table.read_text()
+    table.write_text(kept.replace(",9.0\n", ",8.5\n"))
+    with pytest.raises(InputError, match=r"seed-0/data\.json: annotations: expected those that"):
+        compare(replace(CONFIG, burn_in=1), folder, tmp_path / "out", **settings)
+    table.write_text(kept)
+    other = tmp_path / "other"
+    write_scan(other / "new.nii.gz", SCANS[3])
+    config = replace(CONFIG, burn_in=1, unlabeled_data=(str(other),))
+    with pytest.raises(InputError, match=r"focalmix/seed-0/data\.json: unlabeled: expected"):
+        compare(config, folder, tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -100,6 +100,7 @@ class DataSet(ABC):
         self._scans: dict[str, Scan] = {}
         self._nodules: dict[str, np.ndarray] = {}
         self._excluded: dict[str, np.ndarray] = {}
+        self._checksums: dict[str, list[list[int]]] = {}
 
     def _cache_in(self, folder: str | Path) -> Path:
         return Path(folder) / f".cache-{'x'.join(f'{step:g}' for step in self.spacing)}"
@@ -198,6 +199,14 @@ class DataSet(ABC):
                 "but it changed while it was resampled"
             )
         return volume
+
+    def checksums(self, uid: str) -> list[list[int]]:
+        """Size and checksum of each file of a scan; read from the cache, if it is up to date."""
+        if uid not in self._checksums:
+            path, _, cache, _ = self._scan(uid)
+            source = _cached_source(_cached_file(cache, uid), path) or _checksums(path)
+            self._checksums[uid] = sorted(source.values())
+        return self._checksums[uid]
 
     def boxes(self, uid: str) -> tuple[np.ndarray, np.ndarray]:
         """`Volume.boxes` of the nodules and of the excluded findings in the resampled scan.
@@ -299,10 +308,7 @@ def _open_cached(cache: Path, uid: str, path: Path, spacing: Sequence[float]) ->
     """The cached volume of a scan; None if it is missing, broken, or made from other files."""
     file = _cached_file(cache, uid)
     try:
-        voxels = np.lib.format.open_memmap(file, mode="r")
-        with open(file, "rb") as stream:
-            stream.seek(voxels.offset + voxels.nbytes)
-            geometry = json.loads(stream.read(_MAX_GEOMETRY_BYTES))
+        voxels, geometry = _read_cached(file)
         if not _is_made_from(file, geometry["source"], path):
             return None
         if voxels.dtype != np.int16 or voxels.ndim != 3 or geometry["spacing"] != list(spacing):
@@ -319,6 +325,22 @@ def _open_cached(cache: Path, uid: str, path: Path, spacing: Sequence[float]) ->
         )
     except Exception:  # numpy's reader raises many types, among them those of its tokenizer
         return None
+
+
+def _read_cached(file: Path) -> tuple[np.memmap, dict[str, Any]]:
+    voxels = np.lib.format.open_memmap(file, mode="r")
+    with open(file, "rb") as stream:
+        stream.seek(voxels.offset + voxels.nbytes)
+        return voxels, json.loads(stream.read(_MAX_GEOMETRY_BYTES))
+
+
+def _cached_source(file: Path, path: Path) -> dict[str, list[int]]:
+    """The checksums of the files that a cached file was made from; empty if they have changed."""
+    try:
+        source = _read_cached(file)[1]["source"]
+        return source if _is_made_from(file, source, path) else {}
+    except Exception:  # as in _open_cached
+        return {}
 
 
 def _write_cached(scan: tuple[str, Path, Path], spacing: Sequence[float]) -> list[str]:

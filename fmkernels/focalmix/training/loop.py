@@ -10,11 +10,10 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from fmkernels.focalmix.config import CONFIG, Config, load_config
 from fmkernels.focalmix.data.dataset import DataSet
-from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.patches import (
     LabeledPatches,
     PatchDataset,
@@ -41,11 +39,20 @@ from fmkernels.focalmix.distributed import (
     rank_and_world_size,
     sum_of_ranks,
 )
-from fmkernels.focalmix.errors import InputError, InputWarning, first_line
+from fmkernels.focalmix.errors import InputError, first_line
 from fmkernels.focalmix.evaluation import figures, froc
 from fmkernels.focalmix.files import lock_folder, write_text
 from fmkernels.focalmix.model.detector import autocast
 from fmkernels.focalmix.model.inference import Detections, detect
+from fmkernels.focalmix.roles import (
+    DATA,
+    Scans,
+    check_data,
+    choose_scans,
+    digests,
+    keep_data,
+    open_scans,
+)
 from fmkernels.focalmix.training.augment import augmented
 from fmkernels.focalmix.training.checkpoint import (
     BURN_IN,
@@ -68,15 +75,6 @@ PSEUDO_BOX_POWER = 4
 """Patches are placed around a pseudo-box with this power of its probability."""
 
 
-class Scans(NamedTuple):
-    """Series ids by their role in a run."""
-
-    train: list[str]
-    unlabeled: list[str]
-    validation: list[str]
-    test: list[str]
-
-
 @dataclass(frozen=True)
 class _Run:
     config: Config
@@ -97,10 +95,10 @@ def train(
 ) -> froc.Froc | None:
     """Train a detector and evaluate it on the test scans.
 
-    Writes to ``out``: ``config.json``, ``checkpoint.pt``, ``burn_in.pt`` (the checkpoint after the
-    burn-in) and ``pseudo_boxes.pt`` (what it has detected in the unlabeled scans), ``metrics.csv``,
-    TensorBoard events, ``timing.json``, ``training.png``. With test subsets also
-    ``candidates.csv``, ``evaluation.json``, ``froc.png`` and ``sheet.png``.
+    Writes to ``out``: ``config.json``, ``data.json`` (digests of the data), ``checkpoint.pt``,
+    ``burn_in.pt`` (the checkpoint after the burn-in) and ``pseudo_boxes.pt`` (what it has detected
+    in the unlabeled scans), ``metrics.csv``, TensorBoard events, ``timing.json``, ``training.png``.
+    With test subsets also ``candidates.csv``, ``evaluation.json``, ``froc.png`` and ``sheet.png``.
 
     Args:
         config: see :class:`Config`.
@@ -114,8 +112,8 @@ def train(
         The evaluation on the test scans; None without test subsets.
 
     Raises:
-        InputError: bad data; a damaged checkpoint; ``out`` holds a run with another configuration,
-            or any run without ``resume``; another process is using ``out``.
+        InputError: bad data; a damaged checkpoint; ``out`` holds a run with another configuration
+            or other data, or any run without ``resume``; another process is using ``out``.
         FloatingPointError: the loss or its gradient is not finite; the last good checkpoint is
             kept, and ``bad_batch.pt`` holds the batch of the first such step.
         ChildProcessError: a data-loading process died.
@@ -125,10 +123,13 @@ def train(
     with process_group(device), _lock(out), _fastest_convolutions():
         _claim(out, config, resume)
         data, scans = _prepare(config, root)
+        begun = (out / CHECKPOINT).exists()
         run = _Run(config, data, scans, out, State(config, device), Stopwatch(device, profile))
-        if (out / CHECKPOINT).exists():
+        if begun:
             run.state.load(out / CHECKPOINT, scans.train)
+        found = check_data(out, data, scans) if begun else digests(data, scans)
         if rank_and_world_size()[0] == 0:
+            keep_data(out, found)
             counts = zip(scans._fields, scans, strict=True)
             roles = ", ".join(f"{role} {len(series)}" for role, series in counts if series)
             tqdm.write(f"{data.summary()}\nin this run: {roles}", file=sys.stderr)
@@ -593,7 +594,8 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
     if resume and not begun:
         tqdm.write(f"{out}: no checkpoint to resume from, starting a new run", file=sys.stderr)
     if not begun:
-        (out / PSEUDO_BOXES).unlink(missing_ok=True)  # of a run that was here before
+        for name in (PSEUDO_BOXES, DATA):  # of a run that was here before
+            (out / name).unlink(missing_ok=True)
     if not stored:
         _write_json(out / CONFIG, asdict(config))
 
@@ -622,82 +624,6 @@ def _prepare(config: Config, root: str | Path) -> tuple[DataSet, Scans]:
     if dist.is_initialized():
         dist.barrier()
     return data, scans
-
-
-def open_scans(config: Config, root: str | Path, unlabeled: Sequence[str]) -> DataSet:
-    """Open the subsets of a data set that a run uses, and folders of unlabeled scans."""
-    return open_data(
-        root,
-        spacing=config.spacing,
-        subsets=[*config.train_subsets, *config.validation_subsets, *config.test_subsets],
-        cache=config.cache,
-        coordinates=config.coordinates,
-        unlabeled=unlabeled,
-    )
-
-
-def choose_scans(config: Config, data: DataSet) -> Scans:
-    """The scans of a run by their role; a supervised run has no unlabeled ones.
-
-    Raises:
-        InputError: there are too few scans, or a role has no nodule.
-    """
-    subsets = {
-        "train": config.train_subsets,
-        "validation": config.validation_subsets,
-        "test": config.test_subsets,
-    }
-    scans = {
-        role: [uid for uid in data.series if data.subset(uid) in numbers]
-        for role, numbers in subsets.items()
-    }
-    if not data.series:
-        raise InputError(
-            f"{data.root}: expected scans with labels; annotations.csv or .json gives them"
-        )
-    for role, numbers in subsets.items():
-        if not numbers or scans[role]:
-            continue
-        folds = sorted({data.subset(uid) for uid in data.series})
-        found = f"{role}_subsets: no scans in {numbers}; the scans with labels are in {folds}"
-        if role == "train":
-            raise InputError(found)
-        without = "evaluation" if role == "test" else role
-        warnings.warn(f"{found}: training goes without {without}", InputWarning, stacklevel=2)
-    train, rng = scans["train"], np.random.default_rng(config.seed)
-    left: list[str] = []
-    if config.labeled is not None:
-        if config.labeled > len(train):
-            raise InputError(
-                f"labeled: expected at most {len(train)} training scans, got {config.labeled}"
-            )
-        order = rng.permutation(len(train))
-        scans["train"] = [train[i] for i in sorted(order[: config.labeled])]
-        left = [train[i] for i in order[config.labeled :]]
-    others = [*left, *data.unlabeled]
-    if data.unlabeled:
-        others = [others[i] for i in rng.permutation(len(others))]
-    if config.method == "focalmix" and not others:
-        raise InputError(
-            f"labeled: expected fewer than the {len(train)} training scans, so that the others are "
-            f"unlabeled, got {config.labeled or 'all'}; --unlabeled-data gives others"
-        )
-    asked = config.unlabeled or 0
-    if (config.labeled is not None or config.method == "focalmix") and len(others) < asked:
-        raise InputError(
-            f"unlabeled: expected at most the {len(others)} other training scans, got {asked}"
-        )
-    chosen = set(others[: config.unlabeled] if config.method == "focalmix" else ())
-    scans["unlabeled"] = [uid for uid in (*train, *data.unlabeled) if uid in chosen]
-    for role, numbers in subsets.items():
-        if scans[role] and not any(len(data.nodules(uid)) for uid in scans[role]):
-            by_seed = role == "train" and config.labeled is not None
-            where = f"the scans chosen by seed {config.seed}" if by_seed else numbers
-            raise InputError(
-                f"{role}_subsets: expected at least one nodule in {data.root}, "
-                f"found none in {where}"
-            )
-    return Scans(**scans)
 
 
 def _write_json(path: Path, value: Any) -> None:

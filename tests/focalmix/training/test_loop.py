@@ -314,6 +314,55 @@ def test_other_scans_are_refused(whole, luna_folder, make_luna):
         train(TINY, other, whole, resume=True)
 
 
+def rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def replace_scan(folder: Path) -> None:
+    """Another scan in the same file, of the same size."""
+    raw = folder / "subset0" / f"{SCANS[0].uid}.raw"
+    raw.write_bytes(raw.read_bytes()[::-1])
+
+
+def reorder_rows(folder: Path) -> None:
+    path = folder / "annotations.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *rows[::-1]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda folder: rewrite(folder / "annotations.csv", ",9.0\n", ",8.5\n"), "annotations"),
+        (lambda folder: (folder / "annotations_excluded.csv").unlink(), "excluded"),
+        (replace_scan, "scans"),
+        (reorder_rows, ""),
+    ],
+)
+def test_a_run_goes_on_with_the_same_data_alone(luna_folder, tmp_path, change, name):
+    folder = shutil.copytree(luna_folder, tmp_path / "luna")
+    config = replace(TINY, steps=2, checkpoint_every=1)
+    train(config, folder, tmp_path / "run")
+    moved = folder.rename(tmp_path / "moved")
+    change(moved)
+    if not name:
+        train(config, moved, tmp_path / "run", resume=True)
+        return
+    with pytest.raises(InputError, match=rf"data\.json: {name}: expected those that the run was"):
+        train(config, moved, tmp_path / "run", resume=True)
+
+
+def test_a_run_without_digests_of_its_data_warns(luna_folder, tmp_path):
+    config = replace(TINY, steps=2, checkpoint_every=1)
+    train(config, luna_folder, tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()
+    with pytest.warns(InputWarning, match=r"run: expected data\.json, found none: the data may"):
+        train(config, luna_folder, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "data.json").exists()
+
+
 def test_labeled_draws_scans_by_the_seed(luna_folder, tmp_path):
     chosen = set()
     for seed in range(6):
@@ -697,6 +746,10 @@ def test_unlabeled_scans_from_elsewhere_beside_a_fully_labeled_set(
     labeled = trained_on(tmp_path / "few")
     assert len(detected) == 3 and not set(detected) & set(labeled)
     assert len(list((other / ".cache-2.5x2x2").iterdir())) == 4
+    write_scan(other / "scan4.nii.gz", luna_scans[1])
+    with pytest.raises(InputError, match=r"data\.json: unlabeled: expected those that the run"):
+        train(config, luna_folder, tmp_path / "all", resume=True)
+    (other / "scan4.nii.gz").unlink()
     supervised = replace(config, method="supervised", unlabeled_data=(str(tmp_path / "nowhere"),))
     train(supervised, luna_folder, tmp_path / "supervised")  # reads no unlabeled scan
     with pytest.raises(InputError, match="nowhere: expected scans below this folder"):
@@ -724,7 +777,7 @@ def test_an_own_data_set_with_scans_without_labels(tmp_path, luna_scans, detecte
     with pytest.raises(InputError, match=r"train_subsets: no scans in \(9,\); .* \[4\]"):
         train(replace(config, train_subsets=(9,)), root, tmp_path / "none")
     (root / "annotations.csv").unlink()
-    with pytest.raises(InputError, match=r"own: expected scans with labels; annotations\.csv"):
+    with pytest.raises(InputError, match="own: expected scans with labels, found no table of them"):
         train(config, root, tmp_path / "none")
 
 

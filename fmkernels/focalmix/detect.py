@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fmkernels.focalmix.config import Config
-from fmkernels.focalmix.data.dataset import name_scans
+from fmkernels.focalmix.data.dataset import name_scans, scan_state
 from fmkernels.focalmix.data.formats import (
     SUPPORTED,
     check_header,
@@ -23,7 +24,7 @@ from fmkernels.focalmix.data.formats import (
 )
 from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.volume import Volume
-from fmkernels.focalmix.errors import InputError, first_line, is_out_of_memory
+from fmkernels.focalmix.errors import InputError, InputWarning, first_line, is_out_of_memory
 from fmkernels.focalmix.evaluation import figures
 from fmkernels.focalmix.evaluation.froc import count
 from fmkernels.focalmix.evaluation.results import (
@@ -31,6 +32,7 @@ from fmkernels.focalmix.evaluation.results import (
     ScanFindings,
     Table,
     open_table,
+    remove_slicer,
     slicer_path,
     write_json,
     write_slicer,
@@ -72,8 +74,8 @@ def detect_scans(
     """Search scans for nodules, one after another.
 
     Each finished scan is in the table before the next one begins. Scans that the table already
-    holds are passed over. So are scans that cannot be read or do not fit into memory; the report
-    lists them.
+    holds are passed over, unless their files have changed. So are scans that cannot be read or do
+    not fit into memory; the report lists them.
 
     Args:
         run: the folder of a run.
@@ -104,6 +106,7 @@ def detect_scans(
     with open_table(out, digest, threshold) as table:
         report = Report(table, failed, written=[out])
         new = {uid for uid, path in paths.items() if not _is_finished(table, uid, path)}
+        table.drop(new & table.finished.keys())  # their files have changed
         if "slicer" in formats:
             beside[1].mkdir(exist_ok=True)
             report.written.append(beside[1])
@@ -112,9 +115,10 @@ def detect_scans(
                 continue
             began = time.monotonic()
             try:
-                header = check_header(path)
+                state, header = scan_state(path), check_header(path)
                 if uid in new:
-                    scan = _search(config, model, uid, path, header, threshold)
+                    found = _search(config, model, path, header, threshold)
+                    scan = ScanFindings(uid, str(path.absolute()), state, found)
             except KeyboardInterrupt:
                 finished = count(len(table.finished), "scan")
                 raise KeyboardInterrupt(
@@ -133,6 +137,9 @@ def detect_scans(
                 bar.write(f"{uid}: {findings}, {seconds:.1f} s, {peak}", file=sys.stderr)
             if "slicer" in formats and table.finished[uid].findings:
                 write_slicer(slicer_path(beside[1], uid), table.finished[uid], header)
+        if "slicer" in formats:
+            with_findings = [uid for uid, scan in table.finished.items() if scan.findings]
+            remove_slicer(beside[1], [slicer_path(beside[1], uid) for uid in with_findings])
         if "json" in formats:
             write_json(beside[0], table)
             report.written.append(beside[0])
@@ -174,22 +181,20 @@ def _is_finished(table: Table, uid: str, path: Path) -> bool:
             f"{table.path}: expected no other scan with the id {uid} of {path}, got {file}; "
             "choose another --out"
         )
-    return True
+    return table.finished[uid].state == scan_state(path)
 
 
 def _search(
     config: Config,
     model: torch.nn.Module,
-    uid: str,
     path: Path,
     header: Header,
     threshold: float,
-) -> ScanFindings:
+) -> list[Finding]:
     volume = load_volume(path, config.spacing)
     if problem := hu_problem(volume.voxels):
         raise InputError(f"{path}: {problem}")
-    findings = to_findings(detect(config, model, volume), volume, header, threshold)
-    return ScanFindings(uid, str(path.absolute()), findings)
+    return to_findings(detect(config, model, volume), volume, header, threshold)
 
 
 def to_findings(
@@ -222,10 +227,22 @@ def to_findings(
 
 def _panels(table: Table) -> list[figures.Panel]:
     """Slices through the most probable findings of a table, from the stored scans."""
+    gone = {
+        uid
+        for uid, scan in table.finished.items()
+        if scan.findings and scan_state(Path(scan.file)) != scan.state
+    }
+    for uid in gone:
+        warnings.warn(
+            f"{table.finished[uid].file}: expected the scan that was searched, found it moved or "
+            "changed: its findings are not drawn",
+            InputWarning,
+            stacklevel=2,
+        )
     ranked = sorted(
         (-finding.probability, uid, number)
         for uid, scan in table.finished.items()
-        for number, finding in enumerate(scan.findings)
+        for number, finding in enumerate(scan.findings if uid not in gone else ())
     )[:SHEET_PANELS]
     panels: dict[tuple[str, int], figures.Panel] = {}
     for uid in dict.fromkeys(uid for _, uid, _ in ranked):  # reads each scan once

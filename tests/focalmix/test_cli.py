@@ -202,6 +202,37 @@ def test_detect_continues_its_own_table(run, data, capsys, monkeypatch):
     assert code == 0 and table.read_bytes() == whole and "s per scan" not in text
 
 
+def test_detect_searches_a_changed_scan_again(run, copy, tmp_path, capsys):
+    out, sheet = tmp_path / "found.csv", tmp_path / "sheet.png"
+    code, text = detect_in(capsys, run, copy / "subset0", "--out", out, "--format=slicer")
+    before = read_candidates(out)
+    assert code == 0 and len(before[FIRST])
+    stale = tmp_path / "found-slicer" / f"{FIRST}.mrk.json"
+    assert stale.exists()
+    raw = copy / "subset0" / f"{FIRST}.raw"
+    voxels = np.frombuffer(raw.read_bytes(), np.int16)
+    raw.write_bytes(np.full_like(voxels, -1000).tobytes())
+    argv = [run, copy / "subset0", "--out", out, "--format=slicer", "--sheet", sheet]
+    code, text = detect_in(capsys, *argv)
+    assert code == 0 and f"{FIRST}: " in text and "1 of them searched earlier" in text
+    after = read_candidates(out)
+    assert not np.array_equal(after[FIRST], before[FIRST])
+    assert np.array_equal(after[SCANS[1].uid], before[SCANS[1].uid])
+    assert len(json.loads(stale.read_text())["markups"]) == len(after[FIRST])
+    raw.write_bytes(b"bad")
+    code, text = detect_in(capsys, *argv)
+    assert code == 1 and read_candidates(out).keys() == {SCANS[1].uid} and not stale.exists()
+
+
+def test_a_sheet_goes_without_scans_that_have_moved(run, copy, tmp_path, capsys):
+    out, sheet = tmp_path / "found.csv", tmp_path / "sheet.png"
+    assert detect_in(capsys, run, copy / "subset0", "--out", out)[0] == 0
+    (copy / "subset0" / f"{FIRST}.mhd").rename(copy / "subset0" / "moved.txt")
+    code, text = detect_in(capsys, run, copy / "subset0", "--out", out, "--sheet", sheet)
+    assert code == 0 and sheet.exists()
+    assert text.count(f"{FIRST}.mhd: expected the scan that was searched, found it moved") == 1
+
+
 def test_detect_passes_over_bad_scans_and_lists_them(run, copy, tmp_path, capsys):
     bad = copy / "subset0" / f"{FIRST}.raw"
     whole = bad.read_bytes()

@@ -1,6 +1,7 @@
 """Data sets: scans with their annotations, resampled to one spacing and kept in a cache."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -416,11 +417,26 @@ def _source_files(path: Path, names: Iterable[str]) -> list[Path]:
     return [path.with_name(name) for name in names]
 
 
+def scan_state(path: Path) -> str:
+    """A digest of the names, sizes and times of the files of a scan; empty if it cannot be read."""
+    try:
+        statuses = [(file.name, file.stat()) for file in _files(path)]
+    except (InputError, OSError):
+        return ""
+    found = [(name, status.st_size, status.st_mtime_ns) for name, status in statuses]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a scan."""
+    names = () if path.is_dir() else [file.name for file in check_header(path).files]
+    return _source_files(path, names)
+
+
 def _checksums(path: Path) -> dict[str, list[int]]:
     """Size and checksum of each file of a scan."""
     found = {}
-    names = () if path.is_dir() else [file.name for file in check_header(path).files]
-    for file in _source_files(path, names):
+    for file in _files(path):
         size = checksum = 0
         with open(file, "rb") as stream:
             while block := stream.read(_BLOCK):

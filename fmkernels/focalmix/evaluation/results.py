@@ -4,12 +4,13 @@ The table begins with the columns of LUNA16's submissions. It grows scan by scan
 finished survives whatever stops the process, and says which scans are finished.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,14 @@ import numpy as np
 from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.tables import CANDIDATE_COLUMNS
 from fmkernels.focalmix.errors import InputError
-from fmkernels.focalmix.files import lock_file, naming, open_stream, write_text
+from fmkernels.focalmix.files import atomic_write, lock_file, naming, open_stream, write_text
 
 _BOX = ("x1", "y1", "z1", "x2", "y2", "z2")
 COLUMNS = (
     *CANDIDATE_COLUMNS, "diameter_mm", "slice", *_BOX, "finding", "findings", "threshold", "model",
-    "file",
+    "file", "state",
 )  # fmt: skip
-"""The columns of the table; see docs/cli.md."""
+"""The columns of the table; see docs/detect.md."""
 
 SLICER_SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/"
@@ -55,6 +56,8 @@ class ScanFindings:
 
     uid: str
     file: str
+    state: str
+    """What changes with the file; see `dataset.scan_state`."""
     findings: Sequence[Finding]
 
 
@@ -74,8 +77,25 @@ class Table:
         self._write(self._rows(scan))
         self.finished[scan.uid] = scan
 
+    def drop(self, uids: Collection[str]) -> None:
+        """Take the rows of some scans out; the others are in the file at every moment."""
+        if not uids:
+            return
+        for uid in uids:
+            del self.finished[uid]
+        rows = [COLUMNS, *(row for scan in self.finished.values() for row in self._rows(scan))]
+        self._stream.close()
+        with atomic_write(self.path) as temporary:
+            temporary.write_bytes(_as_csv(rows))
+        self._stream = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        lock_file(self._stream)
+        self._stream.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._stream.close()
+
     def _rows(self, scan: ScanFindings) -> Iterator[list[Any]]:
-        end = [len(scan.findings), self.threshold, self.model, scan.file]
+        end = [len(scan.findings), self.threshold, self.model, scan.file, scan.state]
         if not scan.findings:
             yield [scan.uid, *[""] * (len(COLUMNS) - 1 - len(end)), *end]
         for number, finding in enumerate(scan.findings, start=1):
@@ -83,9 +103,7 @@ class Table:
             yield [scan.uid, *point, *rest, *box, number, *end]
 
     def _write(self, rows: Iterable[Sequence[Any]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        content = text.getvalue().encode()
+        content = _as_csv(rows)
         with naming(self.path):
             while content:
                 content = content[self._stream.write(content) :]
@@ -141,7 +159,13 @@ class Table:
         if len(rows) < int(fields["findings"]):
             return None
         findings = [] if fields["findings"] == "0" else [_finding(row) for row in rows]
-        return ScanFindings(fields["seriesuid"], fields["file"], findings)
+        return ScanFindings(fields["seriesuid"], fields["file"], fields["state"], findings)
+
+
+def _as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def _finding(row: Sequence[str]) -> Finding:
@@ -172,10 +196,11 @@ def open_table(path: Path, model: str, threshold: float) -> Iterator[Table]:
         return
     with naming(path):
         path.touch()
-    with open(path, "r+b", buffering=0) as file:  # or closing it would try to write again
+    # without a buffer, which closing the file would try to write again
+    file = open(path, "r+b", buffering=0)  # noqa: SIM115
+    with contextlib.closing(Table(path, file, model, threshold)) as table:
         if not lock_file(file):
             raise InputError(f"{path}: expected an unused file, another process is writing it")
-        table = Table(path, file, model, threshold)
         table._read()
         yield table
 
@@ -207,7 +232,11 @@ def write_slicer(path: Path, scan: ScanFindings, header: Header) -> None:
         _roi(f"{number}: {finding.probability:.2f}, {finding.diameter:.1f} mm", finding, header)
         for number, finding in enumerate(scan.findings, start=1)
     ]
-    write_text(path, json.dumps({"@schema": SLICER_SCHEMA, "markups": markups}, indent=1) + "\n")
+    write_text(path, _slicer_text(markups))
+
+
+def _slicer_text(markups: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps({"@schema": SLICER_SCHEMA, "markups": markups}, indent=1) + "\n"
 
 
 def _roi(name: str, finding: Finding, header: Header) -> Mapping[str, Any]:
@@ -234,4 +263,14 @@ def _roi(name: str, finding: Finding, header: Header) -> Mapping[str, Any]:
 
 def slicer_path(folder: Path, uid: str) -> Path:
     """The markups file of a scan in a folder."""
-    return folder / f"{re.sub(r'[^0-9A-Za-z._-]', '_', uid)}.mrk.json"
+    return folder / f"{urllib.parse.quote(uid, safe=' ')}.mrk.json"
+
+
+def remove_slicer(folder: Path, keep: Iterable[Path]) -> None:
+    """Remove what `write_slicer` wrote to a folder but for some files. Other files stay."""
+    head = _slicer_text([])[: -len("[]\n}\n")]
+    for path in set(folder.glob("*.mrk.json")) - set(keep):
+        with open(path, "rb") as file:
+            is_ours = file.read(len(head)) == head.encode()
+        if is_ours:
+            path.unlink()

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from fmkernels.focalmix.data.formats import check_header, load_volume
+from fmkernels.focalmix.data.headers import Header
 from fmkernels.focalmix.data.tables import read_candidates
 from fmkernels.focalmix.detect import to_findings
 from fmkernels.focalmix.errors import InputError
@@ -18,6 +19,7 @@ from fmkernels.focalmix.evaluation.results import (
     Finding,
     ScanFindings,
     open_table,
+    remove_slicer,
     slicer_path,
     write_json,
     write_slicer,
@@ -88,7 +90,7 @@ def test_slicer_s_boxes_are_read_back_onto_the_scan(scan):
     header = check_header(path)
     volume = load_volume(path, (2.0, 1.0, 1.0))
     findings = to_findings(detected(volume), volume, header, 0.0)
-    write_slicer(path.with_suffix(".mrk.json"), ScanFindings("scan", "", findings), header)
+    write_slicer(path.with_suffix(".mrk.json"), ScanFindings("scan", "", "", findings), header)
     content = json.loads(path.with_suffix(".mrk.json").read_text())
     assert "markups-schema-v1.0.3" in content["@schema"] and len(content["markups"]) == 3
     for roi, finding in zip(content["markups"], findings, strict=True):
@@ -113,9 +115,9 @@ def finding(probability: float) -> Finding:
 
 
 SCANS = [
-    ScanFindings("1.2.3", "a, b.mhd", [finding(0.75), finding(0.1)]),
-    ScanFindings("nothing", "n.mhd", []),
-    ScanFindings("last", 'quo"te.mhd', [finding(0.5)] * 3),
+    ScanFindings("1.2.3", "a, b.mhd", "s1", [finding(0.75), finding(0.1)]),
+    ScanFindings("nothing", "n.mhd", "s2", []),
+    ScanFindings("last", 'quo"te.mhd', "s3", [finding(0.5)] * 3),
 ]
 
 
@@ -213,3 +215,28 @@ def test_json_holds_all_scans(tmp_path):
 def test_ids_become_file_names_inside_of_the_folder(tmp_path):
     assert slicer_path(tmp_path, "1.2.3").name == "1.2.3.mrk.json"
     assert slicer_path(tmp_path, "../a b").parent == tmp_path
+    names = {slicer_path(tmp_path, uid) for uid in ("a/b", "a_b", "a%2Fb", "a b")}
+    assert len(names) == 4
+
+
+def test_scans_can_be_taken_out_of_a_table(tmp_path):
+    path = tmp_path / "found.csv"
+    write(path)
+    with open_table(path, "m", 0.1) as table:
+        table.drop({"1.2.3"})
+        assert list(table.finished.values()) == SCANS[1:]
+        assert path.read_text().splitlines()[1].startswith("nothing,")
+        table.add(SCANS[0])
+    assert finished(path) == [*SCANS[1:], SCANS[0]]
+
+
+def test_files_of_earlier_results_are_removed(tmp_path):
+    header = Header((), (1, 1, 1), (1, 1, 1), (0, 0, 0), tuple(map(tuple, np.eye(3))), None)
+    for uid in ("old", "new", "edited"):
+        write_slicer(slicer_path(tmp_path, uid), SCANS[0], header)
+    edited = slicer_path(tmp_path, "edited")
+    edited.write_text(json.dumps(json.loads(edited.read_text()), indent=4))
+    (tmp_path / "other.mrk.json").write_text("{}")
+    remove_slicer(tmp_path, [slicer_path(tmp_path, "new")])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"new.mrk.json", "edited.mrk.json", "other.mrk.json"}

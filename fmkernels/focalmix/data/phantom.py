@@ -13,6 +13,7 @@ Radiodensities are Hounsfield units (HU).
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -225,6 +226,11 @@ class Anatomy:
 
     def surfaces(self, x: NDArray, y: NDArray, z: NDArray) -> Surfaces:
         """Distances at points, given by arrays that can be broadcast against each other."""
+        body, wall, cavity = self.outlines(x, y, z)
+        return Surfaces(body, wall, *self.organs(x, y, z, wall, cavity))
+
+    def outlines(self, x: NDArray, y: NDArray, z: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+        """Distances to body, chest wall, and the cavity of the lungs."""
         lung_scale, wall_scale, middle = self._section(z)
         amplitude, kx, ky, kz = self.ripple
         ripple = amplitude * np.sin(x / 31 + kx) * (np.sin(y / 27 + ky) * np.sin(z / 38 + kz))
@@ -253,7 +259,13 @@ class Anatomy:
                 + ((z - 0.42 * self.height) / 62) ** 2
             )
             body = -_smooth_max(-body, (1 - np.sqrt(squared)) * 40, 20)
+        return body, wall, cavity
 
+    def organs(
+        self, x: NDArray, y: NDArray, z: NDArray, wall: NDArray, cavity: NDArray
+    ) -> tuple[NDArray, NDArray, NDArray]:
+        """Distances to abdomen, heart and lungs."""
+        t = z / self.height
         left = 1 / (1 + np.exp(-x / 14))
         bowl = ((np.abs(x) - 0.46 * self.half_width) / 68) ** 2 + ((y + 24) / 86) ** 2
         dome = self.domes[0] * (1 - left) + self.domes[1] * left - 0.2 * self.height * bowl
@@ -267,17 +279,20 @@ class Anatomy:
         u, v = (x - hx) * c - (y - hy) * s, (x - hx) * s + (y - hy) * c
         w = (z - hz) / self.heart_scale + 0.35 * u
         heart = (np.sqrt((u / 60) ** 2 + (v / 45) ** 2 + (w / 54) ** 2) - 1) * 50
+        _, _, middle = self._section(z)
         spine_y = self.spine_y(z)
         spine = (np.sqrt((x / 25) ** 2 + ((y - spine_y) / 21) ** 2) - 1) * 22
         aorta = np.sqrt((x - 21) ** 2 + (y - spine_y + 16) ** 2) - 14
         width = 24 + 9 * np.exp(-(((z - self.arch) / 30) ** 2))
         column = (np.sqrt((x / width) ** 2 + ((y + 4 - 0.3 * middle) / 46) ** 2) - 1) * 30
-        junction = np.abs(x - 3 - 5 * np.sin(z / 40 + kx)) - self.junction * (0.5 + 0.5 * t)
+        junction = np.abs(x - 3 - 5 * np.sin(z / 40 + self.ripple[1])) - self.junction * (
+            0.5 + 0.5 * t
+        )
         mediastinum = functools.reduce(np.minimum, (spine, aorta, column, junction))
         lung = _smooth_max(
             _smooth_max(cavity, _smooth_max(-mediastinum, -heart, 12), 7), diaphragm, 5
         )
-        return Surfaces(body, wall, np.maximum(wall, -diaphragm), heart, lung)
+        return np.maximum(wall, -diaphragm), heart, lung
 
     def great_vessels(self) -> NDArray[np.float64]:
         """Tubes of aorta and branches, great veins, pulmonary trunk and left atrium."""
@@ -348,24 +363,48 @@ def grow_tree(
     and so on; each plane is perpendicular to the last. Radii follow Murray's law,
     r^3 = r1^3 + r2^3, with the number of tips.
     """
-    tubes, branches = [], [(root, tips, np.array([0.0, 1.0, 0.2]), radius)]
-    while branches:
-        start, served, normal, start_radius = branches.pop()
-        offset = served.mean(axis=0) - start
-        if len(served) > 1:
-            spread = 0.05 * np.linalg.norm(offset)
-            offset = offset * rng.uniform(0.3, 0.5) + rng.normal(0, spread, 3)
-        end, end_radius = start + offset, radius * (len(served) / len(tips)) ** (1 / 3)
-        tubes.append((*start, *end, start_radius, end_radius))
-        if len(served) > 1:
-            plane = np.cross(offset, normal)
-            side = ((served - end) * plane).sum(axis=1)
-            far = side > (0 if side.min() <= 0 < side.max() else np.sort(side)[len(side) // 2 - 1])
-            branches += [
-                (end, served[far], plane, end_radius),
-                (end, served[~far], plane, end_radius),
-            ]
-    return np.array(tubes)
+    count = len(tips)
+    shares, noise = np.empty((count, 1)), np.empty((count, 3))
+    for k in range(count - 1):  # of the branches that are split, depth first
+        shares[k], noise[k] = rng.uniform(0.3, 0.5), rng.standard_normal(3)
+    radii = np.array([radius * (served / count) ** (1 / 3) for served in range(count + 1)])
+    tubes = np.empty((2 * count - 1, 8))
+    # the branches of one level; each serves ``size`` of the tips, which are sorted by branch
+    size, start, start_radius = np.array([count]), root[None], radii[-1:]
+    normal = np.array([[0.0, 1.0, 0.2]])
+    row, draw = np.zeros(1, np.intp), np.zeros(1, np.intp)  # of a branch in tubes and noise
+    while len(size):
+        branch = np.repeat(np.arange(len(size)), size)
+        center = np.column_stack([np.bincount(branch, column) for column in tips.T])
+        offset = center / size[:, None] - start
+        split = size > 1
+        spread = 0.05 * np.sqrt([vector.dot(vector) for vector in offset])[:, None]
+        grown = offset * shares[draw] + spread * noise[draw]
+        offset = np.where(split[:, None], grown, offset)
+        end, end_radius = start + offset, radii[size]
+        tubes[row] = np.column_stack((start, end, start_radius, end_radius))
+
+        tips = tips[split[branch]]
+        size, row, draw = size[split], row[split], draw[split]
+        if not len(size):
+            break
+        end, end_radius = end[split], end_radius[split]
+        plane = np.cross(offset[split], normal[split])
+        branch, first = np.repeat(np.arange(len(size)), size), np.cumsum(size) - size
+        side = ((tips - end[branch]) * plane[branch]).sum(axis=1)
+        low, high = np.minimum.reduceat(side, first), np.maximum.reduceat(side, first)
+        median = side[np.lexsort((side, branch))][first + size // 2 - 1]
+        far = side > np.where((low <= 0) & (high > 0), 0, median)[branch]
+        tips = tips[np.argsort(2 * branch + far, kind="stable")]
+        near = size - np.add.reduceat(far, first, dtype=np.intp)
+
+        def twins(near: NDArray, far: NDArray) -> NDArray:
+            return np.stack((near, far), axis=1).reshape(-1, *near.shape[1:])
+
+        row, draw = twins(row + 1, row + 2 * near), twins(draw + 1, draw + near)
+        size, normal = twins(near, size - near), twins(plane, plane)
+        start, start_radius = twins(end, end), twins(end_radius, end_radius)
+    return tubes
 
 
 _DIRECTIONS = np.random.default_rng(0).normal(size=(3, 4000))
@@ -625,6 +664,10 @@ def _texture(tile: NDArray, grain: float, *axes: NDArray) -> NDArray:
 
 
 Box = tuple[slice, slice, slice]
+CHUNK = 2**16
+"""Voxels of tubes that are painted at once."""
+BLOCK = (16, 16)
+"""Slices and rows of tissue that are painted at once."""
 
 
 @dataclass(frozen=True)
@@ -638,19 +681,13 @@ class Canvas:
     pixel: float
     slice: float
 
-    def box(self, low: Sequence[float] | NDArray, high: Sequence[float] | NDArray) -> Box:
-        """Slices of the voxels between two corners (x, y, z), empty outside the canvas."""
-        axes = ((self.z, self.slice, 2), (self.y, self.pixel, 1), (self.x, self.pixel, 0))
-        z, y, x = (
-            slice(
-                *(
-                    max(0, int((corner[i] - axis[0]) / step) + more)
-                    for corner, more in ((low, 0), (high, 2))
-                )
-            )
-            for axis, step, i in axes
-        )
-        return z, y, x
+    def corners(self, low: NDArray, high: NDArray) -> tuple[NDArray, NDArray]:
+        """Indices of the first voxels between two corners, and their ends; all are x, y, z."""
+        first = np.array([self.x[0], self.y[0], self.z[0]], np.float64)
+        step = (self.pixel, self.pixel, self.slice)
+        start, stop = np.ceil((low - first) / step), np.floor((high - first) / step) + 1
+        size = self.hu.shape[::-1]
+        return np.clip(start, 0, size).astype(np.intp), np.clip(stop, 0, size).astype(np.intp)
 
     def offsets(
         self, box: Box, point: Sequence[float] | NDArray
@@ -667,33 +704,67 @@ class Canvas:
     def tubes(self, tubes: NDArray, hu: float, brighten: bool = False) -> None:
         """Paint tapered tubes [n, 8]; a tube thinner than a voxel fills a part of it."""
         tubes = tubes[tubes[:, 6] > 0.12 * self.pixel]
-        reach = tubes[:, 6:7] + 0.75 * max(self.pixel, self.slice)
-        low = np.minimum(tubes[:, :3], tubes[:, 3:6]) - reach
-        high = np.maximum(tubes[:, :3], tubes[:, 3:6]) + reach
-        for tube, *corners in zip(tubes.tolist(), low.tolist(), high.tolist(), strict=True):
-            box = self.box(*corners)
-            view = self.hu[box]
-            if not view.size:
-                continue
-            dx, dy, dz = (end - start for start, end in zip(tube[:3], tube[3:6], strict=True))
-            scale = 1 / (dx * dx + dy * dy + dz * dz + 1e-9)
-            x, y, z = self.offsets(box, tube[:3])
-            part = np.clip(x * (dx * scale) + y * (dy * scale) + z * (dz * scale), 0, 1)
-            z = z - part * dz
-            squared = (x - part * dx) ** 2 + (y - part * dy) ** 2 + z * z
-            blur = self.blur(z, squared)
-            radius = tube[6] + (tube[7] - tube[6]) * part
-            cover = _cover(np.sqrt(squared) - radius, blur) * np.minimum(
-                1, (2 * radius / blur) ** 2
-            )
-            _blend(view, cover, hu, brighten)
+        reach = tubes[:, 6:7] + 0.51 * max(self.pixel, self.slice)
+        start, stop = self.corners(
+            np.minimum(tubes[:, :3], tubes[:, 3:6]) - reach,
+            np.maximum(tubes[:, :3], tubes[:, 3:6]) + reach,
+        )
+        size = np.maximum(stop - start, 0)
+        voxels = np.cumsum(size.prod(axis=1))
+        parts = np.searchsorted(voxels, np.arange(CHUNK, voxels[-1:].sum(), CHUNK))
+        latest = np.empty(self.hu.size, np.int32)
+        for some in np.split(np.arange(len(tubes)), parts):
+            voxel, cover = self._covers(tubes[some], start[some], size[some])
+            while len(voxel):  # voxels of several tubes: one after the other
+                order = np.arange(len(voxel), dtype=np.int32)
+                latest[voxel[::-1]] = order[::-1]
+                first = latest[voxel] == order
+                view = self.hu.reshape(-1)
+                now = view[voxel[first]]
+                _blend(now, cover[first], hu, brighten)
+                view[voxel[first]] = now
+                voxel, cover = voxel[~first], cover[~first]
+
+    def _covers(self, tubes: NDArray, start: NDArray, size: NDArray) -> tuple[NDArray, NDArray]:
+        """Voxels that tubes cover, tube after tube: index into all voxels, covered fraction."""
+        along = tubes[:, 3:6] - tubes[:, :3]
+        dx, dy, dz = along.T
+        scaled = along * (1 / (dx * dx + dy * dy + dz * dz + 1e-9))[:, None]
+        # a row is the voxels of a tube's box with the same y and z
+        rows = size[:, 1] * size[:, 2]
+        tube = np.repeat(np.arange(len(tubes)), rows)
+        iz, iy = np.divmod(np.arange(len(tube)) - (np.cumsum(rows) - rows)[tube], size[tube, 1])
+        iz, iy, width = iz + start[tube, 2], iy + start[tube, 1], size[tube, 0]
+        x0, y0, z0, dx, dy, dz, ax, ay, az = np.float32(
+            np.hstack((tubes[:, :3], along, scaled)).T[:, tube]
+        )
+        y, z = self.y[iy] - y0, self.z[iz] - z0
+        x0, ax, ay, az, dx, dy, dz, y, z = np.repeat(
+            np.stack((x0, ax, y * ay, z * az, dx, dy, dz, y, z)), width, axis=1
+        )
+        row = np.repeat(np.arange(len(tube)), width)
+        ix = np.arange(len(row)) + (start[tube, 0] - (np.cumsum(width) - width))[row]
+        x = self.x[ix] - x0
+        part = np.clip(x * ax + ay + az, 0, 1)
+        z = z - part * dz
+        squared = (x - part * dx) ** 2 + (y - part * dy) ** 2 + z * z
+        reach = np.float32(tubes[:, 6:].max(axis=1) + 0.51 * max(self.pixel, self.slice))[tube]
+        near = np.flatnonzero(squared < np.repeat(reach * reach, width))
+        z, squared, part, row = z[near], squared[near], part[near], row[near]
+        blur = self.blur(z, squared)
+        of = tube[row]
+        radius = np.float32(tubes[:, 6])[of] + np.float32(tubes[:, 7] - tubes[:, 6])[of] * part
+        cover = _cover(np.sqrt(squared) - radius, blur) * np.minimum(1, (2 * radius / blur) ** 2)
+        return (iz * len(self.y) + iy)[row] * len(self.x) + ix[near], cover
 
     def lesion(self, lesion: Lesion) -> None:
         """Brighten the voxels of a lesion to its density."""
         reach = (
             lesion.radius(*_DIRECTIONS).max() + 0.75 * max(self.pixel, self.slice) + lesion.margin
         )
-        box = self.box(lesion.center - reach, lesion.center + reach)
+        corners = self.corners(lesion.center - reach, lesion.center + reach)
+        x, y, z = map(slice, *corners)
+        box = z, y, x
         x, y, z = self.offsets(box, lesion.center)
         squared = x * x + y * y + z * z
         distance = np.sqrt(squared) + 1e-4
@@ -715,10 +786,6 @@ class Canvas:
         """Paint body, organs and lungs."""
         anatomy, pixel = scene.anatomy, self.pixel
         x, y, z = self.x, self.y[:, None], self.z[:, None, None]
-        fine, medium, coarse = (
-            _texture(t, grain, z, y, x) for t, grain in zip(tiles, (1.5, 4.5, 17.0), strict=True)
-        )
-        surface = anatomy.surfaces(x, y, z)
         view = self.hu
         view[:] = AIR
         if scene.table:
@@ -728,27 +795,61 @@ class Canvas:
                 _cover(np.abs(under) - 1, pixel) + _cover(np.abs(under - 22) - 1, pixel),
                 TABLE,
             )
-        _blend(view, _cover(surface.body, pixel), FAT + 14 * medium)
-        _blend(view, _cover(np.abs(surface.body + 1) - 1, pixel), SKIN)
+        # what is nearer to a sample than the margin may reach the voxels beside it
+        rough = anatomy.surfaces(x[::4], y[::4], z[::4])
+        margin = 12 * max(pixel, self.slice)
+        heart = np.repeat((rough.heart < margin).any(axis=(0, 1)), 4)[: len(x)]
+        near = np.repeat((rough.body < margin).any(axis=(0, 1)), 4)[: len(x)]
+        columns = _range(near | heart)
+        view, x, heart = view[:, :, columns], x[columns], heart[columns]
+        if not len(x):
+            return
+        medium, coarse = (
+            _texture(tile, grain, z, y, x)
+            for tile, grain in zip(tiles[1:], (4.5, 17.0), strict=True)
+        )
+        body, wall, cavity = anatomy.outlines(x, y, z)
+        _blend(view, _cover(body, pixel), FAT + 14 * medium)
+        _blend(view, _cover(np.abs(body + 1) - 1, pixel), SKIN)
         bulk = anatomy.muscle * (1 + 0.35 * coarse) + 45 * np.clip(
             z / anatomy.height - 0.75, 0, 0.3
         )
         planes = np.clip(1.4 - 9 * np.abs(coarse), 0, 1)
-        muscle = np.maximum(surface.wall - bulk, surface.body + 4)
+        muscle = np.maximum(wall - bulk, body + 4)
         _blend(view, _cover(muscle, pixel), MUSCLE + 9 * medium - 120 * planes)
-        mixed = FAT + (SOFT - FAT) * np.clip(0.5 + medium, 0, 1)
-        _blend(view, _cover(surface.wall, pixel), mixed)
-        organs = np.where((x < 22 + 8 * coarse) | (x + y > 95), LIVER + 4 * medium, mixed)
-        _blend(view, _cover(surface.abdomen, pixel), organs)
-        a, b, c = anatomy.stomach
-        stomach = (
-            np.sqrt(((x - a) / 36) ** 2 + ((y - b) / 30) ** 2 + ((z - c) / 20) ** 2) - 1
-        ) * 22
-        stomach = np.maximum(stomach, surface.abdomen + 2)
-        _blend(view, _cover(stomach, pixel), SOFT)
-        _blend(view, _cover(np.maximum(stomach + 4, y - b), pixel), AIR)
-        _blend(view, _cover(surface.heart + 4, pixel), 0.5 * (scene.blood + 45) + 6 * medium)
 
+        columns = _range((wall < pixel).any(axis=(0, 1)) | heart)
+        view, x = view[:, :, columns], x[columns]
+        if not len(x):
+            return
+        medium, coarse, wall, cavity = (
+            part[:, :, columns] for part in (medium, coarse, wall, cavity)
+        )
+        abdomen, heart, lungs = anatomy.organs(x, y, z, wall, cavity)
+        mixed = FAT + (SOFT - FAT) * np.clip(0.5 + medium, 0, 1)
+        _blend(view, _cover(wall, pixel), mixed)
+        cover = _cover(abdomen, pixel)
+        if cover.any():
+            organs = np.where((x < 22 + 8 * coarse) | (x + y > 95), LIVER + 4 * medium, mixed)
+            _blend(view, cover, organs)
+            a, b, c = anatomy.stomach
+            stomach = (
+                np.sqrt(((x - a) / 36) ** 2 + ((y - b) / 30) ** 2 + ((z - c) / 20) ** 2) - 1
+            ) * 22
+            stomach = np.maximum(stomach, abdomen + 2)
+            _blend(view, _cover(stomach, pixel), SOFT)
+            _blend(view, _cover(np.maximum(stomach + 4, y - b), pixel), AIR)
+        _blend(view, _cover(heart + 4, pixel), 0.5 * (scene.blood + 45) + 6 * medium)
+
+        cover = _cover(lungs, pixel)
+        columns = _range(cover.any(axis=(0, 1)))
+        view, x = view[:, :, columns], x[columns]
+        if not len(x):
+            return
+        medium, coarse, lungs, cover = (
+            part[:, :, columns] for part in (medium, coarse, lungs, cover)
+        )
+        fine = _texture(tiles[0], 1.5, z, y, x)
         t = z / anatomy.height
         lung = (
             scene.lung_hu
@@ -759,20 +860,16 @@ class Canvas:
         )
         lung -= scene.emphysema * np.clip(medium - 0.5, 0, 1.5) * np.clip(t, 0.2, 1)
         lung += (
-            scene.reticulation
-            * np.exp(surface.lung / 9 - (medium / 0.18) ** 2)
-            * np.clip(1.2 - t, 0.2, 1)
+            scene.reticulation * np.exp(lungs / 9 - (medium / 0.18) ** 2) * np.clip(1.2 - t, 0.2, 1)
         )
-        lung += (
-            scene.dependence * np.exp(surface.lung / 5) * np.clip(y / anatomy.half_depth, 0, 1) ** 2
-        )
+        lung += scene.dependence * np.exp(lungs / 5) * np.clip(y / anatomy.half_depth, 0, 1) ** 2
         height, slope = anatomy.fissure
         oblique = z - height * anatomy.height - slope * (y - 10) + 0.0022 * x * x + 3 * coarse
         horizontal = z - (height + 0.02) * anatomy.height + 0.12 * y + 4 * coarse
         horizontal = np.where((x < 0) & (oblique > 0), np.abs(horizontal), np.inf)
         sheet = np.minimum(0.7 * np.abs(oblique), horizontal) / (0.6 + 0.5 * pixel)
         lung += scene.fissure_hu * np.clip(1.2 - sheet, 0, 1)
-        _blend(view, _cover(surface.lung, pixel), np.maximum(lung, AIR))
+        _blend(view, cover, np.maximum(lung, AIR))
 
     def spine_and_sternum(self, anatomy: Anatomy) -> None:
         """Paint vertebrae, discs, arches and the sternum."""
@@ -801,6 +898,17 @@ class Canvas:
         _blend(view, _cover(sternum + 2, pixel), 0.6 * MARROW)
 
 
+def _range(chosen: NDArray) -> slice:
+    """From the first chosen one to the last."""
+    at = np.flatnonzero(chosen)
+    return slice(at[0], at[-1] + 1) if len(at) else slice(0)
+
+
+def _parts(size: int, length: int) -> list[slice]:
+    """Slices of that length, the last one shorter, which cover an axis."""
+    return [slice(k, min(k + length, size)) for k in range(0, size, length)]
+
+
 def render(scene: Scene) -> NDArray[np.int16]:
     """The scan's voxels in HU, [z, y, x] along the patient's axes."""
     rng = np.random.default_rng(scene.noise_seed)
@@ -811,13 +919,15 @@ def render(scene: Scene) -> NDArray[np.int16]:
     tiles = [tile / tile.std() for tile in tiles]
     shape = (len(scene.z), len(scene.y), len(scene.x))
     depth = max(1, 2**18 // (shape[1] * shape[2]))  # slices that fit into the CPU cache
-    slabs = [slice(k, min(k + depth, shape[0])) for k in range(0, shape[0], depth)]
+    slabs = _parts(shape[0], depth)
     canvas = Canvas(
         np.empty(shape, np.float32), scene.z, scene.y, scene.x, scene.pixel, scene.slice
     )
+    for z, y in itertools.product(*map(_parts, shape, BLOCK)):
+        part = dataclasses.replace(canvas, hu=canvas.hu[z, y], z=canvas.z[z], y=canvas.y[y])
+        part.tissue(scene, tiles)
     for slab in slabs:
         part = dataclasses.replace(canvas, hu=canvas.hu[slab], z=canvas.z[slab])
-        part.tissue(scene, tiles)
         part.spine_and_sternum(scene.anatomy)
     bones = scene.anatomy.bones()
     canvas.tubes(bones, CORTEX)
@@ -857,8 +967,12 @@ def _acquire(
         image = (1 - 2 * scene.slice_overlap) * canvas.hu[slab] + scene.slice_overlap * (
             below + above
         )
-        image += rng.standard_normal(image.shape, np.float32) * noise * shoulders[slab]
-        result[slab] = np.clip(np.rint(reconstruct(image)), *HU_RANGE)
+        grains = rng.standard_normal(image.shape, np.float32)
+        grains *= noise
+        grains *= shoulders[slab]
+        image += grains
+        image = reconstruct(image)
+        result[slab] = np.clip(np.rint(image, out=image), *HU_RANGE, out=image)
     if scene.padding is not None:
         result[:, squared > (0.5 * len(canvas.x) * scene.pixel) ** 2] = scene.padding
     return result

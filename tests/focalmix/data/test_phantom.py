@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fmkernels.focalmix.data.phantom import SIZES, Scene, write_phantoms
+from fmkernels.focalmix.data import phantom
+from fmkernels.focalmix.data.phantom import SIZES, Scene, render, write_phantoms
 from fmkernels.focalmix.errors import InputError
 
 SCANS = 8
@@ -236,3 +237,52 @@ def test_bad_arguments(tmp_path, arguments, words):
     with pytest.raises(InputError, match=f"^{words}: expected"):
         write_phantoms(tmp_path / "out", **({"size": "tiny"} | arguments))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    return next(s for s in (Scene("tiny", 0, i) for i in range(30)) if s.table and len(s.strands))
+
+
+def test_tubes_painted_together_are_those_painted_one_after_another(scene, monkeypatch):
+    """Tubes overlap, so that their order counts."""
+    monkeypatch.setattr(phantom, "CHUNK", 3000)
+    tubes = np.concatenate((scene.vessels[::20], scene.anatomy.bones()[::20], scene.strands))
+    for brighten in (False, True):
+        together, single = (
+            phantom.Canvas(
+                np.full((len(scene.z), len(scene.y), len(scene.x)), -800, np.float32),
+                scene.z,
+                scene.y,
+                scene.x,
+                scene.pixel,
+                scene.slice,
+            )
+            for _ in range(2)
+        )
+        together.tubes(tubes, 40.0, brighten)
+        for k in range(len(tubes)):
+            single.tubes(tubes[k : k + 1], 40.0, brighten)
+        assert (together.hu > -800).sum() > 5000
+        np.testing.assert_array_equal(together.hu, single.hu)
+
+
+def test_voxels_do_not_depend_on_the_blocks_that_are_painted(scene, monkeypatch):
+    expected = render(scene)
+    monkeypatch.setattr(phantom, "BLOCK", (7, 1000))
+    np.testing.assert_array_equal(render(scene), expected)
+
+
+def test_branches_of_a_tree_are_joined_and_reach_every_tip():
+    rng = np.random.default_rng(0)
+    root, tips = np.zeros(3), rng.uniform(20, 90, (200, 3))
+    tubes = phantom.grow_tree(rng, root, tips, 8.0)
+    assert tubes.shape == (399, 8) and (tubes[0, :3] == root).all() and tubes[0, 6] == 8
+    starts, ends = ({tuple(row) for row in rows} for rows in (tubes[1:, :3], tubes[:, 3:6]))
+    assert starts <= ends and len(ends - starts) == len(tips)
+    leaves = np.array([row for row in tubes[:, 3:6] if tuple(row) not in starts])
+    assert np.abs(leaves[:, None] - tips).sum(axis=2).min(axis=0).max() < 1e-9
+    flow = {tuple(row[3:6]): row[7] ** 3 for row in tubes}  # Murray's law
+    for start in starts:
+        branches = tubes[(tubes[:, :3] == start).all(axis=1) & (tubes[:, 7] < 8)]
+        assert (branches[:, 7] ** 3).sum() == pytest.approx(flow[start])

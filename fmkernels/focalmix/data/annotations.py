@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmkernels.focalmix.data.tables import read_text, records
+from fmkernels.focalmix.data.tables import number, read_text, records
 from fmkernels.focalmix.errors import InputError, first_line
 
 FOLDS = range(10)
@@ -56,8 +56,10 @@ def read_annotations(path: Path, coordinates: str = "LPS") -> list[Annotation]:
         coordinates: "LPS", as DICOM and LUNA16 have, or "RAS", as NIfTI and 3D Slicer show.
 
     Raises:
+        ValueError: ``coordinates`` is something else.
         InputError: names file, row and field.
     """
+    check_coordinates("read_annotations", coordinates)
     found = _read_json(path) if path.suffix.lower() == ".json" else _read_table(path)
     if coordinates == "LPS":
         return list(found)
@@ -67,6 +69,12 @@ def read_annotations(path: Path, coordinates: str = "LPS") -> list[Annotation]:
         else row._replace(finding=tuple(negated(np.array([row.finding]))[0].tolist()))
         for row in found
     ]
+
+
+def check_coordinates(name: str, coordinates: str) -> None:
+    """Raise a ValueError that begins with ``name`` unless the world coordinates are known ones."""
+    if coordinates not in ("LPS", "RAS"):
+        raise ValueError(f"{name}: coordinates: expected LPS or RAS, got {coordinates!r}")
 
 
 def negated(findings: np.ndarray) -> np.ndarray:
@@ -102,14 +110,14 @@ def _read_table(path: Path) -> Iterator[Annotation]:
         finding = None
         if any(texts.values()):
             finding = _finding(where, texts, is_box=len(texts) == len(_BOX))
-        number = None if fold is None or not fields[fold] else _fold(where, fields[fold])
-        yield Annotation(fields[scan], where, finding, number)
+        of_fold = None if fold is None or not fields[fold] else _fold(where, fields[fold])
+        yield Annotation(fields[scan], where, finding, of_fold)
 
 
 def _finding(where: str, values: Mapping[str, Any], is_box: bool) -> tuple[float, ...]:
     numbers = [_number(value) for value in values.values()]
-    for number, (name, value) in zip(numbers, values.items(), strict=True):
-        if not math.isfinite(number):
+    for parsed, (name, value) in zip(numbers, values.items(), strict=True):
+        if not math.isfinite(parsed):
             raise InputError(f"{where}: {name}: expected a finite number, got {value!r}")
     if not is_box:
         if numbers[3] == 0:
@@ -124,15 +132,15 @@ def _finding(where: str, values: Mapping[str, Any], is_box: bool) -> tuple[float
 
 
 def _fold(where: str, value: Any) -> int:
-    if (number := _number(value)) not in FOLDS:
+    if (fold := _number(value)) not in FOLDS:
         raise InputError(f"{where}: fold: expected an integer of 0 to 9, got {value!r}")
-    return int(number)
+    return int(fold)
 
 
 def _number(value: Any) -> float:
     """A value of a table or of JSON as a number; NaN if it is none."""
     try:
-        return float(value)
+        return number(value) if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -156,8 +164,8 @@ def _read_json(path: Path) -> Iterator[Annotation]:
     if mode not in _BOX_MODES:
         raise InputError(f"{path}: box_mode: expected {' or '.join(_BOX_MODES)}, got {mode!r}")
     for name, rows in lists.items():
-        for number, row in enumerate(rows):
-            where = f"{path}, {name}[{number}]"
+        for index, row in enumerate(rows):
+            where = f"{path}, {name}[{index}]"
             if not isinstance(row, dict) or not isinstance(row.get("image"), str):
                 raise InputError(f'{where}: image: expected {{"image": a file, "box": a list}}')
             if "box" not in row:

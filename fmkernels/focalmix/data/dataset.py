@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fmkernels.focalmix.data.annotations import FOLDS
+from fmkernels.focalmix.data.annotations import FOLDS, check_coordinates
 from fmkernels.focalmix.data.formats import (
     check_header,
     find_scans,
@@ -65,9 +65,11 @@ class DataSet(ABC):
         spacing: z, y, x in mm.
         cache: the folder for the cache; default: ``root``.
         subsets: the folds to use, out of 0 ... 9, or None.
+        coordinates: "LPS" or "RAS": those of the tables.
 
     Raises:
-        ValueError: ``spacing`` is not three positive numbers, or a fold is not within 0 ... 9.
+        ValueError: ``spacing`` is not three positive numbers, a fold is not within 0 ... 9, or
+            ``coordinates`` are others.
         InputError: there is no such folder.
     """
 
@@ -78,7 +80,9 @@ class DataSet(ABC):
         spacing: Sequence[float],
         cache: str | Path | None,
         subsets: Sequence[int] | None,
+        coordinates: str,
     ) -> None:
+        check_coordinates(type(self).__name__, coordinates)
         spacing = tuple(map(float, spacing))
         if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
             raise ValueError(

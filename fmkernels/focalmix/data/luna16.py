@@ -39,8 +39,8 @@ class LUNA16(DataSet):
         InputWarning: findings belong to series without a scan, and subsets are missing.
 
     Raises:
-        ValueError: ``spacing`` is not three positive numbers, or a number in ``subsets`` is not
-            within 0 ... 9.
+        ValueError: ``spacing`` is not three positive numbers, a number in ``subsets`` is not
+            within 0 ... 9, or ``coordinates`` are others.
         InputError: the folder, a subset or ``annotations.csv`` is missing; there are no scans; a
             series is in two subsets; ``seriesuids.csv`` does not list a scan, or lists a series
             without a scan although all subsets are complete; a finding belongs to an unknown series
@@ -56,7 +56,9 @@ class LUNA16(DataSet):
         cache: str | Path | None = None,
         coordinates: str = "LPS",
     ) -> None:
-        super().__init__(root, spacing=spacing, cache=cache, subsets=subsets)
+        super().__init__(
+            root, spacing=spacing, cache=cache, subsets=subsets, coordinates=coordinates
+        )
         present = [subset for subset in FOLDS if (self.root / f"subset{subset}").is_dir()]
         selected = present if subsets is None else sorted(set(subsets))
         if missing := sorted(set(selected) - set(present)):

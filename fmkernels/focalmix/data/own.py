@@ -16,6 +16,7 @@ from fmkernels.focalmix.data.tables import read_series
 from fmkernels.focalmix.errors import InputError, InputWarning
 
 _TABLES = (".csv", ".tsv", ".json")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
 _ANNOTATIONS, _EXCLUDED, _SERIES = "annotations", "annotations_excluded", "seriesuids.csv"
 
 
@@ -44,8 +45,8 @@ class OwnData(DataSet):
         InputWarning: rows name no scan.
 
     Raises:
-        ValueError: ``spacing`` is not three positive numbers, or a number in ``subsets`` is not
-            within 0 ... 9.
+        ValueError: ``spacing`` is not three positive numbers, a number in ``subsets`` is not
+            within 0 ... 9, or ``coordinates`` are others.
         InputError: there are no scans; there are several tables; a row names two scans, or none
             names a scan; a scan is in two folds; a table is malformed.
     """
@@ -59,7 +60,9 @@ class OwnData(DataSet):
         cache: str | Path | None = None,
         coordinates: str = "LPS",
     ) -> None:
-        super().__init__(root, spacing=spacing, cache=cache, subsets=subsets)
+        super().__init__(
+            root, spacing=spacing, cache=cache, subsets=subsets, coordinates=coordinates
+        )
         paths = name_scans(self.root)
         if not paths:
             raise InputError(
@@ -122,23 +125,35 @@ def _find_annotations(root: Path) -> Path | None:
     others = [
         path
         for path in sorted(root.iterdir())
-        if path.suffix.lower() in _TABLES and path.stem != _EXCLUDED and path.name != _SERIES
+        if path.suffix.lower() in (*_TABLES, *_SPREADSHEETS)
+        and path.stem.lower() != _EXCLUDED
+        and path.name.lower() != _SERIES
     ]
-    if len(others) > 1:
+    tables = [path for path in others if path.suffix.lower() in _TABLES]
+    if len(tables) > 1:
         raise InputError(
-            f"{root}: expected one table of annotations, got {others[0].name} and "
-            f"{others[1].name}; name it {_ANNOTATIONS}{others[0].suffix}"
+            f"{root}: expected one table of annotations, got {tables[0].name} and "
+            f"{tables[1].name}; name it {_ANNOTATIONS}{tables[0].suffix}"
         )
-    return others[0] if others else None
+    if others and not tables:
+        _refuse_spreadsheet(others[0])
+    return tables[0] if tables else None
 
 
 def _named(root: Path, stem: str) -> Path | None:
-    """The table of this name."""
-    paths = [root / f"{stem}{suffix}" for suffix in _TABLES]
-    found = [path for path in paths if path.is_file()]
+    """The table of this name, in any case."""
+    named = [path for path in sorted(root.iterdir()) if path.stem.lower() == stem]
+    found = [path for path in named if path.suffix.lower() in _TABLES]
     if len(found) > 1:
         raise InputError(f"{root}: expected one of {found[0].name} and {found[1].name}, got both")
+    for path in named:
+        if not found and path.suffix.lower() in _SPREADSHEETS:
+            _refuse_spreadsheet(path)
     return found[0] if found else None
+
+
+def _refuse_spreadsheet(path: Path) -> None:
+    raise InputError(f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8")
 
 
 def _by_scan(table: Path | None, names: ScanNames, coordinates: str) -> dict[str, list[Annotation]]:

@@ -1,7 +1,8 @@
 """CSV tables in LUNA16's format: findings (nodules, excluded findings), candidates, series ids.
 
-Columns may be separated by commas, semicolons or tabs, with decimal commas where they are not
-separators; the text is UTF-8 or UTF-16. Spreadsheets write all of these.
+Columns may be separated by commas, semicolons or tabs, and have names in any case. Numbers may have
+decimal commas, in quotes where commas are separators. The text is UTF-8 or UTF-16. Spreadsheets
+write all of these.
 
 Findings and candidates are float64 arrays [n, 4] per series: world x, y, z in mm (LPS), then a
 diameter in mm or a probability.
@@ -29,6 +30,7 @@ UNKNOWN_DIAMETER = 10.0
 CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 FINDING_COLUMNS = (*CANDIDATE_COLUMNS[:4], "diameter_mm")
 
+_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?|[+-]?\d+,")
 
 
@@ -81,7 +83,7 @@ def read_candidates(path: str | Path) -> dict[str, np.ndarray]:
 def read_series(path: str | Path) -> dict[str, int]:
     """Read ``seriesuids.csv``: series ids and their rows in the file, counted from 1."""
     lines = read_text(path).splitlines()
-    return {line.strip(): row for row, line in enumerate(lines, start=1) if line.strip()}
+    return {line.strip(): row for row, line in enumerate(lines, start=1) if line.strip(" ,;\t")}
 
 
 def first_column(path: str | Path) -> set[str]:
@@ -93,7 +95,7 @@ def first_column(path: str | Path) -> set[str]:
 def find_row(path: str | Path, uid: str, k: int) -> int:
     """The row of the k-th finding of a series in its file; the header is row 1."""
     table = records(path)
-    column = next(table)[1].index("seriesuid")
+    column = [name.lower() for name in next(table)[1]].index(FINDING_COLUMNS[0])
     return [row for row, fields in table if fields[column] == uid][k]
 
 
@@ -104,6 +106,10 @@ def read_text(path: str | Path) -> str:
         InputError: names the row that is neither, and how to save a table.
     """
     data = Path(path).read_bytes()
+    if data.startswith(_SPREADSHEETS):
+        raise InputError(
+            f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8"
+        )
     for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):
             return data.decode(encoding, errors="replace")
@@ -126,8 +132,7 @@ def read_text(path: str | Path) -> str:
 def records(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table, its header first, each with its number in the file, counted from 1.
 
-    Blanks around fields and empty rows are left out. Decimal commas become points where columns
-    are not separated by commas.
+    Blanks around fields and rows without any text are left out.
 
     Raises:
         InputError: names file and row: the file is empty, is not text, or a row has another number
@@ -143,29 +148,38 @@ def records(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     try:
         for fields in reader:
             row = reader.line_num + skipped
-            if not fields:
+            if not any(map(str.strip, fields)):  # spreadsheets write their empty rows, too
                 if not columns:
                     break
                 continue
             if columns and len(fields) != columns:
-                hint = "; decimal commas need semicolons between columns" * (len(fields) > columns)
+                hint = "; decimal commas need quotes, or semicolons between columns"
+                hint *= len(fields) > columns
                 raise InputError(
                     f"{path}, row {row}: expected {columns} fields, got {len(fields)}{hint}"
                 )
-            fields = [field.strip() for field in fields]
-            if columns and delimiter != ",":
-                fields = [
-                    field.replace(",", ".") if _DECIMAL_COMMA.fullmatch(field) else field
-                    for field in fields
-                ]
             columns = columns or len(fields)
-            yield row, fields
+            yield row, [field.strip() for field in fields]
     except csv.Error as error:
         raise InputError(
             f"{path}, row {reader.line_num + skipped}: expected comma-separated values: {error}"
         ) from None
     if not columns:
         raise InputError(f"{path}: expected a table with a header, got an empty file")
+
+
+def number(text: str) -> float:
+    """A number of a table, which may have a decimal comma.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        if not _DECIMAL_COMMA.fullmatch(text):
+            raise
+        return float(text.replace(",", "."))
 
 
 def write_candidates(path: str | Path, candidates: Mapping[str, ArrayLike]) -> None:
@@ -223,21 +237,22 @@ def _read_table(
     rows: list[int] = []
     table_rows = records(path)
     _, header = next(table_rows)
+    lower = [name.lower() for name in header]
     for name in columns:
-        if header.count(name) != 1:
+        if lower.count(name.lower()) != 1:
             raise InputError(
                 f"{path}: expected one column {name}, got the columns {','.join(header)}"
             )
-    uid_of = itemgetter(header.index(columns[0]))
-    numbers_of = itemgetter(*map(header.index, columns[1:]))
+    uid_of, *_ = places = [lower.index(name.lower()) for name in columns]
+    numbers_of = itemgetter(*places[1:])
     for row, fields in table_rows:
-        if not (uid := uid_of(fields)):
+        if not (uid := fields[uid_of]):
             raise InputError(f"{path}, row {row}: {columns[0]}: expected a series id, got nothing")
         if without is not None and not any(numbers_of(fields)):
             without.add(uid)
             continue
         try:
-            values.append(tuple(map(float, numbers_of(fields))))
+            values.append(tuple(map(number, numbers_of(fields))))
         except ValueError:
             problem = _first_problem(columns[1:], numbers_of(fields))
             raise InputError(f"{path}, row {row}: {problem}") from None
@@ -254,7 +269,7 @@ def _first_problem(names: Sequence[str], values: Iterable[str | float]) -> str:
     """Describe the first value that is not a finite number."""
     for name, value in zip(names, values, strict=True):
         with contextlib.suppress(ValueError):
-            if math.isfinite(float(value)):
+            if math.isfinite(number(str(value))):
                 continue
         return f"{name}: expected a finite number, got {str(value)!r}"
     raise AssertionError("every value is a finite number")

@@ -155,6 +155,23 @@ class TestLabels:
         write(folder, [f"c,{INSIDE}"])
         assert open_data(folder).series == ["c"]
 
+    @pytest.mark.parametrize("name", ["annotations.xlsx", "nodules.XLS", "annotations.ods"])
+    def test_a_spreadsheet_is_refused(self, folder, name):
+        (folder / name).write_bytes(b"PK\x03\x04")
+        with pytest.raises(InputError, match=rf"{name}: .* a spreadsheet; save it as CSV"):
+            open_data(folder)
+        write(folder, [f"a,{INSIDE}"])
+        assert len(open_data(folder).series) == 1
+        (folder / "annotations_excluded.xlsx").touch()
+        with pytest.raises(InputError, match=r"excluded\.xlsx: expected a table in text"):
+            open_data(folder)
+
+    def test_tables_may_be_named_in_any_case(self, folder):
+        write(folder, [f"a,{INSIDE}"], "Annotations.CSV")
+        write(folder, [f"a,{INSIDE}"], "ANNOTATIONS_EXCLUDED.csv")
+        data = open_data(folder)
+        assert len(data.series) == 1 and len(data.excluded("patients/a/scan")) == 1
+
     def test_excluded_findings(self, folder):
         write(folder, [f"a,{INSIDE}"])
         write(folder, [f"a,{INSIDE}", f"a,{INSIDE}"], "annotations_excluded.csv")
@@ -180,6 +197,11 @@ class TestLabels:
         write(folder, ["a,158,137,-280,9"])
         data = open_data(folder, coordinates="RAS")
         assert data.nodules("patients/a/scan").tolist() == [[-158, -137, -280, 9]]
+
+    def test_other_coordinates_are_refused(self, folder, luna_folder):
+        for root in (folder, luna_folder):
+            with pytest.raises(ValueError, match=r"coordinates: expected LPS or RAS, got 'ras'"):
+                open_data(root, coordinates="ras")
 
     def test_ras_in_luna16s_layout(self, luna_folder):
         plain, flipped = open_data(luna_folder), open_data(luna_folder, coordinates="RAS")
@@ -227,6 +249,7 @@ class TestTable:
             "scan,x,y,z,diameter\ns,1,2,3,4\ns,,,,\n",
             "SeriesUID;CoordX;CoordY;CoordZ;Diameter_mm;note\ns;1,0;2;3;4;big\ns;;;;;none\n",
             "scan,x1,y1,z1,x2,y2,z2\ns,-1,0,1,3,4,5\ns,,,,,,\n",
+            'Scan,X,Y,Z,DIAMETER\ns,"1,0","2,",3,4\ns,,,,\n,,,,\n',
             "x_max,y_max,z_max,x_min,y_min,z_min,scan\n3,4,5,-1,0,1,s\n,,,,,,s\n",
         ],
     )

@@ -9,6 +9,7 @@ from fmkernels.focalmix.data.tables import (
     find_row,
     read_candidates,
     read_findings,
+    read_series,
     read_text,
     write_candidates,
 )
@@ -27,6 +28,8 @@ from fmkernels.focalmix.errors import InputError
         "seriesuid;coordX;coordY;coordZ;diameter_mm\na;1;-2,5;3e1;4\nb;5;6;7;-1\na;8;9,0;10;11",
         "sep=;\r\nseriesuid;coordX;coordY;coordZ;diameter_mm\r\n"
         "a;1;-2,5;3e1;4,0\r\nb;5;6;7;-1\r\na;8;9;10;11",
+        'SeriesUID,CoordX,COORDY,coordz,Diameter_mm\na,1,"-2,5","3e1","4,0"\nb,5,6,7,-1\n,,,,\n'
+        "a,8,9,10,11\n,,,,\n, ,\n",
         "seriesuid\tcoordX\tcoordY\tcoordZ\tdiameter_mm\na\t1\t-2,5\t30\t4\nb\t5\t6\t7\t-1\n"
         "a\t8\t9\t10\t11",
         "seriesuid\tcoordX\tcoordY\tcoordZ\tdiameter_mm\r\na\t1\t-2.5\t30\t4\r\n"
@@ -39,6 +42,7 @@ from fmkernels.focalmix.errors import InputError
         "blanks and quotes",
         "semicolons",
         "a hint of the separator",
+        "quoted decimal commas, other cases, empty rows",
         "tabs",
         "UTF-16",
     ],
@@ -57,6 +61,19 @@ def test_findings_are_read_whatever_wrote_them(tmp_path, content):
         "a,8",
         ",11",
     )
+
+
+def test_ids_keep_their_commas(tmp_path):
+    path = tmp_path / "candidates.csv"
+    path.write_text("seriesuid;coordX;coordY;coordZ;probability\n1,5;1,5;2;3;0,5\n")
+    assert {uid: rows.tolist() for uid, rows in read_candidates(path).items()} == {
+        "1,5": [[1.5, 2, 3, 0.5]]
+    }
+
+
+def test_empty_rows_of_a_list_are_left_out(tmp_path):
+    (tmp_path / "seriesuids.csv").write_text("a\n,,\n;\nb\n")
+    assert read_series(tmp_path / "seriesuids.csv") == {"a": 1, "b": 4}
 
 
 def test_a_header_alone_is_an_empty_table(tmp_path):
@@ -84,7 +101,10 @@ HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
             ["column coordZ", "seriesuid,coordX,coordY,diameter_mm"],
         ),
         ("seriesuid|coordX|coordY|coordZ|diameter_mm\n", ["column seriesuid"]),
-        (HEADER + "a,1,5,2,5,3,5,4,5\n", ["row 2", "5 fields", "got 9", "decimal commas need"]),
+        (
+            HEADER + "a,1,5,2,5,3,5,4,5\n",
+            ["row 2", "5 fields", "got 9", "decimal commas need quotes"],
+        ),
         (HEADER.replace(",", ";") + "a;1;2,5,1;3;4\n", ["row 2", "coordY", "'2,5,1'"]),
         (HEADER.encode("utf-16-le"), ["row 1", "0x00", "save it as CSV UTF-8"]),
         (HEADER.encode() + "\nä,1,2,3,4".encode("latin-1"), ["row 3", "UTF-8", "0xe4"]),
@@ -100,6 +120,7 @@ HEADER = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
         (HEADER + " ,1,2,3,4\n", ["row 2", "seriesuid"]),
         (HEADER + 'a,1,2,3,"4\n', ["row 2", "comma-separated"]),
         (b"\x89PNG\r\n\x1a\n", ["UTF-8", "0x89"]),
+        (b"PK\x03\x04 and so on", ["got a spreadsheet; save it as CSV UTF-8"]),
     ],
 )
 def test_bad_findings_are_named_in_one_line(tmp_path, content, parts):

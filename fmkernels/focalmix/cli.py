@@ -30,6 +30,15 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)  # or --seed would pass for --seeds
 
     def error(self, message: str) -> typing.NoReturn:
+        # a list of arguments takes DATA for its last one
+        lists = [
+            name
+            for action in self._actions
+            if action.nargs == "+"
+            for name in action.option_strings
+        ]
+        if "required: DATA" in message or any(f"argument {name}:" in message for name in lists):
+            message += "; put DATA first"
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -296,6 +305,11 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs", given.get("method", "supervised"))
     stored = load_config(out) if arguments.resume and arguments.preset is None else None
     config = replace(stored or PRESETS[arguments.preset or "demo"], **given)
+    if config.unlabeled_data and config.method != "focalmix":
+        raise InputError(
+            f"--unlabeled-data: expected --method focalmix, which uses scans without labels, got "
+            f"{config.method}"
+        )
     evaluation = train(
         config, arguments.data, out, resume=arguments.resume, profile=arguments.profile
     )

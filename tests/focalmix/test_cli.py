@@ -121,6 +121,26 @@ def test_options_are_written_out(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--labeled", "5"], ("required: DATA", "put DATA first")),
+        (["train", "--unlabeled-data", "archive", "data"], ("required: DATA", "put DATA first")),
+        (["compare", "--labeled", "4", "8", "data"], ("--labeled", "'data'", "put DATA first")),
+        (["compare", "--labeled", "4", "--without", "views", "data"], ("put DATA first",)),
+        (["check", "--unlabeled-data", "archive", "data"], ("put DATA first",)),
+    ],
+)
+def test_data_behind_a_list_is_told_to_come_first(capsys, argv, words):
+    refuses(capsys, argv, *words)
+
+
+def test_unlabeled_data_needs_a_method_that_uses_it(data, tmp_path, capsys):
+    argv = [*train_arguments(data, tmp_path / "run"), "--unlabeled-data", data]
+    refuses(capsys, argv, "--unlabeled-data: expected --method focalmix", "got supervised")
+    assert not (tmp_path / "run").exists()
+
+
 def train_arguments(data, out):
     return ["train", data, "--out", out, *SETTINGS]
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 import urllib.parse
 import warnings
@@ -13,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ BYTES_PER_WORKER = 1 << 26
 
 _MAX_GEOMETRY_BYTES = 1 << 20
 _BLOCK = 1 << 22
+_SERIES_ID = re.compile(r"\d+(\.\d+){4,}")  # of DICOM: unique in the world
 _CLOCK = 10**9  # nanoseconds by which clocks of file systems may differ
 
 
@@ -152,8 +154,11 @@ class DataSet(ABC):
     def add_unlabeled(self, folder: str | Path) -> None:
         """Add all scans below a folder, without labels.
 
+        Where a scan has the name of another one, that of the folder is put before it.
+
         Raises:
-            InputError: the folder holds no scan, or one of a name that the data set has already.
+            InputError: the folder holds no scan, or one that the data set has already: of the same
+                series id, or in a file with the same contents under the same name.
         """
         folder = Path(folder)
         found = name_scans(folder)
@@ -162,11 +167,22 @@ class DataSet(ABC):
         cache = self.cache if self._shared_cache else self._cache_in(folder)
         for uid, path in found.items():
             if uid in self._scans:
-                raise InputError(
-                    f"{path}: expected scans that are not in the data set, got the name of "
-                    f"{self._scans[uid].path} again; rename one if they differ"
-                )
+                other = self._scans[uid].path
+                if _SERIES_ID.fullmatch(uid) or _are_same(path, other):
+                    raise InputError(
+                        f"{path}: expected scans that are not in the data set, got that of {other} "
+                        "again"
+                    )
+                uid = self._distinct(uid, folder)
             self._scans[uid] = Scan(path, -1, cache, is_labeled=False)
+
+    def _distinct(self, uid: str, folder: Path) -> str:
+        """The id of a scan with as much of its folder before it as makes it new."""
+        parts = folder.resolve().parts
+        ids = (
+            PurePosixPath(*parts[first:], uid).as_posix() for first in range(len(parts) - 1, -1, -1)
+        )
+        return next(name for name in ids if name not in self._scans)
 
     def nodules(self, uid: str) -> np.ndarray:
         """Nodules of a series, float64 [n, 4]: world x, y, z, diameter, in mm."""
@@ -419,6 +435,15 @@ def _source_files(path: Path, names: Iterable[str]) -> list[Path]:
             if file.is_file() and not file.name.startswith(".")
         ]
     return [path.with_name(name) for name in names]
+
+
+def _are_same(path: Path, other: Path) -> bool:
+    """Whether two scans have files of the same contents."""
+    ours, theirs = _files(path), _files(other)
+    sizes = [sorted(file.stat().st_size for file in files) for files in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        return False
+    return sorted(_checksums(path).values()) == sorted(_checksums(other).values())
 
 
 def scan_state(path: Path) -> str:

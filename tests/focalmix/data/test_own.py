@@ -374,8 +374,24 @@ class TestUnlabeled:
         """Its targets would leak into the test."""
         other = tmp_path / "other"
         write_scan(other / f"{luna_scans[4].uid}.nii.gz", luna_scans[4])
-        with pytest.raises(InputError, match=r"not in the data set, got the name of .*subset9"):
+        with pytest.raises(InputError, match=r"not in the data set, got that of .*subset9"):
             open_data(luna_folder, unlabeled=[other])
+
+    def test_other_scans_of_the_same_names_are_told_apart(self, folder, tmp_path):
+        write(folder, [f"a,{INSIDE}"])
+        for x, other in ((20, "x/old"), (21, "y/old")):
+            for name in ("patients/a/scan.nii.gz", "patients/b/scan.nii.gz", "c.mhd"):
+                write_scan(tmp_path / other / name, Scan("any", 0, nodules=[(9, 15, x, 9)]))
+        data = open_data(folder, unlabeled=[tmp_path / "x/old", tmp_path / "y/old"])
+        assert data.series == ["patients/a/scan"] and set(data.unlabeled) == {
+            *("c", "patients/b/scan"),
+            *("old/c", "old/patients/a/scan", "old/patients/b/scan"),
+            *("y/old/c", "y/old/patients/a/scan", "y/old/patients/b/scan"),
+        }
+        assert data.path("old/c") == tmp_path / "x/old/c.mhd"
+        data.prepare(workers=0, progress=False)
+        with pytest.raises(InputError, match=r"c\.mhd: .* not in the data set, got that of"):
+            open_data(folder, unlabeled=[folder])
 
     def test_an_empty_folder_is_refused(self, luna_folder, tmp_path):
         (tmp_path / "other").mkdir()

@@ -145,7 +145,7 @@ def check(
         data = open_data(root, coordinates=coordinates, unlabeled=unlabeled)
     report = Report()
     report.problems += [
-        Problem("rows without a scan", str(warning.message))
+        Problem("rows or files that are not used", str(warning.message))
         for warning in caught
         if issubclass(warning.category, InputWarning)
     ]

@@ -12,6 +12,10 @@ class InputWarning(UserWarning):
     """Suspicious input, in one line. The command line prints it and goes on."""
 
 
+class SkippedWarning(InputWarning):
+    """Files that are no scans are left out, as they should be."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

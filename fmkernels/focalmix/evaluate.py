@@ -16,7 +16,7 @@ from fmkernels.focalmix.data.luna16 import find_table
 from fmkernels.focalmix.data.names import ScanNames
 from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates, read_series
-from fmkernels.focalmix.errors import InputError, InputWarning
+from fmkernels.focalmix.errors import InputError, InputWarning, SkippedWarning
 from fmkernels.focalmix.evaluation import froc
 from fmkernels.focalmix.evaluation.froc import count
 
@@ -174,7 +174,7 @@ def _of_data_set(
         data = open_data(root, coordinates=coordinates)
     doubts = []
     for one in caught:
-        if issubclass(one.category, InputWarning):
+        if issubclass(one.category, InputWarning) and one.category is not SkippedWarning:
             doubts.append(str(one.message))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

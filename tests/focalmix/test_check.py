@@ -149,7 +149,7 @@ def test_rows_diameters_and_duplicates(folder):
     shutil.copy(folder / "s2.nii.gz", folder / "again.nii.gz")
     report = look(folder)
     assert problems(report) == {
-        ("rows without a scan", False),
+        ("rows or files that are not used", False),
         ("unusual diameters", False),
         ("unknown diameters", False),
         ("nodules that are there twice", False),

@@ -29,9 +29,10 @@ from fmkernels.focalmix.data.formats import (
     scan_id,
     scan_name,
 )
+from fmkernels.focalmix.data.labels import label_maps
 from fmkernels.focalmix.data.volume import Volume
 from fmkernels.focalmix.data.workers import process_map
-from fmkernels.focalmix.errors import InputError, InputWarning
+from fmkernels.focalmix.errors import InputError, InputWarning, SkippedWarning
 from fmkernels.focalmix.files import atomic_write
 
 BYTES_PER_WORKER = 1 << 26
@@ -291,14 +292,41 @@ class DataSet(ABC):
         return self._scans[uid]
 
 
-def name_scans(root: Path, failed: dict[Path, str] | None = None) -> dict[str, Path]:
+def name_scans(
+    root: Path, failed: dict[Path, str] | None = None, *, named: Iterable[str] = ()
+) -> dict[str, Path]:
     """All scans below a folder by their ids, sorted by path.
 
-    The id is `formats.scan_id`. Scans that share it have their path from the folder instead.
-    ``failed``, if given, gets the scans that have no id, and why; else they are errors.
+    The id is `formats.scan_id`. Scans that share it have their path from the folder instead. Label
+    maps are left out, and DICOM series that are beside another scan.
+
+    Args:
+        root: the folder.
+        failed: gets the scans that have no id, and why; default: they are errors.
+        named: names in tables, perhaps of files that look like label maps, but are scans.
+
+    Warns:
+        SkippedWarning: there are label maps.
     """
-    paths, ids = [], []
-    for path in find_scans(root):
+    found, paths, ids = find_scans(root), [], []
+    tails = {
+        "/".join(parts[first:])
+        for parts in (PurePosixPath(name.replace("\\", "/")).parts for name in named)
+        for first in range(len(parts))
+    }
+    maps = {
+        path
+        for path in label_maps(root, found)
+        if not tails & {path.relative_to(root).as_posix(), _relative(root, path)}
+    }
+    if maps:
+        warnings.warn(
+            f"{min(maps)}: a label map, not read as a scan; {len(maps)} such files",
+            SkippedWarning,
+            stacklevel=3,
+        )
+    folders = {path.parent for path in found if not path.is_dir() and path not in maps}
+    for path in (path for path in found if path not in maps | folders):
         try:
             ids.append(scan_id(path))
         except InputError as error:
@@ -308,16 +336,16 @@ def name_scans(root: Path, failed: dict[Path, str] | None = None) -> dict[str, P
         else:
             paths.append(path)
     counts = Counter(ids)
-    named: dict[str, Path] = {}
+    scans: dict[str, Path] = {}
     for uid, path in zip(ids, paths, strict=True):
         uid = _relative(root, path) if counts[uid] > 1 else uid
-        if uid in named:
+        if uid in scans:
             raise InputError(
-                f"{path}: expected a name of its own, got that of {named[uid]} but for the ending; "
+                f"{path}: expected a name of its own, got that of {scans[uid]} but for the ending; "
                 "move or rename one of them"
             )
-        named[uid] = path
-    return named
+        scans[uid] = path
+    return scans
 
 
 def _relative(root: Path, path: Path) -> str:

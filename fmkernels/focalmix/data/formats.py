@@ -62,7 +62,7 @@ def find_scans(folder: str | Path) -> list[Path]:
         paths = [Path(name, file) for file in sorted(files) if not file.startswith(".")]
         scans = [path for path in paths if _suffix(path.name)]
         found += scans
-        if not scans and any(path.is_file() and is_dicom(path) for path in paths):
+        if any(path.is_file() and is_dicom(path) for path in paths if path not in scans):
             found.append(Path(name))
     return found
 

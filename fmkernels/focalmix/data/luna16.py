@@ -63,9 +63,14 @@ class LUNA16(DataSet):
         selected = present if subsets is None else sorted(set(subsets))
         if missing := sorted(set(selected) - set(present)):
             raise InputError(f"{self.root}: expected a folder subset{missing[0]}, found none")
+        annotations = find_table(self.root, "annotations.csv")
+        seriesuids = find_table(self.root, "seriesuids.csv")
+        nodules = {} if annotations is None else read_findings(annotations)
+        named = {*nodules, *(() if seriesuids is None else read_series(seriesuids))}
         all_scans: dict[str, Scan] = {}
         for subset in present:
-            for uid, path in name_scans(self.root / f"subset{subset}").items():
+            folder = self.root / f"subset{subset}"
+            for uid, path in name_scans(folder, named=named).items():
                 if uid in all_scans:
                     first = all_scans[uid].path
                     raise InputError(f"{path}: expected each series once, got it in {first} too")
@@ -75,21 +80,19 @@ class LUNA16(DataSet):
             raise InputError(
                 f"{self.root}: expected scans subset0/<seriesuid>.mhd to subset9/..., found none"
             )
-        annotations = find_table(self.root, "annotations.csv")
         if annotations is None:
             raise InputError(
                 f"{self.root / 'annotations.csv'}: expected the table of nodules, "
                 "found no such file"
             )
         self.annotations = annotations
-        nodules = read_findings(annotations)
         self.excluded_table = find_table(self.root, "annotations_excluded.csv")
         excluded = {} if self.excluded_table is None else read_findings(self.excluded_table)
         complete = len(present) == len(FOLDS)
         tables = {annotations: nodules}
         if self.excluded_table is not None:
             tables[self.excluded_table] = excluded
-        _check_known(all_scans, tables, find_table(self.root, "seriesuids.csv"), complete)
+        _check_known(all_scans, tables, seriesuids, complete)
         if coordinates == "RAS":
             nodules, excluded = (
                 {uid: negated(rows) for uid, rows in table.items()} for table in (nodules, excluded)

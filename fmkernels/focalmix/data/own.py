@@ -25,7 +25,8 @@ class OwnData(DataSet):
 
     Scans are found in all folders below ``root``; see `formats.find_scans`. Annotations are in
     ``annotations.csv`` (or ``.tsv``, ``.json``), or in the only such file in ``root``; see
-    `annotations.read_annotations`. ``annotations_excluded.csv`` is optional.
+    `annotations.read_annotations`. ``annotations_excluded.csv`` is optional. Label maps that no row
+    names are left out; see `labels.label_maps`.
 
     A table names a scan by its file (with or without suffix and folders), its series id, or the
     folder that holds nothing else. Scans that no row names have no labels, unless
@@ -63,16 +64,19 @@ class OwnData(DataSet):
         super().__init__(
             root, spacing=spacing, cache=cache, subsets=subsets, coordinates=coordinates
         )
-        paths = name_scans(self.root)
+        self.annotations = _find_annotations(self.root)
+        self.excluded_table = _named(self.root, _EXCLUDED)
+        tables = [
+            [] if path is None else read_annotations(path, coordinates)
+            for path in (self.annotations, self.excluded_table)
+        ]
+        paths = name_scans(self.root, named={row.scan for table in tables for row in table})
         if not paths:
             raise InputError(
                 f"{self.root}: expected scans ({SUPPORTED}) below this folder, found none"
             )
-        self.annotations = _find_annotations(self.root)
-        self.excluded_table = _named(self.root, _EXCLUDED)
         names = ScanNames(self.root, paths)
-        rows = _by_scan(self.annotations, names, coordinates)
-        excluded = _by_scan(self.excluded_table, names, coordinates)
+        rows, excluded = (_by_scan(table, names) for table in tables)
         listed = _listed(self.root / _SERIES, names)
         scans = {}
         for uid, path in paths.items():
@@ -156,11 +160,9 @@ def _refuse_spreadsheet(path: Path) -> None:
     raise InputError(f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8")
 
 
-def _by_scan(table: Path | None, names: ScanNames, coordinates: str) -> dict[str, list[Annotation]]:
+def _by_scan(table: Iterable[Annotation], names: ScanNames) -> dict[str, list[Annotation]]:
     """The rows of a table by the ids of their scans."""
-    if table is None:
-        return {}
-    found, lost = names.by_scan(read_annotations(table, coordinates))
+    found, lost = names.by_scan(table)
     if lost:
         near = names.nearest(lost[0].scan)
         if not found:

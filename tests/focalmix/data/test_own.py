@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from fmkernels.focalmix.data.annotations import read_annotations
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.own import OwnData, open_data
-from fmkernels.focalmix.errors import InputError, InputWarning
+from fmkernels.focalmix.errors import InputError, InputWarning, SkippedWarning
 from tests.focalmix.conftest import SCANS, Scan, write_scan
 from tests.focalmix.kinds import KINDS, write_dicom
 
@@ -130,6 +130,62 @@ class TestScans:
     def test_no_scans(self, tmp_path):
         with pytest.raises(InputError, match=r"expected scans \(\.mhd, .* DICOM series\) below"):
             open_data(tmp_path)
+
+
+def write_map(path, like, kind=sitk.sitkUInt8):
+    """A label map on the grid of a scan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(like)) > 0, kind), str(path))
+
+
+class TestLabelMaps:
+    @pytest.mark.parametrize("kind", [sitk.sitkUInt8, sitk.sitkInt16, sitk.sitkUInt16])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "patients/a/scan_seg.nii.gz",
+            "labelsTr/scan.nii.gz",
+            "c-mask.mha",
+            "patients/a/left.nrrd",
+        ],
+    )
+    def test_are_no_scans(self, folder, name, kind):
+        write_map(folder / name, folder / "patients/a/scan.nii.gz", kind)
+        write(folder, [f"a,{INSIDE}"])
+        with pytest.warns(SkippedWarning, match=f"{name}: a label map, not read as a scan; 1 such"):
+            data = open_data(folder)
+        assert data.series == ["patients/a/scan"]
+        assert set(data.unlabeled) == {"patients/b/scan", "c"}
+
+    def test_do_not_hide_a_series(self, tmp_path):
+        root = tmp_path / "own"
+        image = write_scan(tmp_path / "one.mhd", SCANS[0])
+        write_dicom(root / "p1", image, "1.2.3")
+        write_map(root / "p1" / "seg.nii.gz", tmp_path / "one.mhd")
+        write(root, [f"p1,{INSIDE}"])
+        with pytest.warns(SkippedWarning, match=r"p1/seg\.nii\.gz: a label map"):
+            assert open_data(root).series == ["1.2.3"]
+
+    def test_are_refused_where_the_table_names_them(self, folder):
+        write_map(folder / "c_seg.nii.gz", folder / "c.mhd")
+        write(folder, [f"c_seg,{INSIDE}"])
+        data = open_data(folder)
+        with pytest.raises(InputError, match=r"c_seg\.nii\.gz: expected a type of HU"):
+            data.prepare(workers=0, progress=False)
+
+    def test_scans_of_such_names_are_read(self, folder):
+        (folder / "patients").rename(folder / "labels")
+        (folder / "c.mhd").rename(folder / "c_mask.mhd")
+        write(folder, [f"c_mask,{INSIDE}"])
+        assert len(open_data(folder)) == 3
+
+    def test_alone_are_refused(self, tmp_path, folder):
+        for k in range(2):
+            write_map(tmp_path / "maps" / f"{k}_seg.nii.gz", folder / "c.mhd")
+        data = open_data(tmp_path / "maps")
+        assert len(data.unlabeled) == 2
+        with pytest.raises(InputError, match="expected a type of HU"):
+            data.prepare(workers=0, progress=False)
 
 
 class TestLabels:

@@ -735,9 +735,8 @@ class Canvas:
         tube = np.repeat(np.arange(len(tubes)), rows)
         iz, iy = np.divmod(np.arange(len(tube)) - (np.cumsum(rows) - rows)[tube], size[tube, 1])
         iz, iy, width = iz + start[tube, 2], iy + start[tube, 1], size[tube, 0]
-        x0, y0, z0, dx, dy, dz, ax, ay, az = np.float32(
-            np.hstack((tubes[:, :3], along, scaled)).T[:, tube]
-        )
+        lines = np.hstack((tubes[:, :3], along, scaled)).T.astype(np.float32)
+        x0, y0, z0, dx, dy, dz, ax, ay, az = lines[:, tube]
         y, z = self.y[iy] - y0, self.z[iz] - z0
         x0, ax, ay, az, dx, dy, dz, y, z = np.repeat(
             np.stack((x0, ax, y * ay, z * az, dx, dy, dz, y, z)), width, axis=1
@@ -748,12 +747,13 @@ class Canvas:
         part = np.clip(x * ax + ay + az, 0, 1)
         z = z - part * dz
         squared = (x - part * dx) ** 2 + (y - part * dy) ** 2 + z * z
-        reach = np.float32(tubes[:, 6:].max(axis=1) + 0.51 * max(self.pixel, self.slice))[tube]
-        near = np.flatnonzero(squared < np.repeat(reach * reach, width))
+        start_radius, growth = np.stack((tubes[:, 6], tubes[:, 7] - tubes[:, 6])).astype(np.float32)
+        reach = tubes[:, 6:].max(axis=1) + 0.51 * max(self.pixel, self.slice)
+        near = np.flatnonzero(squared < np.repeat((reach * reach).astype(np.float32)[tube], width))
         z, squared, part, row = z[near], squared[near], part[near], row[near]
         blur = self.blur(z, squared)
         of = tube[row]
-        radius = np.float32(tubes[:, 6])[of] + np.float32(tubes[:, 7] - tubes[:, 6])[of] * part
+        radius = start_radius[of] + growth[of] * part
         cover = _cover(np.sqrt(squared) - radius, blur) * np.minimum(1, (2 * radius / blur) ** 2)
         return (iz * len(self.y) + iy)[row] * len(self.x) + ix[near], cover
 
@@ -763,8 +763,8 @@ class Canvas:
             lesion.radius(*_DIRECTIONS).max() + 0.75 * max(self.pixel, self.slice) + lesion.margin
         )
         corners = self.corners(lesion.center - reach, lesion.center + reach)
-        x, y, z = map(slice, *corners)
-        box = z, y, x
+        columns, rows, slices = map(slice, *corners)
+        box = slices, rows, columns
         x, y, z = self.offsets(box, lesion.center)
         squared = x * x + y * y + z * z
         distance = np.sqrt(squared) + 1e-4
@@ -898,7 +898,7 @@ class Canvas:
         _blend(view, _cover(sternum + 2, pixel), 0.6 * MARROW)
 
 
-def _range(chosen: NDArray) -> slice:
+def _range(chosen: ArrayLike) -> slice:
     """From the first chosen one to the last."""
     at = np.flatnonzero(chosen)
     return slice(at[0], at[-1] + 1) if len(at) else slice(0)

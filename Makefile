@@ -36,30 +36,30 @@ train: $(READY)
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS)
 
 # the settings of docs/results.md
-LENGTH := --steps 6000 --burn-in 3000 --validation-subsets=,
-EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) $(LENGTH)
+EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) --train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=,
 # $(call keep,FOLDER,NAME) keeps tables and pictures of a comparison
 keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/timing.json $(1)/cpm.png $(RESULTS)/phantoms/$(2)
 
 experiment: $(READY)
-	$(PYTHON) -m fmkernels phantom data/experiment --scans 360 --test-scans 120
-	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 6 12 24 --all-labels \
-		--with burn-in fresh-supervised
+	$(PYTHON) -m fmkernels phantom data/experiment --scans 240 --test-scans 144
+	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --without mixup
+	$(call keep,runs/experiment,main)
+	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 24 6 --without mixup --all-labels
 	$(call keep,runs/experiment,main)
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --all-labels \
-		--without image-mixup object-mixup mixup soft-labels soft-loss views sharpening \
-		--with burn-in fresh-supervised supervised-mixup rotations plain-ops
+		--without mixup image-mixup object-mixup soft-labels soft-loss views sharpening \
+		--with burn-in fresh-supervised fresh-student supervised-mixup rotations plain-ops
 	$(call keep,runs/experiment,parts)
 	$(PYTHON) -m fmkernels phantom data/unlabeled --seed 2 --scans 240
-	$(PYTHON) -m fmkernels compare data/experiment --out runs/full --seeds 10 --jobs $(JOBS) $(LENGTH) \
-		--labeled 252 --unlabeled-data=data/unlabeled
+	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --out runs/full \
+		--labeled 192 --unlabeled-data=data/unlabeled
 	$(call keep,runs/full,full)
 
 # on phantoms of another seed, which the experiment does not see
 tuning: $(READY)
 	$(PYTHON) -m fmkernels phantom data/tuning --seed 1
-	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) $(LENGTH) \
-		--test-subsets=7,8,9 --labeled 12 --all-labels --without mixup image-mixup object-mixup \
+	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) \
+		--validation-subsets=, --test-subsets=7,8,9 --labeled 12 --all-labels --without mixup image-mixup object-mixup \
 		--with burn-in fresh-supervised fresh-student following-teacher unlabeled-mixup supervised-mixup \
 		rotations contrast noise blur probable-boxes own-normalizer ignored-targets
 	$(call keep,runs/tuning,tuning)

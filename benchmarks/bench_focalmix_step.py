@@ -25,13 +25,14 @@ from fmkernels.nn import GroupNorm3d
 
 @dataclass(frozen=True)
 class Workload:
-    """The step of a preset, with its numbers of labeled and unlabeled patches."""
+    """The step of a preset with group norms, and its numbers of labeled and unlabeled patches."""
 
     preset: str
 
     @property
     def config(self) -> Config:
-        return replace(PRESETS[self.preset], method="focalmix")
+        preset = PRESETS[self.preset]
+        return replace(preset, method="focalmix", norm="group", roi_size=preset.patch_size)
 
     def __str__(self) -> str:
         config = self.config

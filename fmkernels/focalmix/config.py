@@ -118,7 +118,7 @@ class Config:
         runtime=True,
     )
     patch_size: tuple[int, ...] = _option(
-        (32, 32, 32),
+        (24, 24, 24),
         "patches",
         "patch size in voxels, multiples of the largest stride",
         check=_SIZE,
@@ -165,19 +165,26 @@ class Config:
         ),
     )
     widths: tuple[int, ...] = _option(
-        (16, 32, 48), "detector", "channels of each backbone stage, multiples of 4", check=_WIDTHS
+        (8, 16, 32), "detector", "channels of each backbone stage, multiples of 4", check=_WIDTHS
     )
     blocks: tuple[int, ...] = _option(
-        (1, 1, 1),
+        (0, 1, 1),
         "detector",
         "residual blocks of each backbone stage",
         check=_Check("numbers of 0 or more", lambda value: all(count >= 0 for count in value)),
     )
     channels: int = _option(
-        16,
+        8,
         "detector",
         "channels of the pyramid and the head, a multiple of 4",
         check=_Check("a positive multiple of 4", lambda value: value > 0 and value % 4 == 0),
+    )
+    norm: str = _option(
+        "batch",
+        "detector",
+        "normalization: batch, or group, whose statistics are those of a window, so that windows "
+        "must not be larger than the patches",
+        choices=("batch", "group"),
     )
     steps: int = _option(3000, "optimization", "training steps", check=_AT_LEAST_1)
     learning_rate: float = _option(4e-3, "optimization", "peak learning rate", check=_POSITIVE)
@@ -259,7 +266,7 @@ class Config:
         choices=("labeled", "own"),
     )
     burn_in: float = _option(
-        0.6,
+        0.5,
         "FocalMix",
         "supervised steps before unlabeled patches are added; below 1, a fraction of the steps",
         check=_Check(
@@ -404,6 +411,9 @@ class Config:
         for name in ("patch_size", "roi_size"):
             fits = all(side % coarsest == 0 for side in getattr(self, name))
             self._expect(name, fits, f"multiples of the largest stride {coarsest}")
+        if self.norm == "group":
+            fits = all(w <= p for w, p in zip(self.roi_size, self.patch_size, strict=True))
+            self._expect("roi_size", fits, "at most patch_size with the norm group")
         largest = min(self.roi_size) - 1
         self._expect("overlap", self.overlap <= largest, f"0 to {largest}, as roi_size is given")
         for name in ("validation_subsets", "test_subsets"):
@@ -501,6 +511,7 @@ PRESETS = {
         widths=(24, 48, 96, 128),
         blocks=(1, 2, 2, 2),
         channels=64,
+        norm="group",
         steps=50_000,
         learning_rate=1e-3,
         warmup=1000,

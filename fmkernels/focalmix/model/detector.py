@@ -21,13 +21,30 @@ def apply_window(volumes: Tensor, window: tuple[float, float]) -> Tensor:
     return volumes.float().sub(low).div_(high - low).clamp_(0, 1)
 
 
-class ConvNorm(nn.Sequential):
-    """3x3x3 convolution, group normalization (groups of 4 channels), optional residual, ReLU."""
+class Norm(nn.Module):
+    """Normalization, optional residual, ReLU; group: `GroupNorm3d` of 4 channels each."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+    def __init__(self, channels: int, *, kind: str) -> None:
+        super().__init__()
+        self.layer = (
+            GroupNorm3d(channels // 4, channels, activation="relu")
+            if kind == "group"
+            else nn.BatchNorm3d(channels)
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(self.layer, GroupNorm3d):
+            return self.layer(x, residual)
+        x = self.layer(x)
+        return F.relu(x if residual is None else x + residual)
+
+
+class ConvNorm(nn.Sequential):
+    """3x3x3 convolution, normalization, optional residual, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, *, norm: str, stride: int = 1) -> None:
         super().__init__(
-            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
-            GroupNorm3d(outputs // 4, outputs, activation="relu"),
+            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), Norm(outputs, kind=norm)
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -38,9 +55,9 @@ class ConvNorm(nn.Sequential):
 class Residual(nn.Module):
     """x -> ReLU(x + two convolutions of x)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, norm: str) -> None:
         super().__init__()
-        self.layers = nn.Sequential(ConvNorm(channels, channels), ConvNorm(channels, channels))
+        self.layers = nn.Sequential(*(ConvNorm(channels, channels, norm=norm) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.layers
@@ -62,6 +79,8 @@ class Detector(nn.Module):
         widths: channels of each backbone stage, multiples of 4.
         blocks: residual blocks of each backbone stage.
         channels: channels of the pyramid and the head, a multiple of 4.
+        norm: ``"group"``: `GroupNorm3d` of 4 channels each, whose statistics are those of the
+            window; ``"batch"``: batch normalization, whose result does not depend on the window.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -75,6 +94,7 @@ class Detector(nn.Module):
         widths: Sequence[int],
         blocks: Sequence[int],
         channels: int,
+        norm: str = "batch",
     ) -> None:
         super().__init__()
         stages = [2 ** (i + 1) for i in range(len(widths))]
@@ -93,14 +113,17 @@ class Detector(nn.Module):
             )
         self.stages = nn.ModuleList(
             nn.Sequential(
-                ConvNorm(before, width, stride=2), *(Residual(width) for _ in range(count))
+                ConvNorm(before, width, stride=2, norm=norm),
+                *(Residual(width, norm=norm) for _ in range(count)),
             )
             for before, width, count in zip((1, *widths), widths, blocks, strict=False)
         )
         self.laterals = nn.ModuleList(
             nn.Conv3d(width, channels, 1) for width in widths[-len(strides) :]
         )
-        self.head = ConvNorm(channels, channels)
+        self.head = nn.Conv3d(channels, channels, 3, 1, 1, bias=False)
+        # one for each level: batch statistics of the levels differ
+        self.norms = nn.ModuleList(Norm(channels, kind=norm) for _ in strides)
         self.logits = nn.Conv3d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv3d(channels, anchors_per_cell * 6, 1)
         for layer in (self.logits, self.deltas):
@@ -119,7 +142,7 @@ class Detector(nn.Module):
         ]
         for i in reversed(range(len(levels) - 1)):
             levels[i] = levels[i] + F.interpolate(levels[i + 1], scale_factor=2.0)
-        heads = [self.head(level) for level in levels]
+        heads = [norm(self.head(level)) for norm, level in zip(self.norms, levels, strict=True)]
         return [self.logits(x) for x in heads], [
             self.deltas(x).unflatten(1, (-1, 6)) for x in heads
         ]
@@ -137,6 +160,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Detector:
                 widths=config.widths,
                 blocks=config.blocks,
                 channels=config.channels,
+                norm=config.norm,
             )
     finally:
         torch.set_default_dtype(default)

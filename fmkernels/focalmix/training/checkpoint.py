@@ -35,7 +35,8 @@ class State:
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.model = build_model(config).to(device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True).eval()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -149,7 +150,7 @@ def load_run(
             raise ValueError(f"{len(checkpoint['ema'])} tensors for {config.blocks} blocks")
         ema = AveragedModel(build_model(config, "meta"))
         ema.load_state_dict(checkpoint["ema"], assign=True)
-    return config, channels_last(ema.module.to(device, torch.float32))
+    return config, channels_last(ema.module.to(device, torch.float32)).eval()
 
 
 def learning_rate_factor(step: int, config: Config) -> float:

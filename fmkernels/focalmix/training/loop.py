@@ -176,6 +176,8 @@ class _Trainer:
         if run.config.compile != "off":
             for network in (model, run.state.ema.module):
                 _compile(network, graph=run.config.compile == "graph")
+        if self.world_size > 1 and stopwatch.device.type == "cuda":  # PyTorch has none for the CPU
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = DistributedDataParallel(model) if self.world_size > 1 else model
         self.hook = model.register_forward_hook(lambda *_: stopwatch.lap("forward"))
         self.metrics = Metrics(run.out, run.state.step)

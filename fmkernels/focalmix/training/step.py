@@ -195,9 +195,12 @@ def predict_unlabeled(
         objects: float32 [B, max_objects, 6], padded with NaN.
     """
     batch, views = len(images), _views(config)
+    was_training = teacher.training
+    teacher.eval()  # batch normalization neither uses nor counts the views
     logits, deltas = teacher(
         views(images, flips.tolist(), window=config.window, dtype=input_dtype(images))
     )
+    teacher.train(was_training)
     view_logits = [level.unflatten(0, (len(flips), batch)) for level in logits]
     targets = _ops(config).predict_targets(
         view_logits, flips.to(images.device, non_blocking=True), temperature=config.temperature

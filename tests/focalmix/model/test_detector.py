@@ -87,8 +87,27 @@ class TestDetector:
             model(images())
         assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
 
-    def test_learns_where_a_bright_voxel_is(self):
-        model = detector()
+    def test_with_batch_statistics_a_window_sees_what_the_scan_shows(self):
+        model = detector(norm="batch")
+        model(images(8))
+        model.eval()
+        scan = images(1, (64, 64, 64))
+        whole, window = model(scan), model(scan[..., 8:56, 8:56, 8:56])
+        for stride, ours, theirs in zip((2, 4, 8), window[0], whole[0], strict=True):
+            near, far = 24 // stride, 32 // stride  # the middle: borders see other neighbors
+            middle = theirs[..., far, far, far]
+            torch.testing.assert_close(ours[..., near, near, near], middle, rtol=1e-4, atol=1e-5)
+
+    def test_each_level_has_batch_statistics_of_its_own(self):
+        model = detector(norm="batch")
+        model(images())
+        found = [norm.layer for norm in model.norms]
+        assert [int(layer.num_batches_tracked) for layer in found] == [1, 1, 1]
+        assert not found[0].running_var.allclose(found[1].running_var)
+
+    @pytest.mark.parametrize("norm", ["group", "batch"])
+    def test_learns_where_a_bright_voxel_is(self, norm):
+        model = detector(norm=norm)
         volume, target = images(1, (16, 16, 16)) * 0.2, torch.zeros(1, 1, 8, 8, 8)
         volume[0, 0, 8:10, 4:6, 10:12] = 1
         target[0, 0, 4, 2, 5] = 1
@@ -97,7 +116,7 @@ class TestDetector:
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(model(volume)[0][0], target).backward()
             optimizer.step()
-        assert model(volume)[0][0].argmax() == target.argmax()
+        assert model.eval()(volume)[0][0].argmax() == target.argmax()
 
     def test_say_what_is_wrong(self):
         with pytest.raises(

@@ -22,6 +22,7 @@ from fmkernels.focalmix.training.step import (
 )
 
 TINY = Config(
+    norm="group",  # so that images do not depend on their batch
     patch_size=(16, 16, 16),
     strides=(2, 4),
     diameters=(6.0, 12.0),
@@ -140,6 +141,18 @@ class TestPredict:
             up, down = mean ** (1 / TINY.temperature), (1 - mean) ** (1 / TINY.temperature)
             assert not ours.requires_grad
             torch.testing.assert_close(ours, (up / (up + down)).detach(), rtol=1e-4, atol=1e-6)
+
+    def test_batch_statistics_are_used_and_stay_as_they_are(self):
+        torch.manual_seed(0)
+        teacher = build_model(replace(TINY, norm="batch"))
+        teacher(apply_window(images(8, 1), TINY.window))
+        before = [buffer.clone() for buffer in teacher.buffers()]
+        flips = torch.tensor([0, 3], dtype=torch.uint8)
+        both, _ = predict_unlabeled(teacher, images(2), TINY, flips)
+        alone, _ = predict_unlabeled(teacher, images(2)[1:], TINY, flips)
+        assert teacher.training and all(map(torch.equal, teacher.buffers(), before))
+        for levels in zip(both, alone, strict=True):
+            torch.testing.assert_close(levels[0][1:], levels[1], rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("ops", ["fused", "plain"])
     def test_rotated_views_are_turned_back(self, model, ops):

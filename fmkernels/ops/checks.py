@@ -53,10 +53,15 @@ def check_no_tangent(name: str, argument: str, x: Tensor) -> None:
 
 
 def refuse_tangent(name: str, argument: str, x: Tensor) -> None:
-    if torch._VF._unpack_dual(x, level=0)[1] is not None:
+    # no guard of compiled code tells whether there is a tangent: it would answer for other tensors
+    if torch.compiler.disable(_has_tangent)(x):
         raise ValueError(
             f"{name}: no forward-mode derivative by {argument} is offered, use reverse mode"
         )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return torch._VF._unpack_dual(x, level=0)[1] is not None
 
 
 def check_no_grad(name: str, argument: str, x: Tensor) -> None:

@@ -437,7 +437,9 @@ def _tensor(values: Any) -> Tensor:
 
 def _windowed(volumes: Tensor) -> Tensor:
     low, high = _WINDOW
-    return ((volumes - low) / (high - low)).clamp(0, 1)
+    x = (volumes - low) / (high - low)
+    # the derivative of clamp at its bounds is 1 before torch 2.14 and 0 since
+    return torch.where((x >= 0) & (x <= 1), x, x.detach().clamp(0, 1))
 
 
 def _flipped(volume: Tensor, mask: Tensor) -> Tensor:

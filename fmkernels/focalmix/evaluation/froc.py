@@ -123,9 +123,9 @@ class Froc:
     cpm: float
     """Mean of ``operating_sensitivities``."""
     interval: tuple[float, float] | None
-    """95 % bootstrap interval of the CPM; None without bootstraps."""
+    """95% bootstrap interval of the CPM; None without bootstraps."""
     band: np.ndarray | None = field(repr=False)
-    """float64 [2, 61]: ends of the 95 % bootstrap interval of the sensitivity at `BAND_RATES`."""
+    """float64 [2, 61]: ends of the 95% bootstrap interval of the sensitivity at `BAND_RATES`."""
     samples: np.ndarray | None = field(repr=False)
     """float64 [bootstraps, 61]: sensitivities; with the same seed, row i has the same scans."""
     n_scans: int
@@ -175,11 +175,11 @@ class Froc:
         cpm = f"CPM {self.cpm:.3f}"
         if self.band is not None and self.interval is not None:
             lines += [
-                line(f"  95 % interval, {end}", values)
+                line(f"  95% interval, {end}", values)
                 for end, values in zip(("lower", "upper"), self.band[:, ::10], strict=True)
             ]
             lower, upper = self.interval
-            cpm += f" (95 % interval {lower:.3f} to {upper:.3f}, {self.n_bootstraps} bootstraps)"
+            cpm += f" (95% interval {lower:.3f} to {upper:.3f}, {self.n_bootstraps} bootstraps)"
         if self.details is not None:
             for group in self.details.groups:
                 ends = f"{group.low:g} to {group.high:g} mm"
@@ -341,7 +341,7 @@ def average(runs: Sequence[Froc], *, seed: int = 0) -> Froc:
 
 
 def _intervals(samples: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
-    """95 % intervals of the CPM, and of the sensitivity at `BAND_RATES` [2, 61]."""
+    """95% intervals of the CPM, and of the sensitivity at `BAND_RATES` [2, 61]."""
     lower, upper = np.quantile(samples[:, ::10].mean(axis=1), (0.025, 0.975)).tolist()
     return (lower, upper), np.quantile(samples, (0.025, 0.975), axis=0)
 

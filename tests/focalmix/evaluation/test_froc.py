@@ -468,4 +468,4 @@ def test_the_table_shows_what_counts():
     assert len(set(map(len, lines[1:5]))) == 1
     with_interval = str(froc_of([[0, 0, 0, 0.4]], [[0, 0, 0, 6]], scans=3, bootstraps=10))
     assert with_interval.startswith("3 scans, 1 nodule\n")
-    assert with_interval.endswith("CPM 1.000 (95 % interval 1.000 to 1.000, 10 bootstraps)")
+    assert with_interval.endswith("CPM 1.000 (95% interval 1.000 to 1.000, 10 bootstraps)")

@@ -131,7 +131,7 @@ def slice_panel(
 def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
     """Draw FROC curves from 1/8 to 8 false positives per scan, with marks at the operating points.
 
-    The legend shows the CPM of each curve and its 95 % interval; bootstrap bands are shaded.
+    The legend shows the CPM of each curve and its 95% interval; bootstrap bands are shaded.
 
     Args:
         path: the figure to write.
@@ -164,20 +164,25 @@ def draw_froc(path: str | Path, curves: Mapping[str, Froc]) -> None:
         axes.set_xticks(OPERATING_POINTS, RATE_NAMES)
         axes.set(
             xlim=OPERATING_POINTS[:: len(OPERATING_POINTS) - 1],
-            ylim=(0, 100),
-            yticks=range(0, 101, 10),
+            xlabel="False positives per scan",
+            ylabel="Sensitivity (%)",
         )
-        axes.set(xlabel="False positives per scan", ylabel="Sensitivity (%)")
+        _fit_to_data(axes, most=100)
         sizes = {(froc.n_scans, froc.n_nodules) for froc in curves.values()}
         counts = " (scans: {:,}, nodules: {:,})".format(*sizes.pop()) if len(sizes) == 1 else ""
         axes.set_title(f"Free-response ROC{counts}")
         shaded = any(froc.band is not None for froc in curves.values())
         figure.legend(
             loc="outside lower center",
-            title="CPM: mean of the seven points [95 % bootstrap interval, shaded]"
+            title="CPM: mean of the seven points [95% bootstrap interval, shaded]"
             if shaded
             else None,
         )
+
+
+def _fit_to_data(axes: Axes, most: float = 1) -> None:
+    """From 0 to what is drawn, at most ``most``."""
+    axes.set_ylim(0, min(most, axes.get_ylim()[1]))
 
 
 def draw_comparison(
@@ -188,28 +193,25 @@ def draw_comparison(
     Args:
         path: the figure to write.
         points: name for the legend -> for each point the number of labeled scans, the CPM, and the
-            ends of its 95 % interval.
+            ends of its 95% interval.
     """
     with _figure(path, (6.4, 4.6 + 0.2 * len(points))) as figure:
         axes = figure.add_subplot()
         for number, (name, rows) in enumerate(points.items()):
             labeled, cpm, lower, upper = np.array(rows, dtype=float).T
             shifted = labeled * 2 ** (0.03 * (number - (len(points) - 1) / 2))  # side by side
-            errors = 100 * np.array([cpm - lower, upper - cpm]).clip(0)
+            errors = np.array([cpm - lower, upper - cpm]).clip(0)
             marker, color = _MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)]
-            axes.errorbar(
-                shifted, 100 * cpm, errors, label=name, capsize=3, marker=marker, color=color
-            )
+            axes.errorbar(shifted, cpm, errors, label=name, capsize=3, marker=marker, color=color)
         ticks = sorted({row[0] for rows in points.values() for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set(
-            xlabel="Labeled scans", ylabel="CPM (%)", ylim=(0, 100), title="CPM on the test scans"
-        )
+        axes.set(xlabel="Labeled scans", ylabel="CPM", title="CPM on the test scans")
+        _fit_to_data(axes)
         figure.legend(
             loc="outside lower center",
             ncols=3,
-            title="bars: 95 % interval over scans and seeds",
+            title="bars: 95% interval over scans and seeds",
         )
 
 
@@ -224,14 +226,14 @@ def draw_seeds(path: str | Path, cpms: Mapping[str, Sequence[float]]) -> None:
     seeds = np.arange(len(low))
     with _figure(path, (6.4, 4.2)) as figure:
         axes = figure.add_subplot()
-        axes.vlines(seeds, 100 * np.array(low), 100 * np.array(high), color="0.7", zorder=1)
+        axes.vlines(seeds, low, high, color="0.7", zorder=1)
         for name, values, marker, color in zip(
             (first, second), (low, high), _MARKERS, _COLORS, strict=False
         ):
-            axes.scatter(seeds, 100 * np.array(values), label=name, marker=marker, color=color)
-            axes.axhline(100 * float(np.mean(values)), linestyle="--", linewidth=1, color=color)
+            axes.scatter(seeds, values, label=name, marker=marker, color=color)
+            axes.axhline(float(np.mean(values)), linestyle="--", linewidth=1, color=color)
         axes.set_xticks(seeds)
-        axes.set(xlabel="Seed", ylabel="CPM (%)", title="CPM on the test scans, seed by seed")
+        axes.set(xlabel="Seed", ylabel="CPM", title="CPM on the test scans, seed by seed")
         figure.legend(loc="outside lower center", ncols=2, title="dashed: mean over the seeds")
 
 
@@ -291,6 +293,8 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
 def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
     """Draw slices in the lung window with true and predicted boxes, four per row.
 
+    Each has its first nodule magnified, or its most probable detection.
+
     Args:
         path: the figure to write.
         panels: at least one; their sizes may differ.
@@ -309,13 +313,18 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
             _draw_panel(axes, panel)
         missed: dict[str, Any] = {"edgecolor": _MISSED, "linestyle": "--", "linewidth": 1.8}
         handles = [
-            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="detected nodule"),
-            Patch(fill=False, **missed, label="missed nodule"),
-            Patch(fill=False, edgecolor=_PREDICTED, linewidth=0.9, label="detection, score"),
+            Patch(fill=False, edgecolor=_TRUE, linewidth=1.8, label="nodule, found"),
+            Patch(fill=False, **missed, label="nodule, missed"),
+            Patch(
+                fill=False,
+                edgecolor=_PREDICTED,
+                linewidth=0.9,
+                label="finding of the detector, its probability",
+            ),
         ]
         if not any(len(panel.true) for panel in panels):
             handles = handles[2:]
-        window = "slices in the lung window, {:g} to {:g} HU".format(*LUNG_WINDOW)
+        window = "axial slices, lung window ({:g} to {:g} HU)".format(*LUNG_WINDOW)
         figure.legend(handles=handles, loc="outside lower center", ncols=3, title=window)
 
 
@@ -361,12 +370,9 @@ def _draw_checked(axes: Axes, panel: CheckPanel) -> None:
     )
     zoomed = [axes]
     if len(panel.boxes):
-        center = (panel.boxes[0, :2] + panel.boxes[0, 2:]) / 2 * panel.spacing
         reach = max(25.0, float((panel.boxes[0, 2:] - panel.boxes[0, :2]).max()) * panel.spacing[0])
-        # in the corner that is farthest from the box
-        right, below = center[1] < size[1] / 2, center[0] < size[0] / 2
-        inset = axes.inset_axes((0.58 * right, 0.58 * (not below), 0.42, 0.42))
-        zoomed.append(inset)
+        box = panel.boxes[0] * np.tile(panel.spacing, 2)
+        zoomed.append(_magnifier(axes, box, size, (reach, reach)))
     for view in zoomed:
         view.imshow(
             panel.image,
@@ -387,31 +393,49 @@ def _draw_checked(axes: Axes, panel: CheckPanel) -> None:
                 Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2)
             )
     axes.set(xlim=(0, size[1]), ylim=(size[0], 0))
-    if len(panel.boxes):
-        zoomed[1].set(
-            xlim=(center[1] - reach, center[1] + reach), ylim=(center[0] + reach, center[0] - reach)
-        )
+
+
+def _magnifier(axes: Axes, box: np.ndarray, size: np.ndarray, reach: tuple[float, float]) -> Axes:
+    """Axes around a box, with that reach along y and x, in the corner that is farthest from it."""
+    y, x = (box[:2] + box[2:4]) / 2
+    right, below = x < size[1] / 2, y < size[0] / 2
+    inset = axes.inset_axes((0.58 * right, 0.58 * (not below), 0.42, 0.42))
+    inset.set(xlim=(x - reach[1], x + reach[1]), ylim=(y + reach[0], y - reach[0]))
+    inset.set_autoscale_on(False)
+    return inset
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     height, width = panel.image.shape
     lower, upper = LUNG_WINDOW
-    axes.imshow(
-        panel.image,
-        cmap="gray",
-        vmin=lower,
-        vmax=upper,
-        extent=(0, width, height, 0),
-        aspect=panel.aspect,
-    )
     axes.set_title(panel.title, fontsize="small")
-    for box, detected in zip(panel.true, panel.detected, strict=True):
-        if detected:
-            _draw_box(axes, box, _TRUE, linewidth=1.8)
-        else:
-            _draw_box(axes, box, _MISSED, linewidth=1.8, style="--", text="missed", above=False)
-    for *box, score in panel.predicted:
-        _draw_box(axes, box, _PREDICTED, linewidth=0.9, text=f"{score:.2f}", above=True)
+    views = [axes]
+    boxes = panel.true if len(panel.true) else panel.predicted[np.argsort(-panel.predicted[:, 4])]
+    if len(boxes):
+        reach = max(0.11 * width, *(boxes[0, 2:4] - boxes[0, :2]))
+        size = np.array(panel.image.shape)
+        views.append(_magnifier(axes, boxes[0], size, (reach / panel.aspect, reach)))
+        views[1].set(xticks=[], yticks=[])
+        views[1].grid(False)
+        views[1].spines[:].set(visible=True, color="white")
+    for view in views:
+        view.imshow(
+            panel.image,
+            cmap="gray",
+            vmin=lower,
+            vmax=upper,
+            extent=(0, width, height, 0),
+            aspect=panel.aspect,
+        )
+        told = view == axes  # the magnified boxes have no texts
+        for box, detected in zip(panel.true, panel.detected, strict=True):
+            if detected:
+                _draw_box(view, box, _TRUE, linewidth=1.8)
+            else:
+                text = "missed" * told
+                _draw_box(view, box, _MISSED, linewidth=1.8, style="--", text=text, above=False)
+        for *box, score in panel.predicted:
+            _draw_box(view, box, _PREDICTED, linewidth=0.9, text=f"{score:.2f}" * told, above=True)
 
 
 def _draw_box(

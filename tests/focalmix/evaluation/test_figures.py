@@ -176,7 +176,7 @@ def test_froc_marks_the_operating_points_and_names_the_cpm(tmp_path, drawn):
         f"one: CPM {with_band.cpm:.3f} [{lower:.3f}, {upper:.3f}]",
         f"two: CPM {without.cpm:.3f}",
     ]
-    assert "95 % bootstrap interval" in legend.get_title().get_text()
+    assert "95% bootstrap interval" in legend.get_title().get_text()
 
 
 def test_froc_says_how_many_scans_where_all_curves_share_them(tmp_path, drawn):
@@ -261,6 +261,9 @@ def test_examples_tell_detected_from_missed(tmp_path, drawn, predicted, detected
     assert [text for text in texts if text not in ("missed", "")] == [
         f"{row[4]:.2f}" for row in predicted
     ]
+    (magnified,) = drawn[0].axes[0].child_axes
+    assert magnified.get_xlim() == (20, 60) and magnified.get_ylim() == (40, 0)
+    assert len(magnified.patches) == 1 + len(predicted)
     true, *others = drawn[0].axes[0].patches
     assert true.get_bbox().bounds == (30, 10, 20, 20)
     color = figures._TRUE if detected else figures._MISSED

@@ -29,7 +29,7 @@ setup(
             "tqdm>=4.66",
         ],
         "monai": ["monai>=1.6", "torchvision>=0.26"],
-        "rivals": ["kornia>=0.8", "monai>=1.6", "timm>=1.0", "torchvision>=0.26"],
+        "compare": ["kornia>=0.8", "monai>=1.6", "timm>=1.0", "torchvision>=0.26"],
         "docs": DOCS,
         "dev": [
             *DOCS,

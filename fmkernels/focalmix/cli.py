@@ -401,8 +401,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     print(as_text(rows), end="")
     if arguments.seeds < 3:
-        _say("with fewer than 3 seeds, intervals do not show the variation of training")
-    _say_written(arguments.out)
+        _say(
+            "fewer than 3 seeds decide nothing: another seed may well turn the order of the "
+            "methods around, and the intervals do not show this"
+        )
+    of_first = arguments.out / f"labeled-{arguments.labeled[0]}"
+    sheet = of_first / "focalmix" / "seed-0" / "sheet.png"
+    _say_written(arguments.out, of_first / "froc.png", sheet)
     return 0
 
 

@@ -309,7 +309,7 @@ class _Progress:
     def add(self, run: _Run, minutes: float | None = None) -> None:
         evaluation = json.loads((run.folder / EVALUATION).read_text(encoding="utf-8"))
         time_taken = "" if minutes is None else f", {minutes:.1f} minutes"
-        self._write(run, f"CPM {100 * evaluation['cpm']:.1f}%{time_taken}")
+        self._write(run, f"CPM {evaluation['cpm']:.3f}{time_taken}")
 
     def add_failure(self, run: _Run, error: str, *, diverged: bool) -> None:
         self.failures.append((run, error, diverged))
@@ -548,28 +548,29 @@ def _scans(labeled: int | None) -> str:
 
 _HEAD = (
     *("labeled", "method", *froc.RATE_NAMES, "CPM", "95%", "gain", "95% of the gain"),
-    *("points", "95%, paired t", "of the way", "to FocalMix", "95%, paired t"),
+    *("difference", "95%, paired t", "of the way", "to FocalMix", "95%, paired t"),
 )
 
 
 def _cells(row: Row) -> list[str]:
-    def percent(value: float | None, form: str = "{:+.1f}", end: str = "") -> str:
-        return "" if value is None else form.format(100 * value) + end
+    def number(value: float | None, form: str = "{:+.3f}") -> str:
+        return "" if value is None else form.format(value)
 
-    def interval(ends: tuple[float, float] | None, form: str = "{:+.1f}", end: str = "") -> str:
-        return "" if ends is None else " to ".join(percent(value, form) for value in ends) + end
+    def interval(ends: tuple[float, float] | None, form: str = "{:+.3f}") -> str:
+        return "" if ends is None else " to ".join(number(value, form) for value in ends)
 
     return [
         _scans(row.labeled),
         row.method,
-        *(percent(value, "{:.1f}") for value in (*row.sensitivities, row.cpm)),
-        interval(row.interval, "{:.1f}"),
-        percent(row.gain, end="%"),
-        interval(row.gain_interval, end="%"),
-        percent(row.difference),
+        *(f"{100 * value:.1f}" for value in row.sensitivities),
+        number(row.cpm, "{:.3f}"),
+        interval(row.interval, "{:.3f}"),
+        number(row.gain, "{:+.1%}"),
+        interval(row.gain_interval, "{:+.1%}"),
+        number(row.difference),
         interval(row.difference_interval),
-        percent(row.share, "{:.0f}", end="%"),
-        percent(row.to_focalmix),
+        number(row.share, "{:.0%}"),
+        number(row.to_focalmix),
         interval(row.to_focalmix_interval),
     ]
 

@@ -361,7 +361,7 @@ def test_a_part_is_compared_with_focalmix_too():
     reach = 12.7062 * 0.05  # t(1), standard error of 0 and -0.1
     assert part.to_focalmix_interval == pytest.approx((-0.05 - reach, -0.05 + reach), abs=1e-5)
     assert part.difference == pytest.approx(0.05)
-    assert as_text([part]).splitlines()[1].split()[-4:] == ["-5.0", "-68.5", "to", "+58.5"]
+    assert as_text([part]).splitlines()[1].split()[-4:] == ["-0.050", "-0.685", "to", "+0.585"]
     parsed = next(csv.DictReader(io.StringIO(as_csv([part]))))
     assert float(parsed["to_focalmix"]) == pytest.approx(-0.05)
 
@@ -411,7 +411,7 @@ def test_tables_say_the_same():
         comparison._row(4, FOCALMIX, [froc(12)], [froc(10)]),
     ]
     (_, first, second) = as_text(rows).splitlines()
-    assert first.split()[:9] == ["4", "supervised", *["50.0"] * 7] and "+20.0%" in second
+    assert first.split()[:10] == ["4", "supervised", *["50.0"] * 7, "0.500"] and "+20.0%" in second
     table = as_markdown(rows).splitlines()
     assert len({line.count("|") for line in table}) == 1 and "| FocalMix | 60.0 |" in table[3]
     parsed = list(csv.DictReader(io.StringIO(as_csv(rows))))
@@ -453,7 +453,13 @@ def test_command(luna_folder, tmp_path, capsys):
         *settings,
     ]
     assert main([*command, "--without", *ABLATIONS, "--all-labels"]) == 0
-    table = capsys.readouterr().out
+    table, said = capsys.readouterr()
+    chance, *written = said.splitlines()[-4:]
+    assert "fewer than 3 seeds decide nothing" in chance
+    folder = tmp_path / "out"
+    pictures = folder / "labeled-2" / "froc.png", folder / "labeled-2/focalmix/seed-0/sheet.png"
+    assert written == [f"fmkernels: wrote {path}" for path in (folder, *pictures)]
+    assert pictures[0].is_file()  # no_figures leaves the sheet out
     assert table.endswith("\n" + (tmp_path / "out" / "table.txt").read_text())
     assert all(name in table for name, _ in ABLATIONS.values())
     for part, (_, changes) in ABLATIONS.items():
@@ -461,11 +467,25 @@ def test_command(luna_folder, tmp_path, capsys):
         assert all(getattr(config, option) == value for option, value in changes.items())
 
 
+def dry_run(*arguments: str) -> str:
+    """The commands of a target of the Makefile."""
+    make = ["make", "--dry-run", "--always-make", *arguments, "PYTHON=python"]
+    return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_train_says_what_comes_before_it_installs_and_what_next():
+    lines = dry_run("train", "SCANS=50", "LABELED=5").splitlines()
+    said = [line for line in lines if line.startswith("echo")]
+    assert lines[:2] == said[:2] and lines[-2:] == said[-2:] and len(said) == 4
+    assert "50 synthetic" in said[0] and "5 labeled" in said[1] and "minutes on 2 cores" in said[1]
+    assert "SEEDS=5" in said[2] and "fmkernels check" in said[3]
+    assert any("pip install" in line for line in lines[2:])
+
+
 @pytest.mark.parametrize("target", ["experiment", "tuning"])
 def test_make_asks_for_comparisons_that_exist(target, tmp_path):
     """Every command of the target is parsed, and its options make a plan of runs."""
-    make = ["make", "--dry-run", "--always-make", target, "PYTHON=python", "JOBS=3"]
-    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = dry_run(target, "JOBS=3")
     commands = [
         shlex.split(line)[3:]
         for line in printed.replace("\\\n", " ").splitlines()

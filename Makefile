@@ -23,10 +23,13 @@ JOBS ?= 2
 
 ifeq ($(origin PYTHON),command line)
 READY := environment-in-use
+TO_TRAIN := environment-in-use
 else
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
+TO_TRAIN := $(or $(wildcard $(READY)),$(VENV)/ready-to-train)
 endif
+EXTRAS := train,dev
 
 export OMP_WAIT_POLICY ?= passive
 
@@ -35,7 +38,8 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
-train: train-plan $(READY)
+train $(VENV)/ready-to-train: EXTRAS := train
+train: train-plan $(TO_TRAIN)
 	$(PYTHON) -m fmkernels phantom "$(DATA)" --scans $(SCANS)
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS) \
 		--steps $(STEPS) --validation-subsets=, --test-subsets=7,8,9
@@ -129,12 +133,12 @@ gpu-checks gpu-bench gpu-tune: gpu-%:
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/ready: setup.py $(CONSTRAINTS)
+$(VENV)/ready $(VENV)/ready-to-train: setup.py $(CONSTRAINTS)
 	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@touch $@ && echo "installed into $(VENV)"
 
 environment-in-use:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[train,dev]' \
-		|| $(PYTHON) -m pip install --quiet --editable '.[train,dev]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS)]' \
+		|| $(PYTHON) -m pip install --quiet --editable '.[$(EXTRAS)]'

@@ -99,10 +99,16 @@ def test_configurations_take_what_means_the_same():
     json.dumps(asdict(given))
 
 
+def test_group_norms_are_not_searched_in_larger_windows():
+    with pytest.raises(InputError, match="roi_size: expected at most patch_size with the norm"):
+        Config(norm="group")
+    assert Config(norm="group", roi_size=(24, 24, 16)).norm == "group"
+
+
 def test_fixed_choices_are_checked():
     for option in fields(Config):
         for choice in option.metadata["choices"]:
-            replace(Config(labeled=1), **{option.name: choice})
+            replace(Config(labeled=1, roi_size=(24, 24, 24)), **{option.name: choice})
         if option.metadata["choices"]:
             with pytest.raises(InputError, match=f"^{option.name}: expected .* or .*, got magic"):
                 replace(Config(), **{option.name: "magic"})

@@ -1,7 +1,8 @@
 """A slim 3D detector of one class: residual backbone, feature pyramid, one head for all levels."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +166,17 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Detector:
     finally:
         torch.set_default_dtype(default)
     return channels_last(model)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model predict: batch norms use their running statistics, and do not change them."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def channels_last(model: nn.Module) -> Any:

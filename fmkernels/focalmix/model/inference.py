@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fmkernels.focalmix.config import Config
 from fmkernels.focalmix.data.volume import Volume, cut_patch
 from fmkernels.focalmix.model.anchors import Anchors, box_iou, decode_boxes, flat_deltas
-from fmkernels.focalmix.model.detector import apply_window, autocast
+from fmkernels.focalmix.model.detector import apply_window, autocast, evaluating
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def detect(
         cores = _rows([window.core for window in batch], device)[:, :, None]  # [B, 2, 1, 3]
         patches = [cut_patch(volume.voxels, window.corner, size) for window in batch]
         images = torch.from_numpy(np.stack(patches)[:, None])
-        with autocast(config, device):
+        with autocast(config, device), evaluating(model):
             logits, deltas = model(apply_window(images.to(device), config.window))
         scores = torch.cat([level.flatten(1) for level in logits], 1).float()
         positions = centers + corners

@@ -23,7 +23,7 @@ from fmkernels.focalmix.model.anchors import (
     encode_boxes,
     flat_deltas,
 )
-from fmkernels.focalmix.model.detector import input_dtype
+from fmkernels.focalmix.model.detector import evaluating, input_dtype
 from fmkernels.focalmix.model.matcher import Matches, atss_match
 from fmkernels.focalmix.training import plain
 from fmkernels.focalmix.training.seeds import derive_seed
@@ -195,12 +195,10 @@ def predict_unlabeled(
         objects: float32 [B, max_objects, 6], padded with NaN.
     """
     batch, views = len(images), _views(config)
-    was_training = teacher.training
-    teacher.eval()  # batch normalization neither uses nor counts the views
-    logits, deltas = teacher(
-        views(images, flips.tolist(), window=config.window, dtype=input_dtype(images))
-    )
-    teacher.train(was_training)
+    with evaluating(teacher):
+        logits, deltas = teacher(
+            views(images, flips.tolist(), window=config.window, dtype=input_dtype(images))
+        )
     view_logits = [level.unflatten(0, (len(flips), batch)) for level in logits]
     targets = _ops(config).predict_targets(
         view_logits, flips.to(images.device, non_blocking=True), temperature=config.temperature

@@ -390,7 +390,7 @@ def test_a_list_may_begin_with_a_negative_number(run, data, capsys):
 def test_few_steps_need_no_other_burn_in(preset, steps):
     arguments = ["train", "d", f"--preset={preset}", "--method=focalmix", f"--steps={steps}"]
     config = replace(PRESETS[preset], **cli._given(cli._parse(arguments)))
-    assert config.burn_in_steps == {1: 0, 2: 1, 50: 30 if preset == "demo" else 25}[steps]
+    assert config.burn_in_steps == {1: 0, 2: 1, 50: 25}[steps]
 
 
 def test_one_process_of_a_cluster_s_is_named(data, tmp_path, monkeypatch, capsys):

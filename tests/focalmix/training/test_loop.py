@@ -664,9 +664,8 @@ def test_unlabeled_patches_lie_around_detections(luna_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "_detect_all", detect_all)
     monkeypatch.setattr(loop, "focalmix_loss", step)
-    config = replace(
-        FOCALMIX, patch_size=(12, 12, 12), test_subsets=(), unlabeled_positive_fraction=1.0
-    )
+    small = {"patch_size": (12, 12, 12), "roi_size": (12, 12, 12)}
+    config = replace(FOCALMIX, **small, test_subsets=(), unlabeled_positive_fraction=1.0)
     train(config, luna_folder, tmp_path / "found")
     assert all(seen) and len(seen) == 6 * config.unlabeled_batch_size
     assert len(detected) == 1 and not set(detected[0]) & set(trained_on(tmp_path / "found"))

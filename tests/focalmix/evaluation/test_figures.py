@@ -345,8 +345,8 @@ def test_seeds_are_drawn_in_pairs_with_both_means(drawn, tmp_path):
     assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     low, high = (points.get_offsets() for points in axes.collections[1:])
-    np.testing.assert_allclose(low, [[0, 30], [1, 50]])
-    np.testing.assert_allclose(high, [[0, 40], [1, 45]])
+    np.testing.assert_allclose(low, [[0, 0.30], [1, 0.50]])
+    np.testing.assert_allclose(high, [[0, 0.40], [1, 0.45]])
     (segments,) = (lines.get_segments() for lines in axes.collections[:1])
-    np.testing.assert_allclose(segments, [[[0, 30], [0, 40]], [[1, 50], [1, 45]]])
-    np.testing.assert_allclose([line.get_ydata()[0] for line in axes.lines], [40, 42.5])
+    np.testing.assert_allclose(segments, [[[0, 0.30], [0, 0.40]], [[1, 0.50], [1, 0.45]]])
+    np.testing.assert_allclose([line.get_ydata()[0] for line in axes.lines], [0.40, 0.425])

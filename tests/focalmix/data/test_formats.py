@@ -336,11 +336,10 @@ class TestKinds:
         with pytest.warns(InputWarning, match=r"scan\.nii: 2 voxels outside of -32768 .* clipped"):
             voxels = read_scan(path).voxels
         assert voxels.ravel().tolist() == [-32768, -1001, 0, 1, 1000, 32767]
-        for name in ("scan.mha", "scan.nii.gz"):
-            path = tmp_path / name
-            sitk.WriteImage(sitk.GetImageFromArray(values * np.nan), str(path))
-            with pytest.raises(InputError, match=rf"{name}: expected finite HU, got NaN"):
-                read_scan(path)
+        path = tmp_path / "scan.mha"
+        sitk.WriteImage(sitk.GetImageFromArray(values * np.nan), str(path))
+        with pytest.raises(InputError, match=r"scan\.mha: expected finite HU, got NaN"):
+            read_scan(path)
 
     def test_a_scale_in_the_header_applies(self, tmp_path):
         """As dcm2niix writes unsigned values and the intercept -1024."""

@@ -51,8 +51,9 @@ class TestDetector:
             assert 0.005 < level.sigmoid().min() <= level.sigmoid().max() < 0.02
             assert boxes.abs().max() < 0.5
 
-    def test_an_image_does_not_depend_on_its_batch(self):
-        model = detector()
+    @pytest.mark.parametrize("norm", ["group", "batch"])
+    def test_an_image_does_not_depend_on_its_batch(self, norm):
+        model = detector(norm=norm).eval()
         both, alone = model(images()), model(images()[1:])
         for pair in zip((*both[0], *both[1]), (*alone[0], *alone[1]), strict=True):
             torch.testing.assert_close(pair[0][1:], pair[1], rtol=1e-4, atol=1e-5)
@@ -75,11 +76,12 @@ class TestDetector:
         logits, deltas = detector().to(dtype)(images().to(dtype))
         assert {level.dtype for level in (*logits, *deltas)} == {dtype}
 
-    def test_nothing_changes_its_type_between_convolutions_under_autocast(self):
+    @pytest.mark.parametrize("norm", ["group", "batch"])
+    def test_nothing_changes_its_type_between_convolutions_under_autocast(self, norm):
         seen = []
-        model = detector()
+        model = detector(norm=norm)
         for layer in model.modules():
-            if isinstance(layer, torch.nn.GroupNorm):
+            if isinstance(layer, torch.nn.GroupNorm | torch.nn.BatchNorm3d):
                 layer.register_forward_hook(
                     lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype))
                 )

@@ -15,7 +15,7 @@ DATA ?= data/demo
 RUN ?= runs/demo
 SCANS ?= 90
 LABELED ?= 12
-STEPS ?= 1500
+STEPS ?= 900
 SEEDS ?= 1
 RESULTS ?= benchmarks/results
 CONSTRAINTS ?= constraints.txt
@@ -41,7 +41,7 @@ help:
 train $(VENV)/ready-to-train: EXTRAS := train
 train: train-plan $(TO_TRAIN)
 	$(PYTHON) -m fmkernels phantom "$(DATA)" --scans $(SCANS)
-	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS) \
+	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS) --jobs $(JOBS) \
 		--steps $(STEPS) --validation-subsets=, --test-subsets=7,8,9
 	@echo "Next: look at the last two pictures. make train SEEDS=5 repeats it with four more seeds;"
 	@echo "fmkernels check FOLDER looks at scans of your own (docs/own_data.md)."

@@ -57,8 +57,6 @@ keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/t
 
 experiment: $(READY)
 	$(PYTHON) -m fmkernels phantom data/experiment --scans 240 --test-scans 144
-	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --without mixup
-	$(call keep,runs/experiment,main)
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 24 6 --without mixup --all-labels
 	$(call keep,runs/experiment,main)
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --all-labels \

@@ -12,7 +12,7 @@ from fmkernels.focalmix.data.dataset import DataSet, Scan, name_scans
 from fmkernels.focalmix.data.formats import SUPPORTED
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.names import ScanNames
-from fmkernels.focalmix.data.tables import read_series
+from fmkernels.focalmix.data.tables import read_series, refuse_spreadsheet
 from fmkernels.focalmix.errors import InputError, InputWarning
 
 _TABLES = (".csv", ".tsv", ".json")
@@ -140,7 +140,7 @@ def _find_annotations(root: Path) -> Path | None:
             f"{tables[1].name}; name it {_ANNOTATIONS}{tables[0].suffix}"
         )
     if others and not tables:
-        _refuse_spreadsheet(others[0])
+        refuse_spreadsheet(others[0])
     return tables[0] if tables else None
 
 
@@ -152,12 +152,8 @@ def _named(root: Path, stem: str) -> Path | None:
         raise InputError(f"{root}: expected one of {found[0].name} and {found[1].name}, got both")
     for path in named:
         if not found and path.suffix.lower() in _SPREADSHEETS:
-            _refuse_spreadsheet(path)
+            refuse_spreadsheet(path)
     return found[0] if found else None
-
-
-def _refuse_spreadsheet(path: Path) -> None:
-    raise InputError(f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8")
 
 
 def _by_scan(table: Iterable[Annotation], names: ScanNames) -> dict[str, list[Annotation]]:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -99,6 +100,11 @@ def find_row(path: str | Path, uid: str, k: int) -> int:
     return [row for row, fields in table if fields[column] == uid][k]
 
 
+def refuse_spreadsheet(path: str | Path) -> NoReturn:
+    """Say how to save a spreadsheet as a table."""
+    raise InputError(f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8")
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8 or UTF-16.
 
@@ -107,9 +113,7 @@ def read_text(path: str | Path) -> str:
     """
     data = Path(path).read_bytes()
     if data.startswith(_SPREADSHEETS):
-        raise InputError(
-            f"{path}: expected a table in text, got a spreadsheet; save it as CSV UTF-8"
-        )
+        refuse_spreadsheet(path)
     for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):
             return data.decode(encoding, errors="replace")

@@ -171,12 +171,14 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Detector:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Let a model predict: batch norms use their running statistics, and do not change them."""
-    was_training = model.training
+    if not model.training:  # as the averaged weights: nothing to switch in every step
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train()
 
 
 def channels_last(model: nn.Module) -> Any:

@@ -210,7 +210,7 @@ def _of_tables(
     listing: Path | None,
     coordinates: str,
 ) -> Truth:
-    """The truth of tables, beside the scans in ``root`` if there are any."""
+    """The ground truth from tables, and from the scans in ``root`` if there are any."""
     if annotations is None:
         raise InputError("--annotations: expected the table of nodules, found none")
     paths = {} if root is None else name_scans(root)

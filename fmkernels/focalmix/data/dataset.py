@@ -298,7 +298,7 @@ def name_scans(
     """All scans below a folder by their ids, sorted by path.
 
     The id is `formats.scan_id`. Scans that share it have their path from the folder instead. Label
-    maps are left out, and DICOM series that are beside another scan.
+    maps are skipped, and so are DICOM series in a folder that holds another scan.
 
     Args:
         root: the folder.

@@ -1,4 +1,4 @@
-"""Label maps: segmentations in the formats of scans, which often lie beside them."""
+"""Label maps: segmentations in the formats of scans, often stored next to them."""
 
 import re
 from collections.abc import Iterable

@@ -795,7 +795,7 @@ class Canvas:
                 _cover(np.abs(under) - 1, pixel) + _cover(np.abs(under - 22) - 1, pixel),
                 TABLE,
             )
-        # what is nearer to a sample than the margin may reach the voxels beside it
+        # anything closer to a sample than the margin may reach the neighboring voxels
         rough = anatomy.surfaces(x[::4], y[::4], z[::4])
         margin = 12 * max(pixel, self.slice)
         heart = np.repeat((rough.heart < margin).any(axis=(0, 1)), 4)[: len(x)]

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -470,7 +471,9 @@ def test_command(luna_folder, tmp_path, capsys):
 def dry_run(*arguments: str) -> str:
     """The commands of a target of the Makefile."""
     make = ["make", "--dry-run", "--always-make", *arguments, "PYTHON=python"]
-    return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # the make that runs these tests hands its own flags and its level on
+    env = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+    return subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_train_says_what_comes_before_it_installs_and_what_next():

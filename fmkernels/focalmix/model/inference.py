@@ -64,8 +64,9 @@ def detect(
     per_patch = min(per_patch, len(anchors))
     all_boxes, all_scores = [], []
     windows = list(_windows(shape, size, config.overlap))
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
+    batches = math.ceil(len(windows) / batch_size)
+    for i in range(batches):  # of about the same size: PyTorch's CPU path is slow for one image
+        batch = windows[i::batches]
         corners = _rows([window.corner for window in batch], device)[:, None]  # [B, 1, 3]
         cores = _rows([window.core for window in batch], device)[:, :, None]  # [B, 2, 1, 3]
         patches = [cut_patch(volume.voxels, window.corner, size) for window in batch]

@@ -147,7 +147,7 @@ class TestDetect:
     def test_batches_hold_all_windows_once(self):
         model = Bright()
         detect(CONFIG, model, volume_of((40, 60, 70)), batch_size=5)
-        assert model.batches == [5, 5, 5, 3]
+        assert model.batches == [5, 5, 4, 4]
 
     def test_caps(self):
         rng = np.random.default_rng(0)

@@ -56,7 +56,7 @@ EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) --train-subsets=0,
 keep = mkdir -p $(RESULTS)/phantoms/$(2) && cp $(1)/table.* $(1)/runs.csv $(1)/timing.json $(1)/cpm.png $(RESULTS)/phantoms/$(2)
 
 experiment: $(READY)
-	$(PYTHON) -m fmkernels phantom data/experiment --scans 240 --test-scans 144
+	$(PYTHON) -m fmkernels phantom data/experiment --seed 3 --scans 240 --test-scans 144
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 24 6 --without mixup --all-labels
 	$(call keep,runs/experiment,main)
 	$(PYTHON) -m fmkernels compare data/experiment $(EXPERIMENT) --labeled 12 --all-labels \
@@ -70,9 +70,9 @@ experiment: $(READY)
 
 # on phantoms of another seed, which the experiment does not see
 tuning: $(READY)
-	$(PYTHON) -m fmkernels phantom data/tuning --seed 1
+	$(PYTHON) -m fmkernels phantom data/tuning --seed 1 --scans 240 --test-scans 144
 	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) \
-		--validation-subsets=, --test-subsets=7,8,9 --labeled 12 --all-labels --without mixup image-mixup object-mixup \
+		--train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=, --labeled 12 --all-labels --without mixup image-mixup object-mixup \
 		--with burn-in fresh-supervised fresh-student following-teacher unlabeled-mixup supervised-mixup \
 		rotations contrast noise blur probable-boxes own-normalizer ignored-targets
 	$(call keep,runs/tuning,tuning)

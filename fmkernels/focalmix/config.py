@@ -118,7 +118,7 @@ class Config:
         runtime=True,
     )
     patch_size: tuple[int, ...] = _option(
-        (24, 24, 24),
+        (32, 32, 32),
         "patches",
         "patch size in voxels, multiples of the largest stride",
         check=_SIZE,
@@ -165,16 +165,16 @@ class Config:
         ),
     )
     widths: tuple[int, ...] = _option(
-        (8, 16, 32), "detector", "channels of each backbone stage, multiples of 4", check=_WIDTHS
+        (16, 32, 64), "detector", "channels of each backbone stage, multiples of 4", check=_WIDTHS
     )
     blocks: tuple[int, ...] = _option(
-        (0, 1, 1),
+        (1, 1, 1),
         "detector",
         "residual blocks of each backbone stage",
         check=_Check("numbers of 0 or more", lambda value: all(count >= 0 for count in value)),
     )
     channels: int = _option(
-        8,
+        16,
         "detector",
         "channels of the pyramid and the head, a multiple of 4",
         check=_Check("a positive multiple of 4", lambda value: value > 0 and value % 4 == 0),

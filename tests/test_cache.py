@@ -406,6 +406,43 @@ def test_a_child_forked_while_a_thread_compiles():
     assert finish(python(code, ""))[0] == "0\n"
 
 
+@forks
+def test_a_child_forked_while_a_thread_imports_and_then_compiles():
+    """It hung: when the fork began, there was no lock of a compiler that it could have taken."""
+    code = """
+        import os, signal, threading, time
+
+        began, compiling = threading.Event(), threading.Event()
+        os.register_at_fork(before=lambda: compiling.wait(1))  # called last
+
+        import torch
+        from fmkernels import mixup3d
+        from fmkernels.ops import library
+
+        def import_and_compile_slowly():
+            with library._IMPORT_LOCK:
+                began.set()
+                time.sleep(0.5)
+                from fmkernels.cpu import mixup3d
+            from numba.core.compiler_lock import global_compiler_lock
+            with global_compiler_lock:
+                compiling.set()
+                time.sleep(0.5)
+
+        threading.Thread(target=import_and_compile_slowly).start()
+        began.wait()
+        child = os.fork()
+        signal.alarm(200)  # ends a child that hangs
+        mixed = mixup3d(torch.ones(2, 1, 2, 2, 2), torch.ones(2), torch.tensor([1, 0]))
+        assert mixed.eq(1).all()
+        if child:
+            print(os.waitpid(child, 0)[1])
+        else:
+            os._exit(0)
+    """
+    assert finish(python(code, ""))[0] == "0\n"
+
+
 RACE = """
     import sys, threading, torch
     from fmkernels import crop_and_resize3d, mixup3d, object_mixup3d, predict_targets

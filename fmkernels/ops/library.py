@@ -56,18 +56,36 @@ _BACKENDS = {
     _C.DispatchKey.CUDA: "fmkernels.kernels",
 }
 _IMPORT_LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a child would wait forever for the lock of another thread
-    os.register_at_fork(
-        before=_IMPORT_LOCK.acquire,
-        after_in_parent=_IMPORT_LOCK.release,
-        after_in_child=_IMPORT_LOCK.release,
-    )
+_HELD: list[Any] = []
+"""During a fork, the lock of Numba's compiler, or None before Numba is imported."""
 ALLOCATORS: dict[str, Callable] = {}
 """Of each functional op, the function that allocates its results: what a launcher needs."""
 WITH_TENSORS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 """Of each op that takes numbers, the overload for compiled code, which takes tensors on the CPU in
 their place (see `varying`). A CUDA graph would freeze the numbers, hence the tag."""
 _NOTHING = nullcontext()
+
+
+def _before_fork() -> None:
+    """Take locks that another thread may hold: the child would wait for them forever."""
+    _IMPORT_LOCK.acquire()  # the thread that held it may have imported Numba, so look for that now
+    numba = sys.modules.get("numba.core.compiler_lock")
+    _HELD.append(getattr(numba, "global_compiler_lock", None))
+    if _HELD[-1] is not None:
+        _HELD[-1].acquire()
+
+
+def _after_fork() -> None:
+    lock = _HELD.pop()
+    if lock is not None:
+        lock.release()
+    _IMPORT_LOCK.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
 
 
 def _keys(*names: str) -> int:

@@ -473,7 +473,8 @@ def dry_run(*arguments: str) -> str:
     make = ["make", "--dry-run", "--always-make", *arguments, "PYTHON=python"]
     # the make that runs these tests hands its own flags and its level on
     env = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
-    return subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return made.stdout
 
 
 def test_make_train_says_what_comes_before_it_installs_and_what_next():

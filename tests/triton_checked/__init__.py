@@ -34,8 +34,8 @@ copy it into a project and fix nothing but the name in your imports.
 The guard `host_sync.no_host_sync()` raises where code above the kernels waits for the device.
 
 Modules: `interpreter` (with `builder`: values, `memory`: bounds, races and traffic, `numerics`: a
-GPU's arithmetic), `driver`, `aot`, `plan`, `host_sync`. Their tests use planted kernels: healthy
-ones, and twins with one fault each.
+GPU's arithmetic, `memo`: types, made once), `driver`, `aot`, `plan`, `host_sync`. Their tests use
+planted kernels: healthy ones, and twins with one fault each.
 """
 
 import os

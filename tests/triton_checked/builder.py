@@ -24,7 +24,8 @@ def undefined(handle: TensorHandle) -> np.ndarray | None:
 
 
 def set_undefined(handle: TensorHandle, lanes: np.ndarray) -> None:
-    handle.attr["undefined"] = np.broadcast_to(lanes, np.shape(handle.data))
+    shape = np.shape(handle.data)
+    handle.attr["undefined"] = lanes if lanes.shape == shape else np.broadcast_to(lanes, shape)
     interpreter.interpreter_builder.any_undefined = True
 
 
@@ -116,15 +117,13 @@ class CheckedBuilder(HardwareNumerics):
         """Mark the lanes of a result that depend on undefined lanes of the arguments."""
         marks = [m for m in map(undefined, arguments) if m is not None]
         if marks:
+            lanes = marks.pop()
             try:
-                set_undefined(
-                    result,
-                    np.logical_or.reduce(
-                        [np.broadcast_to(m, np.shape(result.data)) for m in marks]
-                    ),
-                )
+                for other in marks:
+                    lanes = lanes if other is lanes else lanes | other
+                set_undefined(result, lanes)
             except ValueError:  # not elementwise, such as a dot product
-                set_undefined(result, np.array(any(m.any() for m in marks)))
+                set_undefined(result, np.array(any(m.any() for m in [lanes, *marks])))
         return result
 
     def defined(self, handle: TensorHandle, use: str, mask: np.ndarray | bool = True) -> None:

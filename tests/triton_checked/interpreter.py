@@ -34,6 +34,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
+from . import memo
 from .builder import CheckedBuilder, set_undefined, undefined
 from .memory import KernelFault, Memory, Traffic
 from .numerics import device_functions
@@ -233,6 +234,8 @@ def _patched_language() -> Iterator[None]:
         lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs),
     )
     scope.set_attr(interpreter.interpreter_builder, "__class__", CheckedBuilder)
+    for owner, name, value in memo.patches():
+        scope.set_attr(owner, name, value)
     # the builder checks overflow itself
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     scope.set_attr(interpreter.interpreter_builder, "options", options)

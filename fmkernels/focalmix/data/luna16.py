@@ -8,7 +8,13 @@ import numpy as np
 
 from fmkernels.focalmix.data.annotations import FOLDS, negated
 from fmkernels.focalmix.data.dataset import DataSet, Scan, name_scans
-from fmkernels.focalmix.data.tables import find_row, read_findings, read_series
+from fmkernels.focalmix.data.tables import (
+    SPREADSHEETS,
+    find_row,
+    read_findings,
+    read_series,
+    refuse_spreadsheet,
+)
 from fmkernels.focalmix.errors import InputError, InputWarning
 
 _TABLE_FOLDERS = (
@@ -106,9 +112,20 @@ class LUNA16(DataSet):
 
 
 def find_table(root: Path, name: str) -> Path | None:
-    """A table of the data set, from the first folder that contains it."""
-    paths = (root / folder / name for folder in _TABLE_FOLDERS)
-    return next((path for path in paths if path.is_file()), None)
+    """A table of the data set, from the first folder that contains it.
+
+    Raises:
+        InputError: there is a spreadsheet instead.
+    """
+    paths = [root / folder / name for folder in _TABLE_FOLDERS]
+    for path in paths:
+        if path.is_file():
+            return path
+    for path in paths:
+        for suffix in SPREADSHEETS:
+            if (spreadsheet := path.with_suffix(suffix)).is_file():
+                refuse_spreadsheet(spreadsheet)
+    return None
 
 
 def _check_known(

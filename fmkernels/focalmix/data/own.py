@@ -12,11 +12,10 @@ from fmkernels.focalmix.data.dataset import DataSet, Scan, name_scans
 from fmkernels.focalmix.data.formats import SUPPORTED
 from fmkernels.focalmix.data.luna16 import LUNA16
 from fmkernels.focalmix.data.names import ScanNames
-from fmkernels.focalmix.data.tables import read_series, refuse_spreadsheet
+from fmkernels.focalmix.data.tables import SPREADSHEETS, read_series, refuse_spreadsheet
 from fmkernels.focalmix.errors import InputError, InputWarning
 
 _TABLES = (".csv", ".tsv", ".json")
-_SPREADSHEETS = (".xlsx", ".xls", ".ods")
 _ANNOTATIONS, _EXCLUDED, _SERIES = "annotations", "annotations_excluded", "seriesuids.csv"
 
 
@@ -129,7 +128,7 @@ def _find_annotations(root: Path) -> Path | None:
     others = [
         path
         for path in sorted(root.iterdir())
-        if path.suffix.lower() in (*_TABLES, *_SPREADSHEETS)
+        if path.suffix.lower() in (*_TABLES, *SPREADSHEETS)
         and path.stem.lower() != _EXCLUDED
         and path.name.lower() != _SERIES
     ]
@@ -151,7 +150,7 @@ def _named(root: Path, stem: str) -> Path | None:
     if len(found) > 1:
         raise InputError(f"{root}: expected one of {found[0].name} and {found[1].name}, got both")
     for path in named:
-        if not found and path.suffix.lower() in _SPREADSHEETS:
+        if not found and path.suffix.lower() in SPREADSHEETS:
             refuse_spreadsheet(path)
     return found[0] if found else None
 

@@ -31,7 +31,8 @@ UNKNOWN_DIAMETER = 10.0
 CANDIDATE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "probability")
 FINDING_COLUMNS = (*CANDIDATE_COLUMNS[:4], "diameter_mm")
 
-_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
+_SPREADSHEET_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?|[+-]?\d+,")
 
 
@@ -112,7 +113,7 @@ def read_text(path: str | Path) -> str:
         InputError: names the row that is neither, and how to save a table.
     """
     data = Path(path).read_bytes()
-    if data.startswith(_SPREADSHEETS):
+    if data.startswith(_SPREADSHEET_BYTES):
         refuse_spreadsheet(path)
     for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):

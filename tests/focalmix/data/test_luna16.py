@@ -92,6 +92,13 @@ class TestBadFolder:
         with pytest.raises(ValueError, match="LUNA16: spacing: expected 3 positive numbers"):
             LUNA16(luna_folder, spacing=spacing)
 
+    @pytest.mark.parametrize("table", ["annotations", "annotations_excluded", "seriesuids"])
+    def test_a_spreadsheet_in_place_of_a_table(self, luna_folder, table):
+        (luna_folder / "CSVFILES").mkdir()
+        (luna_folder / f"{table}.csv").rename(luna_folder / "CSVFILES" / f"{table}.xls")
+        with pytest.raises(InputError, match=rf"{table}\.xls: expected a table in text"):
+            LUNA16(luna_folder)
+
     def test_subset_number(self, luna_folder):
         with pytest.raises(ValueError, match="LUNA16: subsets: expected numbers of 0 to 9"):
             LUNA16(luna_folder, subsets=[10])

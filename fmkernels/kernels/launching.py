@@ -8,7 +8,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_SUPPORTED = triton.__version__.startswith(("3.6.", "3.7."))
+_SUPPORTED = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
 """Versions whose binder and whose compiled kernels are called as here."""
 
 

@@ -281,6 +281,7 @@ def finding_panel(
         predicted=np.column_stack([plane, scores])[cut & seen],
         title=f"{scan.uid[-16:]}, slice {finding.slice}",
         aspect=volume.spacing[1] / volume.spacing[2],
+        subject=plane[number],
     )
 
 

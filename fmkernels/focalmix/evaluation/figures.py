@@ -75,6 +75,8 @@ class Panel:
     """About 30 characters fit."""
     aspect: float = 1.0
     """Height of a pixel divided by its width."""
+    subject: np.ndarray | None = None
+    """[4]: the box to magnify; by default the first nodule, or the most probable detection."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,23 +96,23 @@ class CheckPanel:
 
 def slice_panel(
     volume: Volume,
-    z: float,
+    subject: np.ndarray,
     nodules: np.ndarray,
     boxes: np.ndarray,
     candidates: np.ndarray,
     title: str,
 ) -> Panel:
-    """A slice through a scan, with the boxes that it cuts.
+    """A slice through the middle of a box, with the boxes that it cuts.
 
     Args:
         volume: the resampled scan.
-        z: box coordinate along the first axis, a point in the slice.
+        subject: [6]: the box, in voxels of the scan; it is magnified.
         nodules: [n, 4]: world x, y, z, diameter, in mm.
         boxes: [m, 6]: the detections, in voxels of the scan.
         candidates: [m, 4]: world x, y, z of the detections, probability.
         title: title of the panel.
     """
-    index = math.floor(z)
+    index = math.floor((subject[0] + subject[3]) / 2)
 
     def cuts(boxes: np.ndarray) -> np.ndarray:
         center = index_to_box(index)
@@ -125,6 +127,7 @@ def slice_panel(
         detected[cuts(true)],
         predicted[cuts(boxes)],
         title,
+        subject=subject[plane],
     )
 
 
@@ -293,7 +296,7 @@ def draw_training(path: str | Path, metrics_csv: str | Path) -> None:
 def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
     """Draw slices in the lung window with true and predicted boxes, four per row.
 
-    Each has its first nodule magnified, or its most probable detection.
+    The box that a slice is about is magnified.
 
     Args:
         path: the figure to write.
@@ -304,7 +307,7 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     tallest = max(panel.aspect * panel.image.shape[0] / panel.image.shape[1] for panel in panels)
-    side = max(2.6, 5.6 / columns)
+    side = max(2.0, 5.6 / columns)
     with _figure(path, (side * columns, (side * tallest + 0.25) * rows + 0.55)) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
@@ -325,7 +328,13 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
         if not any(len(panel.true) for panel in panels):
             handles = handles[2:]
         window = "axial slices, lung window ({:g} to {:g} HU)".format(*LUNG_WINDOW)
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, title=window)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=3,
+            fontsize="small",
+            title=window,
+        )
 
 
 def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> None:
@@ -342,7 +351,7 @@ def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> No
         raise ValueError("draw_check: panels: expected at least one, got none")
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    side = max(3.0, 6.0 / columns)
+    side = max(2.4, 6.0 / columns)
     with _figure(path, (side * columns, (side + 0.45) * rows + 0.7)) as figure:
         figure.suptitle(textwrap.fill(title, 28 * columns), fontsize="small")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -357,7 +366,13 @@ def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> No
             ),
         ]
         window = "axial slices as radiologists show them, {:g} to {:g} HU".format(*LUNG_WINDOW)
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, title=window)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=2,
+            fontsize="small",
+            title=window,
+        )
 
 
 def _draw_checked(axes: Axes, panel: CheckPanel) -> None:
@@ -365,9 +380,7 @@ def _draw_checked(axes: Axes, panel: CheckPanel) -> None:
     size = np.array(panel.image.shape) * panel.spacing
     color = _MISSED if panel.problem else _TRUE
     lines = [panel.title, panel.problem] if panel.problem else [panel.title]
-    axes.set_title(
-        "\n".join(lines), fontsize="x-small", color=_MISSED if panel.problem else "black"
-    )
+    axes.set_title("\n".join(lines), fontsize="small", color=_MISSED if panel.problem else "black")
     zoomed = [axes]
     if len(panel.boxes):
         reach = max(25.0, float((panel.boxes[0, 2:] - panel.boxes[0, :2]).max()) * panel.spacing[0])
@@ -410,11 +423,14 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     lower, upper = LUNG_WINDOW
     axes.set_title(panel.title, fontsize="small")
     views = [axes]
-    boxes = panel.true if len(panel.true) else panel.predicted[np.argsort(-panel.predicted[:, 4])]
-    if len(boxes):
-        reach = max(0.11 * width, *(boxes[0, 2:4] - boxes[0, :2]))
+    subject = panel.subject
+    if subject is None:
+        boxes = panel.predicted[np.argsort(-panel.predicted[:, 4])]
+        subject = next(iter([*panel.true, *boxes]), None)
+    if subject is not None:
+        reach = max(0.11 * width, *(subject[2:4] - subject[:2]))
         size = np.array(panel.image.shape)
-        views.append(_magnifier(axes, boxes[0], size, (reach / panel.aspect, reach)))
+        views.append(_magnifier(axes, subject, size, (reach / panel.aspect, reach)))
         views[1].set(xticks=[], yticks=[])
         views[1].grid(False)
         views[1].spines[:].set(visible=True, color="white")

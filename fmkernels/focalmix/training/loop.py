@@ -528,12 +528,12 @@ def _sheet(
         else 1.0
     )
 
-    def panel(uid: str, z: float, title: str) -> figures.Panel:
+    def panel(uid: str, box: Sequence[float], title: str) -> figures.Panel:
         detections = found[uid]
         shown = detections.probabilities >= threshold
         return figures.slice_panel(
             data.volume(uid),
-            z,
+            np.array(box),
             data.nodules(uid),
             detections.boxes[shown],
             detections.candidates[shown],
@@ -541,7 +541,7 @@ def _sheet(
         )
 
     nodules = sorted(
-        (float(diameter), uid, float(box[0] + box[3]) / 2)
+        (float(diameter), uid, tuple(map(float, box)))
         for uid in series
         for diameter, box in zip(
             data.nodules(uid)[:, 3], data.volume(uid).boxes(data.nodules(uid)), strict=True
@@ -549,12 +549,12 @@ def _sheet(
     )
     chosen = np.unique(np.linspace(0, len(nodules) - 1, 2 * columns).round().astype(int))
     panels = [
-        panel(uid, z, f"nodule of {diameter:.0f} mm")
-        for diameter, uid, z in (nodules[i] for i in chosen)
+        panel(uid, box, f"nodule of {diameter:.0f} mm")
+        for diameter, uid, box in (nodules[i] for i in chosen)
     ]
     wrong = sorted(
         (
-            (float(probability), uid, float(box[0] + box[3]) / 2)
+            (float(probability), uid, tuple(map(float, box)))
             for uid in series
             for box, probability, point in zip(
                 found[uid].boxes,
@@ -568,8 +568,8 @@ def _sheet(
         reverse=True,
     )
     return panels + [
-        panel(uid, z, f"false positive, {probability:.2f}")
-        for probability, uid, z in wrong[:columns]
+        panel(uid, box, f"false positive, {probability:.2f}")
+        for probability, uid, box in wrong[:columns]
     ]
 
 

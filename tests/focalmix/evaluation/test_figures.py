@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -282,11 +283,21 @@ def test_a_slice_has_the_boxes_that_it_cuts_and_luna16s_hits():
     boxes = np.array([[8.0, 7, 7, 13, 14, 14], [5, 15, 25, 15, 26, 36], [18, 3, 27, 20, 8, 33]])
     points = volume.to_world((boxes[:, :3] + boxes[:, 3:]) / 2)
     points[1, 2] -= 6  # above the sphere of nodule 1, inside its circle in the slice
-    panel = slice_panel(volume, 10.9, nodules, boxes, np.c_[points, [0.9, 0.8, 0.7]], "a slice")
+    candidates = np.c_[points, [0.9, 0.8, 0.7]]
+    subject = np.array([10.4, 15, 25, 11.4, 26, 36])
+    panel = slice_panel(volume, subject, nodules, boxes, candidates, "a slice")
     assert (panel.image == 10).all() and panel.title == "a slice"
     assert panel.true.tolist() == [[6.5, 6.5, 14.5, 14.5], [15.5, 25.5, 25.5, 35.5]]
     assert panel.detected.tolist() == [True, False]
     assert panel.predicted.tolist() == [[7, 7, 14, 14, 0.9], [15, 25, 26, 36, 0.8]]
+    assert panel.subject.tolist() == [15, 25, 26, 36]
+
+
+def test_the_box_that_a_panel_is_about_is_magnified(tmp_path, drawn):
+    panel = panel_of([[5, 5, 10, 10]], [[30, 40, 40, 50, 0.9]])
+    draw_examples(tmp_path / "a.png", [panel, replace(panel, subject=np.array([30, 40, 40, 50]))])
+    first, second = (axes.child_axes[0] for axes in drawn[0].axes)
+    assert np.mean(first.get_xlim()) == 7.5 and np.mean(second.get_xlim()) == 45
 
 
 def test_boxes_lie_on_their_pixels(tmp_path):

@@ -11,7 +11,7 @@ DOCS = ["furo>=2025.12", "myst-parser>=5", "sphinx>=9"]
 setup(
     name="fmkernels",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "fmkernels/__init__.py").read_text())[1],
-    description="Fused GPU kernels for semi-supervised 3D medical detection with FocalMix",
+    description="Fused losses and augmentations for semi-supervised 3D detection in PyTorch",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

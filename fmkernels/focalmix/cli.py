@@ -354,17 +354,20 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without",
         choices=ABLATIONS,
+        metavar="PART",
         nargs="+",
         default=[],
-        help="ablations: add one row per component left out",
+        help=f"ablations: add one row per component left out, of {', '.join(ABLATIONS)}",
     )
     parser.add_argument(
         "--with",
         dest="extended",
         choices=EXTENSIONS,
+        metavar="NAME",
         nargs="+",
         default=[],
-        help="variants: add rows with other options, or rivals of the same length",
+        help="variants: add rows with other options, or rivals of the same length, of "
+        + ", ".join(EXTENSIONS),
     )
     parser.add_argument(
         "--all-labels",

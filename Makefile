@@ -16,6 +16,8 @@ RUN ?= runs/demo
 SCANS ?= 90
 LABELED ?= 12
 STEPS ?= 900
+# smaller than the default, to be quick on old processors too
+DETECTOR ?= --patch-size=24,24,24 --widths=8,16,32 --blocks=0,1,1 --channels=8
 SEEDS ?= 1
 RESULTS ?= benchmarks/results
 CONSTRAINTS ?= constraints.txt
@@ -42,7 +44,7 @@ train $(VENV)/ready-to-train: EXTRAS := train
 train: train-plan $(TO_TRAIN)
 	$(PYTHON) -m fmkernels phantom "$(DATA)" --scans $(SCANS)
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS) --jobs $(JOBS) \
-		--steps $(STEPS) --validation-subsets=, --test-subsets=7,8,9
+		--steps $(STEPS) $(DETECTOR) --validation-subsets=, --test-subsets=7,8,9
 	@echo "Next: look at the last two pictures. make train SEEDS=5 repeats it with four more seeds;"
 	@echo "fmkernels check FOLDER looks at scans of your own (docs/own_data.md)."
 

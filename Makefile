@@ -83,9 +83,10 @@ test: $(READY)
 	@echo "all tests, about 20 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
 	$(PYTHON) -m pytest -n auto
 
-# long fault injection and fuzzing
+# long fault injection, many cases of each property, and fuzzing
 nightly: $(READY)
 	$(PYTHON) -m pytest -n auto -m nightly
+	FMKERNELS_TEST_CASES=10 $(PYTHON) -m pytest -n auto -k test_any
 	$(PYTHON) -m tests.fuzz --minutes 30
 
 coverage: $(READY)

@@ -897,25 +897,25 @@ def check_nearest_case(case, device="cpu"):
     nearest(labels, boxes, case["size"], clamp=case["clamp"])
 
 
-@cases(500)
+@cases(200)
 @given(case=CASE)
 def test_any_nearest_case_on_the_cpu_path(case):
     check_nearest_case(case)
 
 
-@kernel_cases(50)
+@kernel_cases(20)
 @given(case=CASE)
 def test_any_nearest_case_in_the_kernel(path, case):
     check_nearest_case({**case, "boxes": case["boxes"][:2]}, path.device)
 
 
-@cases(2000)
+@cases(500)
 @given(case=CASE)
 def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@kernel_cases(200)
+@kernel_cases(60)
 @given(case=CASE)
 def test_any_case_in_the_kernel(path, case):
     size = tuple(min(n, most) for n, most in zip(case["size"], (2, 3, 4), strict=True))

@@ -222,13 +222,13 @@ def check_case(case, device="cpu"):
         assert_close(actual.double() / largest, right / largest, actual.dtype)
 
 
-@cases(300)
+@cases(100)
 @given(case=CASE)
 def test_any_case_on_the_cpu_path(case):
     check_case(case)
 
 
-@kernel_cases(20)
+@kernel_cases(15)
 @given(case=CASE)
 def test_any_case_in_the_kernel(path, case):
     check_case(case, path.device)

@@ -700,7 +700,7 @@ def check_case(case, device="cpu"):
     check_gradients(case, device)
 
 
-@cases(2000)
+@cases(500)
 @given(case=CASE, voxels=st.sampled_from([32, 150, 1000, 1024]))
 def test_any_case_on_the_cpu_path(case, voxels):
     """With boxes of about so many voxels."""
@@ -709,7 +709,7 @@ def test_any_case_on_the_cpu_path(case, voxels):
         check_gradients(case, "cpu")
 
 
-@kernel_cases(200)
+@kernel_cases(60)
 @given(case=CASE)
 def test_any_case_in_the_kernel(path, case):
     check_values(case, path.device)

@@ -41,6 +41,7 @@ from fmkernels.ops.library import WITH_TENSORS
 from tests.conftest import launches
 from tests.opinfo import FLOATS, OPS, VIEWS_OF_TORCH, VOXELS, Arguments, OpInfo, copy, rand
 from tests.support import on_gpu
+from tests.support.cases import kernel_only
 from tests.support.tolerance import assert_close
 from tests.triton_checked.host_sync import HostSyncError, no_host_sync
 
@@ -198,14 +199,27 @@ def poisoned():
 def samples_and_types(op: OpInfo, compiled: bool) -> list[tuple[str, torch.dtype]]:
     """Samples and types that compile kernels, or the other ones.
 
-    The former are all samples of two types, and the first and the last one of all types.
+    The former are all samples of one type, and the first and the last one of all types.
     """
     names = list(samples(op))
     return [
         (name, dtype)
         for name in names
         for dtype in op.dtypes
-        if compiled == (name in (names[0], names[-1]) or dtype in op.dtypes[:2])
+        if compiled == (name in (names[0], names[-1]) or dtype == op.dtypes[0])
+    ]
+
+
+def types_of_results(op: OpInfo, compiled: bool) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Types and types of results that compile kernels, or the other pairs.
+
+    The former are those of equal types and of float32: no load depends on the type of the result.
+    """
+    return [
+        (dtype, result)
+        for dtype in op.dtypes
+        for result in VOXELS
+        if compiled == (dtype == result or torch.float32 in (dtype, result))
     ]
 
 
@@ -222,18 +236,27 @@ def test_agrees_with_the_reference_on_the_cpu(op, case, poisoned):
     check(op, op.samples(dtype)[sample], dtype)
 
 
-@pytest.mark.parametrize("result", VOXELS, ids=str)
-@each(WITH_DTYPE, dtype=dtypes)
-def test_every_type_of_result(path, op, dtype, result):
+def check_type_of_result(op, arguments: Arguments, dtype, result) -> None:
+    arguments = {**arguments, "dtype": result}
+    results = tree_leaves(op.function(**arguments))
+    assert {y.dtype for y in results} == {result}
+    compare(results, exact(op, arguments), dtype)
+
+
+@each(WITH_DTYPE, types=lambda op: types_of_results(op, compiled=True))
+def test_every_type_of_result(path, op, types):
     windows: tuple = (None, (-20.5, 30.0))
     if path.name == "kernel":  # each compiles a variant: one for a pair of types
-        windows = (windows[(VOXELS.index(dtype) + VOXELS.index(result)) % 2],)
+        windows = (windows[sum(map(VOXELS.index, types)) % 2],)
     for window in windows:
-        arguments = {**op.sized(4, dtype), "window": window, "dtype": result}
-        arguments = copy(arguments, path.device)
-        results = tree_leaves(op.function(**arguments))
-        assert {y.dtype for y in results} == {result}
-        compare(results, exact(op, arguments), dtype)
+        arguments = copy({**op.sized(4, types[0]), "window": window}, path.device)
+        check_type_of_result(op, arguments, *types)
+
+
+@each(WITH_DTYPE, types=lambda op: types_of_results(op, compiled=False))
+def test_every_type_of_result_on_the_cpu(op, types):
+    for window in (None, (-20.5, 30.0)):
+        check_type_of_result(op, {**op.sized(4, types[0]), "window": window}, *types)
 
 
 @each(DIFFERENTIABLE)
@@ -401,9 +424,16 @@ def test_out_of_the_opposite_sign(path, op):
         assert op.function(**arguments, out=out) is out and same(out, expected)
 
 
-@each(WITH_OUT, sample=samples, dtype=dtypes)
-def test_in_place_equals_out_of_place(path, op, sample, dtype):
+@each(WITH_OUT, case=lambda op: samples_and_types(op, compiled=True))
+def test_in_place_equals_out_of_place(path, op, case):
+    sample, dtype = case
     check_in_place(op, copy(op.samples(dtype)[sample], path.device), contiguous)
+
+
+@each(WITH_OUT, case=lambda op: samples_and_types(op, compiled=False))
+def test_in_place_equals_out_of_place_on_the_cpu(op, case):
+    sample, dtype = case
+    check_in_place(op, op.samples(dtype)[sample], contiguous)
 
 
 @MEMORY
@@ -558,8 +588,18 @@ def test_a_forward_mode_derivative_is_refused(op, argument):
     [op for op in DIFFERENTIABLE if op.functorch],
     sample=samples_with_gradients,
 )
-def test_func_grad_and_vmap(path, op, sample):
-    arguments = copy(op.samples(torch.float32)[sample], path.device)
+def test_func_grad_and_vmap(op, sample):
+    check_func_grad_and_vmap(op, op.samples(torch.float32)[sample])
+
+
+@kernel_only
+@each([op for op in DIFFERENTIABLE if op.functorch])
+def test_func_grad_and_vmap_of_kernels(path, op):
+    last = list(samples_with_gradients(op))[-1]
+    check_func_grad_and_vmap(op, copy(op.samples(torch.float32)[last], path.device))
+
+
+def check_func_grad_and_vmap(op: OpInfo, arguments: Arguments) -> None:
     name = op.differentiable[0]
     batch = [tree_map(lambda x, k=k: x * k, arguments[name]) for k in (1.0, 0.5, -2.0)]
 

@@ -8,7 +8,7 @@ import pytest
 import triton
 
 from tests.support import floor, on_gpu
-from tests.triton_checked.plan import run_plan
+from tests.triton_checked.plan import TARGETS, run_plan
 
 pytestmark = pytest.mark.skipif(
     on_gpu(), reason="without a GPU: the interpreter counts, the compilers report"
@@ -21,7 +21,10 @@ SLACK = 1.005  # boxes, lam, flips and partial sums
 
 @pytest.mark.parametrize("op", floor.plans())
 def test_costs(op):
-    for variant in run_plan(f"tests.plans.{op}").variants:
+    variants = run_plan(f"tests.plans.{op}").variants
+    everywhere = {variant.kernel for variant in variants if len(variant.on) == len(TARGETS)}
+    assert everywhere == {variant.kernel for variant in variants}
+    for variant in variants:
         for target, code in variant.on.items():
             assert code.spill_bytes == code.stack_bytes == 0, (
                 f"{variant.kernel} ({variant.case}) on {target}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tests.plans import alike
 from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
@@ -69,23 +70,23 @@ def gradient(
 
 def cases() -> Iterator[Case]:
     yield crop("crop float32", F32, **LARGE)
-    yield crop("crop bfloat16", BF16, **LARGE)
+    yield alike(crop("crop bfloat16", BF16, **LARGE))
     yield crop("crop, window int16 bfloat16", I16, BF16, window=WINDOW, **LARGE)
-    yield crop("crop 28^3 to 64^3 float32", F32, **RESIZED)
-    yield crop("crop 28^3 to 64^3 bfloat16", BF16, **RESIZED)
-    yield crop("crop, nearest uint8", torch.uint8, nearest=True, **LARGE)
+    yield alike(crop("crop 28^3 to 64^3 float32", F32, **RESIZED))
+    yield alike(crop("crop 28^3 to 64^3 bfloat16", BF16, **RESIZED))
+    yield alike(crop("crop, nearest uint8", torch.uint8, nearest=True, **LARGE))
     yield crop("24^3 float32", F32)
-    yield crop("24^3 bfloat16", BF16)
+    yield alike(crop("24^3 bfloat16", BF16))
     yield crop("24^3 float64", F64)
-    yield crop("24^3, window int16 bfloat16", I16, BF16, window=WINDOW)
-    yield crop("24^3, clamped at the volume, window float32", F32, window=WINDOW, clamp_box=False)
+    yield alike(crop("24^3, window int16 bfloat16", I16, BF16, window=WINDOW))
+    clamped = "24^3, clamped at the volume, window float32"
+    yield alike(crop(clamped, F32, window=WINDOW, clamp_box=False))
     yield crop("24^3, nearest int16", I16, nearest=True)
-    yield crop("4^3 float32", F32, size=(4, 4, 4))
+    yield alike(crop("4^3 float32", F32, size=(4, 4, 4)))
     yield gradient("gradient where no box is float32", F32, **NO_BOX)
     yield gradient("gradient float32", F32)
-    yield gradient(
-        "gradient, clamped at the volume, window float16", F16, window=WINDOW, clamp_box=False
-    )
+    clamped = "gradient, clamped at the volume, window float16"
+    yield alike(gradient(clamped, F16, window=WINDOW, clamp_box=False))
     yield gradient("gradient, window float64", F64, window=WINDOW, size=(16, 16, 8))
 
 

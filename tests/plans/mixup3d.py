@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fmkernels.kernels import mixup3d as kernels
+from tests.plans import alike
 from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
@@ -57,31 +58,29 @@ def cases() -> Iterator[Case]:
     for dtype in (F32, BF16, I16, U8):
         name = str(dtype).removeprefix("torch.")
         min_bytes = 2 * dtype.itemsize
-        yield case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
-    yield case("in place float64", Mixup(F64).in_place(), min_bytes=16)
+        mixed = case(f"in place {name}", Mixup(dtype).in_place(), min_bytes=min_bytes)
+        yield alike(mixed, dtype != F32)
+    yield alike(case("in place float64", Mixup(F64).in_place(), min_bytes=16))
     flipped = Mixup(F64, flips=True)
     yield case("out of place, flips float64", flipped.out_of_place(F64), min_bytes=16)
-    yield case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8)
-    yield case("out of place, flips float32", Mixup(F32, flips=True).out_of_place(F32), min_bytes=8)
-    yield case("window int16 bfloat16", Mixup(I16, window=WINDOW).out_of_place(BF16), min_bytes=4)
+    yield alike(case("out of place float32", Mixup(F32).out_of_place(F32), min_bytes=8))
+    flipped = Mixup(F32, flips=True)
+    yield alike(case("out of place, flips float32", flipped.out_of_place(F32), min_bytes=8))
+    windowed = Mixup(I16, window=WINDOW)
+    yield alike(case("window int16 bfloat16", windowed.out_of_place(BF16), min_bytes=4))
     yield case(
         "window, flips int16 bfloat16",
         Mixup(I16, flips=True, window=WINDOW).out_of_place(BF16),
         min_bytes=4,
     )
-    yield case(
-        "window, flips int16 float32",
-        Mixup(I16, flips=True, window=WINDOW).out_of_place(F32),
-        min_bytes=6,
-    )
+    flipped = Mixup(I16, flips=True, window=WINDOW)
+    yield alike(case("window, flips int16 float32", flipped.out_of_place(F32), min_bytes=6))
     yield case("donors, in place float32", Mixup(F32, donors=5).in_place(), min_bytes=10.5)
-    yield case("into the donors float32", Mixup(F32, donors=8).into_donors(), min_bytes=12)
+    into = Mixup(F32, donors=8).into_donors()
+    yield alike(case("into the donors float32", into, min_bytes=12))
     last = (8, 64, 64, 64, 4)
-    yield case(
-        "channels last, flips float32",
-        Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST).out_of_place(F32),
-        last,
-    )
+    flipped = Mixup(F32, shape=last, flips=True, axes=CHANNELS_LAST)
+    yield alike(case("channels last, flips float32", flipped.out_of_place(F32), last))
     odd = (8, 1, 33, 31, 35)
     yield case(
         "odd size, flips int16 bfloat16",
@@ -91,19 +90,17 @@ def cases() -> Iterator[Case]:
     yield case("odd size, in place float32", Mixup(F32, shape=odd).in_place(), odd)
     for batch in (1, 4096):
         shape = (batch, 1, 8, 16, 16)
-        yield case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
-    yield case("backward float32", Mixup(F32).backward(True, True), min_bytes=8)
+        mixed = case(f"in place, batch of {batch}", Mixup(F32, shape=shape).in_place(), shape)
+        yield alike(mixed, batch == 1)
+    yield alike(case("backward float32", Mixup(F32).backward(True, True), min_bytes=8))
     yield case(
         "backward, window, flips bfloat16",
         Mixup(BF16, flips=True, window=WINDOW).backward(True, True),
         min_bytes=6,
     )
-    yield case(
-        "backward to volumes float32", Mixup(F32, donors=8).backward(True, False), min_bytes=8
-    )
-    yield case(
-        "backward to donors float32", Mixup(F32, donors=8).backward(False, True), min_bytes=8
-    )
+    given = Mixup(F32, donors=8)
+    yield alike(case("backward to volumes float32", given.backward(True, False), min_bytes=8))
+    yield alike(case("backward to donors float32", given.backward(False, True), min_bytes=8))
 
 
 def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:

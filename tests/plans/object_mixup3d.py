@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fmkernels.kernels.object_mixup3d import _mix_overlapping, object_mixup3d
+from tests.plans import alike
 from tests.support.launch import launch
 from tests.triton_checked.plan import Case
 
@@ -57,28 +58,28 @@ def cases() -> Iterator[Case]:
     for dtype in (F32, BF16):
         objects = Objects(dtype, shape=OBJECTS, pairs=8, donors=OBJECTS)
         name = f"large, in place, donors {dtype}".replace("torch.", "")
-        yield objects.in_place(name, 3 * dtype.itemsize, march(64))
+        yield alike(objects.in_place(name, 3 * dtype.itemsize, march(64)), dtype == BF16)
     large = Objects(BF16, shape=OBJECTS, pairs=8, window=WINDOW, donors=OBJECTS, donor_dtype=I16)
-    yield large.in_place("large, in place, donors int16 windowed bfloat16", 6, march(64))
+    yield alike(large.in_place("large, in place, donors int16 windowed bfloat16", 6, march(64)))
     for dtype in (F32, BF16, I16, F64):
         name = str(dtype).removeprefix("torch.")
         min_bytes = 3 * dtype.itemsize
-        yield Objects(dtype, donors=CUBES).in_place(f"in place, donors {name}", min_bytes, march(4))
+        mixed = Objects(dtype, donors=CUBES)
+        case = mixed.in_place(f"in place, donors {name}", min_bytes, march(4))
+        yield alike(case, dtype != F64)
     hounsfield = Objects(BF16, window=WINDOW, donors=CUBES, donor_dtype=I16)
-    yield hounsfield.in_place("in place, donors int16 windowed bfloat16", 6, march(4))
-    yield Objects(F32).in_place("in place float32", 12)
+    yield alike(hounsfield.in_place("in place, donors int16 windowed bfloat16", 6, march(4)))
+    yield alike(Objects(F32).in_place("in place float32", 12))
     near = "near other boxes, in place float32"
-    yield Objects(F32, donors=CUBES).in_place(near, trips=(1, (2, ())), alone=False)
-    yield Objects(F32, window=WINDOW).in_place("window, in place float32")
-    yield Objects(F32, shape=LARGE, pairs=0).new("new, no box float32", F32, 8)
-    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(
-        "new, no box, window int16 bfloat16", BF16, 4
-    )
-    yield Objects(I16, shape=LARGE, pairs=0, window=WINDOW).new(
-        "new, no box, window int16 float32", F32, 6
-    )
-    yield Objects(F32, shape=(3, 2, 31, 33, 35), pairs=3).new("new, odd size float32", F32)
-    yield Objects(F32, shape=(3000, 1, 2, 2, 2), pairs=3000).in_place("3000 boxes float32")
+    yield alike(Objects(F32, donors=CUBES).in_place(near, trips=(1, (2, ())), alone=False))
+    yield alike(Objects(F32, window=WINDOW).in_place("window, in place float32"))
+    yield alike(Objects(F32, shape=LARGE, pairs=0).new("new, no box float32", F32, 8))
+    windowed = Objects(I16, shape=LARGE, pairs=0, window=WINDOW)
+    yield alike(windowed.new("new, no box, window int16 bfloat16", BF16, 4))
+    yield windowed.new("new, no box, window int16 float32", F32, 6)
+    yield alike(Objects(F32, shape=(3, 2, 31, 33, 35), pairs=3).new("new, odd size float32", F32))
+    many = Objects(F32, shape=(3000, 1, 2, 2, 2), pairs=3000)
+    yield alike(many.in_place("3000 boxes float32"))
     yield Objects(U8, shape=(3, 1, 1024, 1024, 1024), pairs=3, donors=CUBES).in_place(
         "past 2^31 uint8"
     )

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tests.plans import alike
 from tests.support.launch import launch
 from tests.triton_checked.plan import Case
+
+F32 = torch.float32
 
 
 def call(dtype, *sizes, views=4, anchors_last=False, classes=1):
@@ -18,20 +21,20 @@ def call(dtype, *sizes, views=4, anchors_last=False, classes=1):
 
 
 def cases() -> Iterator[Case]:
-    for dtype, min_bytes in ((torch.float32, 20), (torch.bfloat16, 12)):
+    for dtype, min_bytes in ((F32, 20), (torch.bfloat16, 12)):
         name = str(dtype).removeprefix("torch.")
         yield Case(f"vectors {name}", call(dtype, 16), 16 * 16**3, min_bytes)
-        yield Case(
-            f"channels last {name}", call(dtype, 16, anchors_last=True), 16 * 16**3, min_bytes
-        )
-        yield Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, min_bytes)
+        last = call(dtype, 16, anchors_last=True)
+        yield alike(Case(f"channels last {name}", last, 16 * 16**3, min_bytes), dtype != F32)
+        odd = Case(f"odd rows {name}", call(dtype, 19), 16 * 19**3, min_bytes)
+        yield alike(odd, dtype == F32)
         classes, a_loop_of_views = call(dtype, 16, classes=4), (4,)
-        yield Case(f"4 classes {name}", classes, 16 * 16**3, min_bytes, a_loop_of_views)
+        case = Case(f"4 classes {name}", classes, 16 * 16**3, min_bytes, a_loop_of_views)
+        yield alike(case, dtype == F32)
     yield Case("vectors float64", call(torch.float64, 16), 16 * 16**3, 36)
-    yield Case(
-        "4 levels", call(torch.float32, 24, 12, 6, 3), 16 * (24**3 + 12**3 + 6**3 + 3**3), 20
-    )
+    sizes = 24, 12, 6, 3
+    yield alike(Case("4 levels", call(F32, *sizes), 16 * sum(n**3 for n in sizes), 20))
 
 
 def tuned() -> dict[str, tuple[Callable, tuple[str, ...]]]:
-    return {"predict_targets": (call(torch.float32, 16), ("BLOCK",))}
+    return {"predict_targets": (call(F32, 16), ("BLOCK",))}

@@ -83,10 +83,11 @@ class Row:
     minimum: float | None  # bytes
     moved: float | None  # bytes; None for large cases and those without a minimum
     distinct: float | None  # the same, each cell once per launch: a cache may serve a second read
-    instructions: tuple[float, ...]  # executed by a thread, on NVIDIA
+    # executed by a thread, on NVIDIA; None for a target that the case is not compiled for
+    instructions: tuple[float | None, ...]
     loop: float | None  # the part of loops that stream, on sm_90; None without one
-    share: tuple[float, ...] | None  # predicted percent of the copy bandwidth, on GPUS
-    registers: tuple[int, ...]  # most of all kernels, on all targets
+    share: tuple[float | None, ...] | None  # predicted percent of the copy bandwidth, on GPUS
+    registers: tuple[int | None, ...]  # most of all kernels, on all targets
     spills: int  # bytes, over all kernels and targets
     conversions: int  # of layout, most of all kernels and targets
     shared: int  # bytes of shared memory, most of all kernels and targets
@@ -149,7 +150,9 @@ def _row(op: str, case: Case, plan: PlanReport, sweep: PlanReport, traffic: _Tra
     def executed(target: str, count: Callable[[MainPath], float]) -> float:
         return sum(launch.executed(target, count) for launch in launches) / elements
 
-    instructions = {target: executed(target, _instructions) for target in NVIDIA}
+    everywhere = [t for t in TARGETS if all(t in variant.on for variant in variants)]
+    nvidia = [target for target in NVIDIA if target in everywhere]
+    instructions = {target: executed(target, _instructions) for target in nvidia}
     loop = sum(launch.in_loop("sm_90") for launch in launches) / elements
     distinct = traffic and traffic.distinct / elements
     code = [code for variant in variants for code in variant.on.values()]
@@ -162,7 +165,7 @@ def _row(op: str, case: Case, plan: PlanReport, sweep: PlanReport, traffic: _Tra
         minimum=minimum,
         moved=traffic and round(sum(moved) / elements, 3),
         distinct=distinct and round(distinct, 3),
-        instructions=tuple(round(n, 1) for n in instructions.values()),
+        instructions=tuple(round(instructions[t], 1) if t in nvidia else None for t in NVIDIA),
         loop=round(loop, 1) or None,
         share=minimum
         and tuple(
@@ -175,13 +178,18 @@ def _row(op: str, case: Case, plan: PlanReport, sweep: PlanReport, traffic: _Tra
                     executed(gpu.target, lambda path: path.double),
                 )
             )
+            if gpu.target in nvidia
+            else None
             for gpu in GPUS.values()
         ),
-        registers=tuple(max(v.on[target].registers for v in variants) for target in TARGETS),
+        registers=tuple(
+            max(v.on[target].registers for v in variants) if target in everywhere else None
+            for target in TARGETS
+        ),
         spills=sum(c.spill_bytes for c in code),
         conversions=max(c.conversions for c in code),
         shared=max(c.shared_bytes for c in code),
-        width=min(_width(w.variant.on[target].main) for w in wide for target in NVIDIA),
+        width=min(_width(w.variant.on[target].main) for w in wide for target in nvidia),
         launches=len(launches),
         variants=sum(variant.kernel in kernels for variant in sweep.variants) or None,
     )

@@ -46,6 +46,7 @@ class Case:
     min_bytes: bytes per element that any kernel must move for it; None if that is not counted.
     trips: how often each loop of the main path runs, in order; needed where the bytes that they
         stream do not tell. A pair gives the loop's own and the trips of the loops inside it.
+    targets: GPUs that it is compiled for. Of cases that are alike, one needs all of them.
     without: device functions that the call does not run to their end; the main path leaves out what
         they load and store themselves.
     """
@@ -56,6 +57,7 @@ class Case:
     min_bytes: float | None = None
     trips: Trips = ()
     without: Sequence[triton.JITFunction] = ()
+    targets: Sequence[str] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,12 @@ def _run(module: str, targets: list[str], compiled: bool, host_time: bool) -> di
                     **_arguments(launch.variant.source),
                     "elements_per_program": case.elements
                     and case.elements / math.prod(launch.grid),
-                    "on": {
-                        t: recorded[t, case.name][position].variant for t in targets if compiled
-                    },
+                    "on": {},
                 }
+            on = variants[launch.variant, without]["on"]
+            for target in targets if compiled else ():
+                if target in case.targets:
+                    on[target] = recorded[target, case.name][position].variant
         order = list(variants)
         report[case.name] = {
             "elements": case.elements,

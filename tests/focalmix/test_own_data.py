@@ -76,7 +76,7 @@ def test_the_worked_example_runs(tmp_path, monkeypatch, capsys):
     image = write_scan(tmp_path / "any.mha", scans(6)[5])
     write_dicom(tmp_path / "archive" / "q00", image, "1.2.4.0")
     (example,) = (block for block in blocks("sh") if "hospital" in block)
-    commands = [shlex.split(line) for line in example.splitlines()]
+    commands = [shlex.split(line) for line in example.replace("\\\n", " ").splitlines()]
     assert [command[1] for command in commands] == ["check", "train", "train", "evaluate", "detect"]
     for _, *argv in commands:
         if argv[0] == "train":  # the page's own subsets, not those of the settings

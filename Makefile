@@ -1,5 +1,5 @@
-# make train                               trains a detector with and without unlabeled scans, about 6 minutes on 2
-#                                          cores; SEEDS=5 adds four seeds
+# make train                               trains a detector with and without unlabeled scans, about 4 minutes on 2
+#                                          cores with AVX-512; SEEDS=5 adds four seeds
 # make test | bench | lint | types | docs | floor
 #                                          in an environment of its own (.venv), made at first use with exact versions
 # make help                                these lines
@@ -16,8 +16,6 @@ RUN ?= runs/demo
 SCANS ?= 90
 LABELED ?= 12
 STEPS ?= 900
-# smaller than the default, to be quick on old processors too
-DETECTOR ?= --patch-size=24,24,24 --widths=8,16,32 --blocks=0,1,1 --channels=8
 SEEDS ?= 1
 RESULTS ?= benchmarks/results
 CONSTRAINTS ?= constraints.txt
@@ -44,13 +42,13 @@ train $(VENV)/ready-to-train: EXTRAS := train
 train: train-plan $(TO_TRAIN)
 	$(PYTHON) -m fmkernels phantom "$(DATA)" --scans $(SCANS)
 	$(PYTHON) -m fmkernels compare "$(DATA)" --out "$(RUN)" --labeled $(LABELED) --seeds $(SEEDS) --jobs $(JOBS) \
-		--steps $(STEPS) $(DETECTOR) --validation-subsets=, --test-subsets=7,8,9
+		--steps $(STEPS) --validation-subsets=, --test-subsets=7,8,9
 	@echo "Next: look at the last two pictures. make train SEEDS=5 repeats it with four more seeds;"
 	@echo "fmkernels check FOLDER looks at scans of your own (docs/own_data.md)."
 
 train-plan:
 	@echo "This installs PyTorch and the rest (1 minute), makes $(SCANS) synthetic CT scans (1 minute), and trains a"
-	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (4 minutes on 2 cores with one seed)."
+	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (2 minutes on 2 cores with AVX-512, longer on others)."
 
 # the settings of docs/results.md
 EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) --train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=,

@@ -345,6 +345,21 @@ def test_warmup_without_numba_is_an_error_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def assert_child_mixes(code: str) -> None:
+    """Both the process of the code, which imports mixup3d, and a child that it forks mix."""
+    forked = """
+        child = os.fork()
+        signal.alarm(200)  # ends a child that hangs
+        mixed = mixup3d(torch.ones(2, 1, 2, 2, 2), torch.ones(2), torch.tensor([1, 0]))
+        assert mixed.eq(1).all()
+        if child:
+            print(os.waitpid(child, 0)[1])
+        else:
+            os._exit(0)
+    """
+    assert finish(python(textwrap.dedent(code) + textwrap.dedent(forked), ""))[0] == "0\n"
+
+
 @forks
 def test_a_child_forked_while_a_thread_imports():
     """It hung at its first op, for a lock that the thread had taken."""
@@ -366,15 +381,8 @@ def test_a_child_forked_while_a_thread_imports():
         library.import_module = import_slowly
         threading.Thread(target=mix).start()
         began.wait()
-        child = os.fork()
-        signal.alarm(200)  # ends a child that hangs
-        mix()
-        if child:
-            print(os.waitpid(child, 0)[1])
-        else:
-            os._exit(0)
     """
-    assert finish(python(code, ""))[0] == "0\n"
+    assert_child_mixes(code)
 
 
 @forks
@@ -394,16 +402,8 @@ def test_a_child_forked_while_a_thread_compiles():
         began = threading.Event()
         threading.Thread(target=compile_slowly).start()
         began.wait()
-        child = os.fork()
-        signal.alarm(200)  # ends a child that hangs
-        mixed = mixup3d(torch.ones(2, 1, 2, 2, 2), torch.ones(2), torch.tensor([1, 0]))
-        assert mixed.eq(1).all()
-        if child:
-            print(os.waitpid(child, 0)[1])
-        else:
-            os._exit(0)
     """
-    assert finish(python(code, ""))[0] == "0\n"
+    assert_child_mixes(code)
 
 
 @forks
@@ -431,16 +431,8 @@ def test_a_child_forked_while_a_thread_imports_and_then_compiles():
 
         threading.Thread(target=import_and_compile_slowly).start()
         began.wait()
-        child = os.fork()
-        signal.alarm(200)  # ends a child that hangs
-        mixed = mixup3d(torch.ones(2, 1, 2, 2, 2), torch.ones(2), torch.tensor([1, 0]))
-        assert mixed.eq(1).all()
-        if child:
-            print(os.waitpid(child, 0)[1])
-        else:
-            os._exit(0)
     """
-    assert finish(python(code, ""))[0] == "0\n"
+    assert_child_mixes(code)
 
 
 RACE = """

@@ -327,14 +327,7 @@ def draw_examples(path: str | Path, panels: Sequence[Panel]) -> None:
         ]
         if not any(len(panel.true) for panel in panels):
             handles = handles[2:]
-        window = "axial slices, lung window ({:g} to {:g} HU)".format(*LUNG_WINDOW)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=3,
-            fontsize="small",
-            title=window,
-        )
+        _explain(figure, handles, "axial slices, lung window")
 
 
 def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> None:
@@ -365,14 +358,18 @@ def draw_check(path: str | Path, panels: Sequence[CheckPanel], title: str) -> No
                 fill=False, edgecolor=_MISSED, linewidth=1.8, label="nothing like a nodule there"
             ),
         ]
-        window = "axial slices as radiologists show them, {:g} to {:g} HU".format(*LUNG_WINDOW)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=2,
-            fontsize="small",
-            title=window,
-        )
+        _explain(figure, handles, "axial slices as radiologists show them")
+
+
+def _explain(figure: Figure, handles: Sequence[Patch], slices: str) -> None:
+    """The legend of a sheet: its boxes, and how its slices are shown."""
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        title="{}, {:g} to {:g} HU".format(slices, *LUNG_WINDOW),
+    )
 
 
 def _draw_checked(axes: Axes, panel: CheckPanel) -> None:

@@ -19,6 +19,9 @@ driver.DURING_RECORDING.append(
 )
 
 
-def alike(case: Case, really: bool = True) -> Case:
-    """The case, compiled for one GPU: another case differs in types or sizes, and not in kind."""
-    return replace(case, targets=("sm_90",)) if really else case
+def alike(case: Case, condition: bool = True) -> Case:
+    """The case, compiled for one GPU only, because it differs from another in types or sizes alone.
+
+    If the condition is false, the case as it is.
+    """
+    return replace(case, targets=("sm_90",)) if condition else case

@@ -1,7 +1,7 @@
-"""What the stock interpreter computes anew for every operation, computed once.
+"""Caches for the types that the stock interpreter builds again in every operation.
 
-Half of its time goes into types: the shape of a block, wrapped and unwrapped number by number, and
-a table of NumPy's dtypes. Values, and what is checked, are the same.
+Half of its time goes into them: the shape of a block, wrapped and unwrapped number by number, and
+a table of NumPy's dtypes. Values and checks stay the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-_blocks: dict[tuple, dict] = {}  # all that equal block types hold
+_blocks: dict[tuple, dict] = {}  # the attributes that equal block types share
 
 
 def _block_type(stock):

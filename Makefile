@@ -48,7 +48,7 @@ train: train-plan $(TO_TRAIN)
 
 train-plan:
 	@echo "This installs PyTorch and the rest (1 minute), makes $(SCANS) synthetic CT scans (1 minute), and trains a"
-	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (2 minutes on 2 cores with AVX-512, longer on others)."
+	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (2 minutes on 2 cores with AVX-512)."
 
 # the settings of docs/results.md
 EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) --train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=,
@@ -72,13 +72,14 @@ experiment: $(READY)
 tuning: $(READY)
 	$(PYTHON) -m fmkernels phantom data/tuning --seed 1 --scans 240 --test-scans 144
 	$(PYTHON) -m fmkernels compare data/tuning --out runs/tuning --seeds 3 --jobs $(JOBS) \
-		--train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=, --labeled 12 --all-labels --without mixup image-mixup object-mixup \
+		--train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=, --labeled 12 --all-labels \
+		--without mixup image-mixup object-mixup \
 		--with burn-in fresh-supervised fresh-student following-teacher unlabeled-mixup supervised-mixup \
 		rotations contrast noise blur probable-boxes own-normalizer ignored-targets
 	$(call keep,runs/tuning,tuning)
 
 test: $(READY)
-	@echo "all tests, about 20 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
+	@echo "all tests, about 15 minutes of CPU time shared by all cores; without a GPU kernels run in an interpreter"
 	$(PYTHON) -m pytest -n auto
 
 # long fault injection, many cases of each property, and fuzzing

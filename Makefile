@@ -6,7 +6,7 @@
 # make experiment                          the comparison of docs/results.md, JOBS runs at once; goes on where it was
 #                                          stopped. make tuning: its settings, on other phantoms
 # make train PYTHON=python                 in the active environment (a GPU build of torch, say): adds what is missing
-# make compat                              the tests with the oldest and with the newest versions of what is needed
+# make compat                              the tests of the ops with the oldest and with the newest versions
 # make gpu                                 on a machine with a GPU: checks, benchmarks and tuning, 9
 #                                          minutes each (gpu-checks, gpu-bench, gpu-tune); installs nothing
 
@@ -116,10 +116,12 @@ compat:
 	$(MAKE) quick VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	$(MAKE) quick
 
-# without what depends on the versions of compilers and tools, and with few cases of each property
+# the tests of the ops, with few cases of each property
+OTHERS := benchmarks docs examples %floor fuzz gpu_run layering packaging tune types
+OF_OPS := $(filter-out $(OTHERS:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
 quick: $(READY)
-	FMKERNELS_TEST_CASES=0.02 $(PYTHON) -m pytest -n auto --ignore-glob='*floor*' --ignore=tests/triton_checked/test_compiled.py \
-		--ignore=tests/test_docs.py --ignore=tests/test_types.py
+	FMKERNELS_TEST_CASES=0.02 $(PYTHON) -m pytest -n auto $(OF_OPS)
 
 floor: $(READY)
 	$(PYTHON) -m tests.support.floor

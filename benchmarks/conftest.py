@@ -1,15 +1,22 @@
-"""How a row gets into pytest-benchmark, and what its JSON says about the machine."""
+"""How a row gets into pytest-benchmark, and what its JSON says about the machine.
+
+Where pytest-benchmark is not installed, its options that are used here and its JSON are made here.
+"""
 
 import importlib.metadata
+import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.common import DEVICE, Comparison
+from benchmarks.common import DEVICE, Comparison, Row
 
 PACKAGES = (
     "torch",
@@ -36,16 +43,22 @@ class _Replay:
 
 _replay = _Replay()
 _left_out: dict[str, str] = {}  # what was not measured, and why
+_entries: list[dict] = []  # of the JSON, without the plugin
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
     parser.addoption(
         "--limit", type=float, default=math.inf, help="seconds after which no comparison begins"
     )
+    if not pluginmanager.hasplugin("benchmark"):
+        parser.addoption("--benchmark-json", type=Path, help="file to write")
+        parser.addoption("--benchmark-max-time", type=float, default=1.0, help="of a row, in s")
+        parser.addoption("--benchmark-min-rounds", type=int, default=5, help="of a row")
+        parser.addoption("--benchmark-quiet", action="store_true", help="as without it")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
+def pytest_collection_modifyitems(config, items):
+    for item in items if config.pluginmanager.hasplugin("benchmark") else ():
         item.add_marker(pytest.mark.benchmark(timer=_replay))
 
 
@@ -56,7 +69,39 @@ def end(pytestconfig) -> float:
 
 
 @pytest.fixture
-def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], None]:
+def keep(request, pytestconfig) -> Callable[[str, Row], None]:
+    """Put a row into the JSON, in a group."""
+    if not pytestconfig.pluginmanager.hasplugin("benchmark"):
+
+        def append(group: str, row: Row) -> None:
+            name, fullname = request.node.name, request.node.nodeid
+            entry = {"group": group, "name": name, "fullname": fullname, "extra_info": row.info}
+            _entries.append({**entry, "stats": _statistics(row.samples)})
+
+        return append
+    benchmark = request.getfixturevalue("benchmark")
+
+    def replay(group: str, row: Row) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(row.info)
+        _replay.times = (t for sample in row.samples for t in (0.0, sample))
+        benchmark.pedantic(lambda: None, rounds=len(row.samples))
+
+    return replay
+
+
+def _statistics(samples: list[float]) -> dict[str, float]:
+    return {
+        "rounds": len(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "mean": statistics.fmean(samples),
+        "stddev": statistics.stdev(samples) if len(samples) > 1 else 0.0,
+    }
+
+
+@pytest.fixture
+def record(keep, pytestconfig, end) -> Callable[[Comparison, str, str], None]:
     """Measure one row: record(comparison, provider, phase)."""
 
     def record(comparison: Comparison, provider: str, phase: str) -> None:
@@ -76,14 +121,30 @@ def record(benchmark, pytestconfig, end) -> Callable[[Comparison, str, str], Non
         except Exception:
             _left_out[f"{comparison}: {provider}"] = "failed"
             raise
-        benchmark.group = f"{comparison}, {phase}"
-        benchmark.extra_info.update(row.info)
-        _replay.times = (t for sample in row.samples for t in (0.0, sample))
-        benchmark.pedantic(lambda: None, rounds=len(row.samples))
+        keep(f"{comparison}, {phase}", row)
 
     return record
 
 
+def pytest_sessionfinish(session):
+    """Write the JSON, without the plugin."""
+    config = session.config
+    path = config.getoption("benchmark_json")
+    if config.pluginmanager.hasplugin("benchmark") or path is None:
+        return
+    machine = {**platform.uname()._asdict(), "processor": platform.processor(), "cpu": {}}
+    pytest_benchmark_update_machine_info(config, machine)
+    report = {
+        "machine_info": machine,
+        "commit_info": {"id": "unversioned", "dirty": False},
+        "benchmarks": _entries,
+        "datetime": datetime.now(UTC).isoformat(),
+        "left_out": _left_out,
+    }
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Keep what affects times; drop what identifies the machine."""
     of_cpu = (
@@ -113,20 +174,20 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         }
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config, commit_info):
     """Drop the names of the folder and of the branch."""
     for name in ("project", "branch"):
         commit_info.pop(name, None)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Add what was left out. Keep the statistics of each row, drop its samples."""
     output_json["left_out"] = _left_out
     for entry in output_json["benchmarks"]:
         del entry["options"], entry["params"], entry["param"]
-        entry["stats"] = {
-            name: entry["stats"][name] for name in ("rounds", "min", "max", "mean", "stddev")
-        }
+        entry["stats"] = {name: entry["stats"][name] for name in _statistics([0.0])}
 
 
 def _version(name: str) -> str | None:

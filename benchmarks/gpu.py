@@ -5,7 +5,7 @@
     python -m benchmarks.gpu bench     a training step and the benchmarks of every op
     python -m benchmarks.gpu tune      the tuning sweep
 
-Nothing is installed: python, torch, triton, numba, numpy, pytest and pytest-benchmark are enough.
+Nothing is installed: python, torch, triton, numba, numpy, pytest and hypothesis are enough.
 Every stage has a time limit, plus the time that earlier stages saved. A stage that fails or times
 out does not stop the others. Each command leaves one archive, <gpu>-<command>.tar.gz, with
 run.json (stages, outcomes, versions, commit, clocks), the output of every stage, and its results.
@@ -210,7 +210,7 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "runtime": torch.version.cuda or torch.version.hip,
     }
-    for package in ("torch", "triton", "numpy", "pytest-benchmark"):
+    for package in ("torch", "triton", "numba", "numpy", "pytest", "pytest-benchmark"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -366,7 +366,8 @@ def test_the_page_has_the_table_of_every_committed_run():
         assert all(f"({name.rpartition('/')[0]}/{chart})" in text for chart in charts)
 
 
-def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_path):
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(plugin, tmp_path):
     suite, report = tmp_path / "bench_small.py", tmp_path / "run.json"
     suite.write_text(SUITE)
     (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
@@ -386,6 +387,7 @@ def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_p
         "python_files=bench_*.py",
         "--benchmark-max-time=0",
         f"--benchmark-json={report}",
+        *([] if plugin else ["-p", "no:benchmark"]),
     ]
     outer = {
         name for name in os.environ if name.startswith("PYTEST_")
@@ -402,7 +404,10 @@ def test_a_run_records_what_it_left_out_and_nothing_that_names_the_machine(tmp_p
     assert run["left_out"] == {"double, small: wrong": "failed", "absent": absent}
     (entry,) = run["benchmarks"]
     assert entry["extra_info"]["provider"] == OURS
+    assert entry["group"] == "double, small, forward" and entry["name"] in entry["fullname"]
     assert entry["stats"].keys() == {"rounds", "min", "max", "mean", "stddev"}
+    assert entry["stats"]["min"] <= entry["extra_info"]["median_s"] <= entry["stats"]["max"]
+    assert plot.main([str(report)]) == 0
     machine = run["machine_info"]
     assert machine.keys() == {"machine", "processor", "system", "cpu", "versions", "threads"}
     assert machine["versions"].keys() >= {"python", "torch", "numba", "numpy"}

@@ -1,0 +1,3 @@
+import time
+
+BEGAN = time.monotonic()  # before torch is imported

@@ -76,6 +76,10 @@ def test_time_left_goes_to_the_next_stage_and_none_is_borrowed(tmp_path, monkeyp
         {},
     )
     assert given == [10, 29, -2]
+    given.clear()
+    clock[0] = 103.0  # importing took 3 seconds
+    run([Stage("quick", [], 10), Stage("slow", [], 20)], tmp_path, {}, began=100.0)
+    assert given == [7, 26]
     monkeypatch.undo()
     assert (
         gpu._run(Stage("late", python("print(1)"), 4), -2, tmp_path / "late.log")["outcome"]
@@ -115,8 +119,9 @@ def test_a_command_leaves_one_archive(outcome, code, tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test (9)")
     done = {"tests": {"outcome": outcome, "seconds": 1.0, "last_line": "the last line"}}
 
-    def fake(stages, out, about):
+    def fake(stages, out, about, began):
         assert about["commit"] == "0123abcd" and about["command"] == "bench"
+        assert began < time.monotonic()
         (out / "growth.md").write_text("| a table |")
         return done
 

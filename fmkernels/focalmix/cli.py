@@ -458,10 +458,11 @@ def _add_detect(parser: argparse.ArgumentParser) -> None:
 
 def _detect(arguments: argparse.Namespace) -> int:
     from fmkernels.focalmix.detect import detect_scans, peak_memory
-    from fmkernels.focalmix.distributed import choose_device
+    from fmkernels.focalmix.distributed import choose_device, keep_freed_memory
     from fmkernels.focalmix.evaluation.froc import count
 
     device = choose_device(arguments.device)
+    keep_freed_memory(device)
     out = arguments.out or arguments.run_folder / "detections.csv"
     report = detect_scans(
         arguments.run_folder,

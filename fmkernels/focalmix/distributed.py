@@ -1,6 +1,7 @@
 """Device and processes of a run: one process, or those started by ``torchrun``."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmkernels.focalmix.errors import InputError, first_line
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,6 +33,19 @@ def choose_device(name: str) -> torch.device:
         if device.index is None:
             device = torch.device("cuda", _from_environment("LOCAL_RANK", 0))
     return device
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let this process keep the memory of tensors that are freed, from now on.
+
+    glibc gives large blocks back to the system, and each new one costs a page fault every 4 KB: a
+    seventh of a training step.
+    """
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def announced_processes() -> tuple[int, int]:

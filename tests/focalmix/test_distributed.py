@@ -1,6 +1,9 @@
 """What the environment says of the processes of a run."""
 
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,3 +85,29 @@ def test_an_empty_local_rank_counts_as_unset(environment, monkeypatch):
     environment(LOCAL_RANK="x")
     with pytest.raises(InputError, match="LOCAL_RANK: expected a number"):
         choose_device("cuda")
+
+
+FAULTS = """
+import resource
+import torch
+from fmkernels.focalmix.distributed import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(48 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+keep_freed_memory(torch.device("cpu"))
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10, (before, after)

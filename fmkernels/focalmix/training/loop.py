@@ -35,6 +35,7 @@ from fmkernels.focalmix.data.tables import write_candidates
 from fmkernels.focalmix.distributed import (
     any_process,
     choose_device,
+    keep_freed_memory,
     process_group,
     rank_and_world_size,
     sum_of_ranks,
@@ -120,6 +121,7 @@ def train(
         KeyboardInterrupt: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     out, device = Path(out), choose_device(config.device)
+    keep_freed_memory(device)
     with process_group(device), _lock(out), _fastest_convolutions():
         _claim(out, config, resume)
         data, scans = _prepare(config, root)

@@ -75,11 +75,16 @@ class Anchors:
         return [tuple(side // stride for side in patch_size) for stride in self.strides]
 
     def boxes(self, patch_size: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """All anchors of a patch, float32 ``[n, 6]``, in flat order."""
-        levels = []
-        for stride, sizes, grid in zip(
-            self.strides, self.sizes, self.grids(patch_size), strict=True
-        ):
+        """All anchors of a patch, float32 ``[n, 6]``, in flat order; kept for the next call."""
+        return _boxes(self, tuple(patch_size), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _boxes(anchors: Anchors, patch_size: tuple[int, ...], device: torch.device | str) -> Tensor:
+    levels = []
+    grids = anchors.grids(patch_size)
+    with torch.inference_mode(False):
+        for stride, sizes, grid in zip(anchors.strides, anchors.sizes, grids, strict=True):
             axes = [
                 (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * stride for n in grid
             ]

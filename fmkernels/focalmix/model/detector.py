@@ -37,7 +37,7 @@ class Norm(nn.Module):
         if isinstance(self.layer, GroupNorm3d):
             return self.layer(x, residual)
         x = self.layer(x)
-        return F.relu(x if residual is None else x + residual)
+        return (x if residual is None else x.add_(residual)).relu_()
 
 
 class ConvNorm(nn.Sequential):

@@ -151,6 +151,8 @@ def _scatter_max(values: Tensor, key: Tensor, shape: torch.Size, fill: float) ->
 def _covering(anchors: Anchors, grids: Sequence[Sequence[int]], ignore: Sequence[Tensor]) -> Tensor:
     """float32 ``[B, n]``: the number of boxes of ``ignore`` that each anchor is centered in."""
     boxes = torch.cat(list(ignore))
+    if not len(boxes):
+        return boxes.new_zeros(len(ignore), anchors.per_cell * sum(map(math.prod, grids)))
     image = F.one_hot(_image_index(ignore), len(ignore)).float()  # [m, B]
     center, half = (boxes[:, :3] + boxes[:, 3:]) / 2, (boxes[:, 3:] - boxes[:, :3]) / 2
     levels = []

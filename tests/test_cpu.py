@@ -269,7 +269,7 @@ def convert_block(source, target, size):
 
 
 def convert(source, target):
-    convert_block(located(source), located(target), source.numel())
+    convert_block(*located(source, target), source.numel())
 
 
 def test_bfloat16_is_read_and_rounded_as_torch_does():

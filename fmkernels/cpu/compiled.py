@@ -265,7 +265,7 @@ def parallel_for(
     """
     count = min(torch.get_num_threads(), size // max(grain_size, 1))
     if count <= 1:
-        loop(0, size, *map(located, tensors), *args)
+        loop(0, size, *located(*tensors), *args)
         return
     bounds = pairwise([size * i // count for i in range(count + 1)])
     ranges: deque[Callable[[], None]] = deque(
@@ -285,13 +285,13 @@ def parallel_for(
         del error  # its traceback refers to this frame
 
 
-def located(x: Tensor | None) -> tuple[int, int]:
-    """A tensor as loops take it: its address, 0 where there is none, and the code of its dtype."""
-    return (0, UINT8) if x is None else (x.data_ptr(), KINDS[x.dtype])
+def located(*tensors: Tensor | None) -> list[tuple[int, int]]:
+    """Tensors as loops take them: address, 0 where there is none, and the code of the dtype."""
+    return [(0, UINT8) if x is None else (x.data_ptr(), KINDS[x.dtype]) for x in tensors]
 
 
 def _run(loop: Callable, ends: tuple[int, int], tensors: Iterable, args: Iterable) -> None:
-    loop(*ends, *map(located, tensors), *args)
+    loop(*ends, *located(*tensors), *args)
 
 
 def _run_all(ranges: deque[Callable[[], None]], ended: SimpleQueue[BaseException | None]) -> None:

@@ -9,6 +9,8 @@ nothing. A chunk is cut into spans of several places, and the parameters of a pl
 the length of a span: loops over few channels would not fill vectors.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from fmkernels.cpu.compiled import njit, parallel_for, subroutine
 from fmkernels.cpu.voxels import elements, zero_of
 
 SPAN = 512  # elements, unless a place has more
+MIN_SPAN = 128  # likewise; a short row has short spans, for parameters are copied for each row
 CHUNK = 1 << 14  # elements, likewise
 FEW_VOXELS = 128  # with fewer, a contiguous sample of up to this many elements is one place:
 LARGEST_PLACE = 1 << 16
@@ -330,19 +333,20 @@ def _apply_backward(first, last, x, grad, grad_x, stored, size, cut, coefficient
                     store(result, j, load(passed, j) * by_grad[j] + value)
 
 
-def _cut(x: Tensor, num_groups: int | None = None) -> tuple[Cut, int]:
-    """How x is cut, for moments if ``num_groups`` is given, and the number of chunks."""
-    samples, channels = x.shape[:2]
-    sample = x.numel() // samples
+@lru_cache
+def _cut(shape: torch.Size, contiguous: bool, num_groups: int | None = None) -> tuple[Cut, int]:
+    """How a tensor is cut, for moments if ``num_groups`` is given, and the number of chunks."""
+    samples, channels = shape[:2]
+    sample = shape.numel() // samples
     voxels = sample // channels
     rows, place, inner = samples, channels, 1
-    if x.is_contiguous() and voxels > 1:
+    if contiguous and voxels > 1:
         if voxels < FEW_VOXELS and sample <= LARGEST_PLACE:
             place, inner = sample, voxels
         else:
             rows, place = samples * (num_groups or channels), 1
-    size, span = x.numel() // rows, place
-    while 2 * span <= SPAN and span < size:
+    size, span = shape.numel() // rows, place
+    while 2 * span <= SPAN and (span < MIN_SPAN or 16 * span <= size):
         span *= 2
     chunk = span * max(1, CHUNK // span)
     return (size, place // inner, inner, span, chunk), rows * -(-size // chunk)
@@ -380,7 +384,7 @@ def group_norm3d(
     source, result = _as(x, dtype), _as(out, dtype)
     added = source if residual is None else _as(residual, dtype)
     weight, bias = _parameter(weight, moments.dtype), _parameter(bias, moments.dtype)
-    cut, chunks = _cut(x, num_groups)
+    cut, chunks = _cut(x.shape, x.is_contiguous(), num_groups)
     partials = np.empty((chunks, 2, num_groups if cut[1] > 1 else 1))
     coefficients = np.empty((3, *x.shape[:2]), zero.dtype)
     grain_size = GRAIN_SIZE * chunks // size
@@ -389,7 +393,7 @@ def group_norm3d(
         partials, cut, _address(weight), _address(bias), eps, num_groups, _address(moments),
         coefficients,
     )  # fmt: skip
-    cut, chunks = _cut(x)
+    cut, chunks = _cut(x.shape, x.is_contiguous())
     parallel_for(
         _apply, chunks, GRAIN_SIZE * chunks // size, (source, added, result), stored, size, cut,
         coefficients, residual is not None, negative_slope,
@@ -426,7 +430,7 @@ def group_norm3d_backward(
     elif out is not None:
         grad = _as(grad_residual, dtype) if has_residual else result
     weight = _parameter(weight, moments.dtype)
-    cut, chunks = _cut(x)
+    cut, chunks = _cut(x.shape, x.is_contiguous())
     coefficients = np.empty((4, *x.shape[:2]), zero.dtype)
     partials, grain_size = np.empty((chunks, 2, cut[1])), GRAIN_SIZE * chunks // size
     parallel_for(

@@ -6,6 +6,7 @@ result is stored, so that ``out`` may be the donors.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -200,21 +201,24 @@ def _differentiate_boxes(
             store_block(total, grad_input[0], grad_input[1], start)
 
 
-def _cut(x: Tensor, axes: Sequence[int], flipped: bool) -> tuple[tuple[tuple[int, ...], ...], int]:
+@lru_cache
+def _cut(
+    shape: torch.Size, axes: tuple[int, ...], flipped: bool
+) -> tuple[tuple[tuple[int, ...], ...], int]:
     """How [rows, n0, n1, n2, n3] are cut: (sizes, axes, longest box), and the number of boxes."""
-    rows = x.shape[0]
-    sizes = tuple(x.shape[1:]) if flipped else (1, 1, 1, x.numel() // rows)
+    rows = shape[0]
+    sizes = tuple(shape[1:]) if flipped else (1, 1, 1, shape.numel() // rows)
     n0, n1, n2, n3 = sizes
     voxels = max(MIN_BOX, min(BOX, SCRATCH // rows))
     width = min(n3, voxels)
     height = min(n2, voxels // width)
-    axes = tuple(axes) if flipped else (0, 0, 0, 0)
+    axes = axes if flipped else (0, 0, 0, 0)
     return (sizes, axes, (height, width)), n0 * n1 * -(-n2 // height) * -(-n3 // width)
 
 
 def _check_values(lam: Tensor, index: Tensor, num_donors: int) -> None:
     weights, donors = lam.tolist(), index.tolist()
-    if any(weight < 0 or weight > 1 for weight in weights):  # NaN gives NaN
+    if any([weight < 0 or weight > 1 for weight in weights]):  # NaN gives NaN
         raise ValueError(f"mixup3d: lam must lie in [0, 1], got {weights}")
     if donors and (min(donors) < 0 or max(donors) >= num_donors):
         raise ValueError(f"mixup3d: index must lie in [0, {num_donors}), got {donors}")
@@ -243,7 +247,7 @@ def mixup3d(
         return
     flipped = flips is not None or donor_flips is not None
     aliased = in_place or out.data_ptr() == volumes.data_ptr()  # else mixing is not vectorized
-    cut, boxes = _cut(out, axes, flipped)
+    cut, boxes = _cut(out.shape, tuple(axes), flipped)
     parallel_for(
         _mix_boxes, boxes, GRAIN_SIZE * boxes // voxels,
         (volumes, donors, out, lam, index, flips, donor_flips), volumes.shape[0], num_donors,
@@ -269,7 +273,7 @@ def mixup3d_backward(
     if not voxels:
         return
     low, high = window or (0.0, 1.0)
-    cut, boxes = _cut(grad_input, axes, flips is not None)
+    cut, boxes = _cut(grad_input.shape, tuple(axes), flips is not None)
     parallel_for(
         _differentiate_boxes, boxes, GRAIN_SIZE * boxes // voxels,
         (grad_output, input, grad_input, lam, index, flips), grad_output.shape[0],

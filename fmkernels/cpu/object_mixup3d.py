@@ -243,7 +243,7 @@ def object_mixup3d(
     wrong = [weight for weight in lam.tolist() if weight < 0 or weight > 1]  # NaN gives NaN
     if wrong:
         raise ValueError(f"object_mixup3d: lam must be in [0, 1], got {wrong[0]}")
-    voxels = _plan(located(boxes), located(donor_boxes), shape, donor_shape, targets, sources)
+    voxels = _plan(*located(boxes, donor_boxes), shape, donor_shape, targets, sources)
     patches = np.empty(voxels, zero.dtype)
     planes = shape[0] * shape[2]
     grain_size = GRAIN_SIZE * planes // max(voxels, 1)

@@ -32,10 +32,12 @@ from fmkernels.cpu.compiled import (
     subroutine,
 )
 
+_ZERO, _ZERO_OF_FLOAT64 = np.float32(0), np.float64(0)
+
 
 def zero_of(x: Tensor) -> np.floating:
     """A zero that fixes the compute dtype of a loop: float64 for float64, else float32."""
-    return np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+    return _ZERO_OF_FLOAT64 if x.dtype == torch.float64 else _ZERO
 
 
 def window_of(window: Sequence[float] | None) -> tuple[bool, float, float, float]:

@@ -26,7 +26,7 @@ def check_tensor(name: str, argument: str, x: object) -> None:
 
 def check_no_dtensor(name: str, argument: str, x: Tensor) -> None:
     """No op has a sharding rule."""
-    if type(x) is not Tensor and type(x).__name__ == "DTensor":
+    if type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name}: {argument} must be a plain tensor, got a DTensor; "
             f"pass the local shards of all tensors, such as {argument}.to_local()"
@@ -34,7 +34,8 @@ def check_no_dtensor(name: str, argument: str, x: Tensor) -> None:
 
 
 def check_dtype(name: str, argument: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    check_no_dtensor(name, argument, x)
+    if type(x) is not Tensor:
+        check_no_dtensor(name, argument, x)
     if x.dtype not in allowed:
         raise TypeError(f"{name}: {argument} must be {_names(allowed)}, got {_names([x.dtype])}")
 

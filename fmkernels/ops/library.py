@@ -394,6 +394,10 @@ def _differentiable(
     """A function that calls a backend with arguments such that the results are differentiable."""
     name = _public_name(op)
     second = op._opname.endswith("_backward")
+    lists_given, lists_result = (
+        any("List" in str(each.type) for each in values)
+        for values in (op._schema.arguments, op._schema.returns)
+    )
 
     def not_differentiable(ctx, *grad_outputs):
         raise RuntimeError(f"{name}: no {'second derivative' if second else 'gradient'} is offered")
@@ -405,13 +409,14 @@ def _differentiable(
                 structure = results = backend(*args, **options)
             if save is not None:
                 save(ctx, _read(numbers, args) if numbers else args, results)
-            return results if isinstance(results, Tensor) else tuple(_flat(results))
+            return tuple(_flat(results)) if lists_result else results
 
         structure = None
         apply = _DifferentiableUnderFunctorch.apply if functorch else _apply
+        flat = _flat(args) if lists_given else args
         with _allowed_under_functorch() if functorch else _NOTHING:
-            results = apply(*_flat(args), compute, backward or not_differentiable)
-        return results if isinstance(results, Tensor) else _like(structure, iter(results))
+            results = apply(*flat, compute, backward or not_differentiable)
+        return _like(structure, iter(results)) if lists_result else results
 
     return differentiable
 

@@ -23,7 +23,7 @@ from fmkernels.focalmix.data.formats import (
     scan_id,
 )
 from fmkernels.focalmix.data.headers import Header
-from fmkernels.focalmix.data.volume import Volume
+from fmkernels.focalmix.data.volume import Volume, boxes_on, index_to_box, reoriented
 from fmkernels.focalmix.errors import InputError, InputWarning, first_line, is_out_of_memory
 from fmkernels.focalmix.evaluation import figures
 from fmkernels.focalmix.evaluation.froc import count
@@ -257,7 +257,10 @@ def _panels(table: Table) -> list[figures.Panel]:
 def finding_panel(
     volume: Volume, scan: ScanFindings, number: int, *, side: float = 100.0
 ) -> figures.Panel:
-    """A square of ``side`` mm around a finding in its slice, with all findings there.
+    """A square of ``side`` mm around a finding in its axial slice, with all findings there.
+
+    It is drawn as radiologists see it, however the scan is stored. The title has the number of the
+    stored slice if that is axial.
 
     Args:
         volume: the stored scan.
@@ -265,22 +268,27 @@ def finding_panel(
         number: index of the finding.
         side: length of the square in mm; it is cut at the edges of the scan.
     """
-    finding = scan.findings[number]
-    boxes = np.array([finding.box for finding in scan.findings])[:, [2, 1, 0, 5, 4, 3]]
-    center = boxes[number].reshape(2, 3).mean(0)
-    half = side / 2 / np.array(volume.spacing)
+    finding, shown = scan.findings[number], reoriented(volume)
+    stored = np.array([finding.box for finding in scan.findings])[:, [2, 1, 0, 5, 4, 3]]
+    middle = stored[number].reshape(2, 3).mean(0)
+    middle[0] = index_to_box(finding.slice)
+    (center,) = shown.from_world(volume.to_world(middle))
+    index = int(np.clip(np.floor(center[0]), 0, len(shown.voxels) - 1))
+    boxes = boxes_on(shown, stored, volume)
+    half = side / 2 / np.array(shown.spacing)
     low = np.floor(center - half).clip(0).astype(int)[1:]
     high = np.ceil(center + half).astype(int)[1:]
-    image = volume.voxels[finding.slice, low[0] : high[0], low[1] : high[1]]
-    cut = (boxes[:, 0] < finding.slice + 1) & (finding.slice < boxes[:, 3])
+    image = shown.voxels[index, low[0] : high[0], low[1] : high[1]]
+    cut = (boxes[:, 0] < index + 1) & (index < boxes[:, 3])
     plane = boxes[:, [1, 2, 4, 5]] - [*low, *low]
     seen = (plane[:, 2:] > 0).all(axis=1) & (plane[:, :2] < image.shape).all(axis=1)
     scores = [finding.probability for finding in scan.findings]
+    is_axial = np.abs(np.array(volume.direction)[:, 2]).argmax() == 2
     return figures.Panel(
         image,
         predicted=np.column_stack([plane, scores])[cut & seen],
-        title=f"{scan.uid[-16:]}, slice {finding.slice}",
-        aspect=volume.spacing[1] / volume.spacing[2],
+        title=scan.uid[-16:] + (f", slice {finding.slice}" if is_axial else ""),
+        aspect=shown.spacing[1] / shown.spacing[2],
         subject=plane[number],
     )
 

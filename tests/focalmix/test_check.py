@@ -15,7 +15,7 @@ from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.volume import reoriented
 from fmkernels.focalmix.errors import InputError
 from tests.focalmix.conftest import FLIPPED, Scan, write_scan
-from tests.focalmix.data.test_volume import image_of, volume_of
+from tests.focalmix.data.test_volume import stored_as, volume_of
 
 NODULES = [(8.3, 16.6, 15.2, 9.0), (15.5, 25.0, 30.4, 6.0), (12.0, 12.0, 20.0, 12.0)]
 
@@ -250,14 +250,7 @@ def test_where_annotations_are_is_read_only_when_needed(luna_folder, monkeypatch
 def test_reoriented_scans_are_the_same_in_the_world(code):
     rng = np.random.default_rng(0)
     volume = volume_of(rng.integers(-1000, 1000, (3, 4, 5)), (2.0, 0.5, 0.75), (1.0, -2.0, 3.0))
-    image = sitk.DICOMOrient(image_of(volume), code)
-    stored = volume_of(
-        sitk.GetArrayFromImage(image),
-        image.GetSpacing()[::-1],
-        image.GetOrigin(),
-        np.array(image.GetDirection()).reshape(3, 3),
-    )
-    seen = reoriented(stored)
+    seen = reoriented(stored_as(volume, code))
     np.testing.assert_array_equal(seen.voxels, volume.voxels)
     np.testing.assert_allclose(seen.origin, volume.origin, atol=1e-9)
     assert seen.spacing == volume.spacing

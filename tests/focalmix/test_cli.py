@@ -22,7 +22,10 @@ from fmkernels.focalmix import cli, detect
 from fmkernels.focalmix.cli import main
 from fmkernels.focalmix.config import GROUPS, PRESETS, Config
 from fmkernels.focalmix.data.tables import read_candidates
+from fmkernels.focalmix.data.volume import boxes_on
+from fmkernels.focalmix.evaluation.results import Finding, ScanFindings
 from tests.focalmix.conftest import SCANS, write_luna
+from tests.focalmix.data.test_volume import stored_as, volume_of
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -323,6 +326,23 @@ def test_a_sheet_shows_the_most_probable_findings(run, data, tmp_path, capsys, m
     for panel, score in zip(panels, scores, strict=False):
         assert score in panel.predicted[:, 4]
         assert panel.image.size and panel.aspect == 1
+
+
+@pytest.mark.parametrize("code", ["LPS", "RAI", "LSA"])
+def test_a_sheet_shows_axial_slices_however_a_scan_is_stored(code):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 30, 40))
+    volume = volume_of(voxels, (2.0, 0.5, 1.0))
+    stored = stored_as(volume, code)
+    boxes = boxes_on(stored, np.array([[8, 2, 3, 13, 9, 8], [9, 8, 7, 12, 11, 11.0]]), volume)
+    findings = [
+        Finding((0, 0, 0), 0.5, 5, int(box[[0, 3]].mean()), tuple(box[[2, 1, 0, 5, 4, 3]]))
+        for box in boxes
+    ]
+    panel = detect.finding_panel(stored, ScanFindings("one", "", "", findings), 0, side=10)
+    np.testing.assert_array_equal(panel.image, voxels[10, :16, :11])
+    np.testing.assert_allclose(panel.predicted, [[2, 3, 9, 8, 0.5], [8, 7, 11, 11, 0.5]])
+    np.testing.assert_allclose(panel.subject, [2, 3, 9, 8])
+    assert panel.title == {"LPS": "one, slice 10", "RAI": "one, slice 9", "LSA": "one"}[code]
 
 
 def test_standard_output_gets_the_table_alone(finished, data, tmp_path):

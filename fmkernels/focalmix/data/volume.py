@@ -96,6 +96,12 @@ def reoriented(volume: Volume) -> Volume:
     )
 
 
+def boxes_on(target: Volume, boxes: np.ndarray, source: Volume) -> np.ndarray:
+    """Boxes [n, 6] of one grid as float64 boxes of another one with the same axes in any order."""
+    corners = target.from_world(source.to_world(boxes)).reshape(-1, 2, 3)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
 def cut_patch(
     voxels: np.ndarray,
     corner: Sequence[int] | np.ndarray,

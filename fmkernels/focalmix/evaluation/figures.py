@@ -22,7 +22,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from fmkernels.focalmix.data.volume import Volume, index_to_box
+from fmkernels.focalmix.data.volume import Volume, boxes_on, index_to_box, reoriented
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation.froc import (
     BAND_RATES,
@@ -102,7 +102,7 @@ def slice_panel(
     candidates: np.ndarray,
     title: str,
 ) -> Panel:
-    """A slice through the middle of a box, with the boxes that it cuts.
+    """An axial slice through the middle of a box, as radiologists see it, with the boxes it cuts.
 
     Args:
         volume: the resampled scan.
@@ -112,21 +112,24 @@ def slice_panel(
         candidates: [m, 4]: world x, y, z of the detections, probability.
         title: title of the panel.
     """
+    seen = reoriented(volume)
+    (subject,), boxes = (boxes_on(seen, given, volume) for given in (subject, boxes))
     index = math.floor((subject[0] + subject[3]) / 2)
 
     def cuts(boxes: np.ndarray) -> np.ndarray:
         center = index_to_box(index)
         return (boxes[:, 0] <= center) & (center < boxes[:, 3])
 
-    true, plane = volume.boxes(nodules), [1, 2, 4, 5]
+    true, plane = seen.boxes(nodules), [1, 2, 4, 5]
     detected = np.any(hits(candidates[:, :3], nodules), axis=0)
     predicted = np.column_stack([boxes[:, plane], candidates[:, 3]])
     return Panel(
-        np.asarray(volume.voxels[index]),
+        np.asarray(seen.voxels[index]),
         true[cuts(true)][:, plane],
         detected[cuts(true)],
         predicted[cuts(boxes)],
         title,
+        aspect=seen.spacing[1] / seen.spacing[2],
         subject=subject[plane],
     )
 

@@ -26,6 +26,17 @@ def image_of(volume) -> sitk.Image:
     return image
 
 
+def stored_as(volume, code) -> Volume:
+    """The same scan with its axes along ``code``, as LSA, whatever they were."""
+    image = sitk.DICOMOrient(image_of(volume), code)
+    return volume_of(
+        sitk.GetArrayFromImage(image),
+        image.GetSpacing()[::-1],
+        image.GetOrigin(),
+        np.array(image.GetDirection()).reshape(3, 3),
+    )
+
+
 spacings = st.tuples(*[st.floats(0.4, 3.0)] * 3)
 
 

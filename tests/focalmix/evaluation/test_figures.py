@@ -10,7 +10,7 @@ import pytest
 from matplotlib import colors, image
 from matplotlib.figure import Figure
 
-from fmkernels.focalmix.data.volume import Volume
+from fmkernels.focalmix.data.volume import boxes_on
 from fmkernels.focalmix.errors import InputError
 from fmkernels.focalmix.evaluation import figures
 from fmkernels.focalmix.evaluation.figures import (
@@ -22,6 +22,7 @@ from fmkernels.focalmix.evaluation.figures import (
     slice_panel,
 )
 from fmkernels.focalmix.evaluation.froc import OPERATING_POINTS, evaluate
+from tests.focalmix.data.test_volume import stored_as, volume_of
 
 
 @pytest.fixture(autouse=True)
@@ -275,22 +276,26 @@ def test_examples_tell_detected_from_missed(tmp_path, drawn, predicted, detected
     )
 
 
-def test_a_slice_has_the_boxes_that_it_cuts_and_luna16s_hits():
+@pytest.mark.parametrize("code", ["LPS", "RAI", "PIR"])
+def test_a_slice_has_the_boxes_that_it_cuts_and_luna16s_hits(code):
     """A hit lies in the sphere: neither a box over the nodule nor a center in its circle is one."""
-    voxels = np.arange(20, dtype=np.int16)[:, None, None] + np.zeros((20, 30, 40), np.int16)
-    volume = Volume(voxels, (2.0, 1.0, 1.0), (0.0, 0.0, 0.0), tuple(map(tuple, np.eye(3))))
-    nodules = np.array([[10.0, 10, 20, 8], [30, 20, 21, -1], [30, 5, 38, 6]])
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 30, 40))
+    volume = volume_of(voxels, (2.0, 0.5, 1.0))
+    nodules = np.array([[10.0, 5, 20, 8], [30, 10, 21, -1], [30, 2.5, 38, 6]])
     boxes = np.array([[8.0, 7, 7, 13, 14, 14], [5, 15, 25, 15, 26, 36], [18, 3, 27, 20, 8, 33]])
     points = volume.to_world((boxes[:, :3] + boxes[:, 3:]) / 2)
     points[1, 2] -= 6  # above the sphere of nodule 1, inside its circle in the slice
     candidates = np.c_[points, [0.9, 0.8, 0.7]]
-    subject = np.array([10.4, 15, 25, 11.4, 26, 36])
-    panel = slice_panel(volume, subject, nodules, boxes, candidates, "a slice")
-    assert (panel.image == 10).all() and panel.title == "a slice"
-    assert panel.true.tolist() == [[6.5, 6.5, 14.5, 14.5], [15.5, 25.5, 25.5, 35.5]]
+    subject = np.array([[10.4, 15, 25, 11.4, 26, 36]])
+    stored = stored_as(volume, code)
+    (subject,), boxes = (boxes_on(stored, given, volume) for given in (subject, boxes))
+    panel = slice_panel(stored, subject, nodules, boxes, candidates, "a slice")
+    np.testing.assert_array_equal(panel.image, voxels[10])
+    assert panel.title == "a slice" and panel.aspect == 0.5
+    np.testing.assert_allclose(panel.true, [[2.5, 6.5, 18.5, 14.5], [10.5, 25.5, 30.5, 35.5]])
     assert panel.detected.tolist() == [True, False]
-    assert panel.predicted.tolist() == [[7, 7, 14, 14, 0.9], [15, 25, 26, 36, 0.8]]
-    assert panel.subject.tolist() == [15, 25, 26, 36]
+    np.testing.assert_allclose(panel.predicted, [[7, 7, 14, 14, 0.9], [15, 25, 26, 36, 0.8]])
+    np.testing.assert_allclose(panel.subject, [15, 25, 26, 36])
 
 
 def test_the_box_that_a_panel_is_about_is_magnified(tmp_path, drawn):

@@ -71,7 +71,10 @@ def _option(
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. Lists of three are z, y, x."""
+    """All options of a run. Lists of three are z, y, x.
+
+    The default of a new option is what was done before: files of earlier versions lack it.
+    """
 
     spacing: tuple[float, ...] = _option(
         (2.0, 2.0, 2.0), "data", "voxel size of the resampled scans in mm", check=_SIZE
@@ -550,15 +553,17 @@ def load_config(run: str | Path) -> Config | None:
 def config_from_dict(values: Mapping[str, Any], path: Path) -> Config:
     """Build the configuration from the contents of a file, which error messages name.
 
+    Options that the file lacks have their default.
+
     Raises:
-        InputError: the values are not a configuration of this version.
+        InputError: the values are no configuration, or an option is not one of this version.
     """
     if not isinstance(values, dict):
         raise InputError(
             f"{path}: expected the fields of a configuration, got {type(values).__name__}"
         )
-    if wrong := sorted(set(HINTS) ^ set(values)):
-        raise InputError(f"{path}: {wrong[0]}: expected the fields of this version's configuration")
+    if unknown := sorted(set(values) - set(HINTS)):
+        raise InputError(f"{path}: expected options of this version, got {unknown[0]}")
     try:
         return Config(**values)
     except InputError as error:

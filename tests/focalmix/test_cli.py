@@ -610,7 +610,7 @@ def test_a_checkpoint_cut_in_half(run, data, capsys):
         refuses(capsys, [*train_arguments(data, run), "--resume"], "checkpoint.pt")
 
 
-@pytest.mark.parametrize("content", ["5", "[1]", "{", '{"steps": 4}'])
+@pytest.mark.parametrize("content", ["5", "[1]", "{", '{"leaps": 4}'])
 def test_a_configuration_that_is_none(run, data, capsys, content):
     (run / "config.json").write_text(content)
     refuses(capsys, [*train_arguments(data, run), "--resume"], "config.json")

@@ -164,7 +164,7 @@ def test_limits_of_hardware_are_not_ours():
         ("\ud800", "expected JSON"),
         ('{"steps": 1' + "0" * 5000 + "}", "expected JSON, got Exceeds the limit"),
         ("null", "expected the fields of a configuration, got NoneType"),
-        ('{"steps": 4}', "expected the fields of this version's configuration"),
+        ('{"steps": 4, "leaps": 1}', "expected options of this version, got leaps"),
         (json.dumps(asdict(Config()) | {"steps": 0}), "steps: expected at least 1, got 0"),
     ],
 )
@@ -181,6 +181,15 @@ def test_a_file_holds_the_configuration(tmp_path, preset):
     assert load_config(tmp_path) is None
     (tmp_path / "config.json").write_text(json.dumps(asdict(preset)))
     assert load_config(tmp_path) == preset
+
+
+def test_a_file_of_an_earlier_version_lacks_options(tmp_path):
+    """A run made before an option existed is a run with the default of that option."""
+    values = asdict(Config(steps=4))
+    for name in ("rotations", "blur", "follow_after"):
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path).result == Config(steps=4).result
 
 
 def test_bad_devices():

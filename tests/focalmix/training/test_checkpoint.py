@@ -123,6 +123,7 @@ LOADED = {
     "a tensor": ("steps", torch.zeros(9), "steps: expected type int"),
     "digits": ("steps", 10**5000, "whole checkpoint|64 bits"),
     "nested": ("strides", deep(60), r"strides: expected type int, got \[\[\[\[\["),
+    "unknown": ("leaps", 1, "expected options of this version, got leaps"),
 }
 """Configurations that do not describe the weights: field, value, message."""
 
@@ -159,6 +160,11 @@ def test_a_good_one(run):
     for ours, theirs in zip(model(image), fresh.model(image), strict=True):
         assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(ours, theirs, strict=True))
     fresh.load(run / "checkpoint.pt", SERIES)
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_options(run):
+    changed(lambda checkpoint: checkpoint["config"].pop("rotations"))(run / "checkpoint.pt")
+    assert load_run(run)[0] == TINY
 
 
 @pytest.mark.parametrize("name", BOTH)

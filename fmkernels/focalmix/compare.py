@@ -145,6 +145,10 @@ class _Run:
         return f"{scans} labeled scans, {self.method}, seed {self.config.seed}"
 
     @property
+    def begun(self) -> bool:
+        return (self.folder / CHECKPOINT).exists()
+
+    @property
     def finished(self) -> bool:
         if not (self.folder / EVALUATION).exists():
             return False
@@ -202,7 +206,7 @@ def compare(
     used: set[str] = set()
     for run in runs:  # what is impossible is reported before hours of training
         check_options(run.folder, run.config)
-        if (run.folder / CHECKPOINT).exists():
+        if run.begun:
             check_data(run.folder, data, choose_scans(run.config, data))
         if run.method not in (BASELINE, ALL_LABELS):
             continue  # all methods have the scans of the baseline
@@ -339,7 +343,7 @@ def _train_all(runs: Sequence[_Run], root: str | Path, jobs: int, progress: _Pro
         _share_burn_in(run)
         began = time.monotonic()
         try:
-            train(run.config, root, run.folder, resume=(run.folder / CHECKPOINT).exists())
+            train(run.config, root, run.folder, resume=run.begun)
         except FloatingPointError as error:
             progress.add_failure(run, f"FloatingPointError: {first_line(error)}", diverged=True)
         else:
@@ -371,9 +375,8 @@ def _train_in_processes(
                 if len(running) < jobs and _is_ready(run, others, waiting):
                     _share_burn_in(run)
                     run.folder.mkdir(parents=True, exist_ok=True)
-                    config = replace(run.config, workers=0)
-                    arguments = (config, root, run.folder)
-                    process = start_process(_train_alone, *arguments, log=run.folder / LOG)
+                    alone = replace(run, config=replace(run.config, workers=0))
+                    process = start_process(_train_alone, alone, root, log=run.folder / LOG)
                     running[run.folder] = run, process, time.monotonic()
                     waiting.remove(run)
                     others.append(run)
@@ -385,10 +388,10 @@ def _train_in_processes(
             process.join()
 
 
-def _train_alone(config: Config, root: str | Path, folder: Path) -> None:
+def _train_alone(run: _Run, root: str | Path) -> None:
     """Train a run, in a process of its own."""
     try:
-        train(config, root, folder, resume=(folder / CHECKPOINT).exists())
+        train(run.config, root, run.folder, resume=run.begun)
     except Exception as error:
         print(f"\n{_FAILED}{type(error).__name__}: {first_line(error)}", file=sys.stderr)
         raise
@@ -427,7 +430,7 @@ def _share_burn_in(run: _Run) -> None:
     """Let a new run continue from the end of a burn-in, until which both are equal."""
     if run.shared is None or run.shared == run.folder:
         return
-    if (run.shared / BURN_IN).exists() and not (run.folder / CHECKPOINT).exists():
+    if (run.shared / BURN_IN).exists() and not run.begun:
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, PSEUDO_BOXES, BURN_IN):
             (run.folder / name).unlink(missing_ok=True)

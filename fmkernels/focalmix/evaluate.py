@@ -1,6 +1,5 @@
 """Candidates against the nodules of a data set, or of tables alone, and what to doubt in them."""
 
-import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from fmkernels.focalmix.data.annotations import Annotation, read_annotations
 from fmkernels.focalmix.data.dataset import name_scans
 from fmkernels.focalmix.data.formats import find_scans, scan_name
 from fmkernels.focalmix.data.luna16 import find_table
-from fmkernels.focalmix.data.names import ScanNames
+from fmkernels.focalmix.data.names import ScanNames, hints
 from fmkernels.focalmix.data.own import open_data
 from fmkernels.focalmix.data.tables import read_candidates, read_series
 from fmkernels.focalmix.errors import InputError, InputWarning, SkippedWarning
@@ -99,15 +98,15 @@ def evaluate(
         uid = unknown[0] if unknown else next(iter(found))
         raise InputError(
             f"{candidates}: seriesuid: expected the scans to evaluate, such as {truth.series[0]}, "
-            f"got {uid}{_hints([uid], missing).get(uid, '')}"
+            f"got {uid}{hints([uid], missing).get(uid, '')}"
         )
     doubts, notes = list(truth.warnings), list(truth.notes)
     if unknown:
         counts = {uid: len(found[uid]) for uid in unknown}
-        hints = _hints(unknown, missing)
+        near = hints(unknown, missing)
         # where every scan has candidates, the others are of scans that are not evaluated
         lines = doubts if missing else notes
-        lines += _outside(candidates, scans, counts, hints, "candidate")
+        lines += _outside(candidates, scans, counts, near, "candidate")
     if missing:
         nodules = count(sum(len(truth.nodules.get(uid, ())) for uid in missing), "nodule")
         doubts.append(
@@ -191,8 +190,8 @@ def _of_data_set(
             got = next(iter(listed), "an empty list")
             raise InputError(f"{listing}: expected scans of {root}, got {got}")
         if lost:
-            near = names.nearest(lost[0])
-            doubts.append(f"{listing}: {lost[0]!r} is no scan{near}; {len(lost)} such rows")
+            near = names.hint(lost[0])
+            doubts.append(f"{listing}: {lost[0]!r} is no scan{near}; such rows: {len(lost)}")
     nodules, dropped = data.findings(series)
     others = set(names.paths) - set(series)
     if excluded is not None:
@@ -261,14 +260,10 @@ def _read(
     strange: dict[str, int] = {}
     for row in lost:
         strange[row.scan] = strange.get(row.scan, 0) + (row.finding is not None)
-    hints = _hints(strange, without)
+    near = hints(strange, without)
     # an id that is no path may be that of a scan of another fold, and the list right
-    if (
-        are_all
-        or hints
-        or any(re.search(r"[/\\]", uid) or scan_name(uid) != uid for uid in strange)
-    ):
-        doubts = _outside(table, series, strange, hints)
+    if are_all or near or any(re.search(r"[/\\]", uid) or scan_name(uid) != uid for uid in strange):
+        doubts = _outside(table, series, strange, near)
         strange = {}
     chosen = set(series)
     others = {uid: len(_findings(rows)) for uid, rows in found.items() if uid not in chosen}
@@ -314,30 +309,3 @@ def _doubt_excluded(
     if not set(excluded) & set(series):
         return [f"{table}: no excluded finding is of a scan that is evaluated"]
     return []
-
-
-def _hints(uids: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """For ids, the names that they may stand for: they differ in zeros, case, folders or suffix.
-
-    Of several such names, it is one with the most folders in common.
-    """
-
-    def normal(name: str) -> list[str]:
-        """The parts of a path, the last one first."""
-        folder, _, name = name.strip().replace("\\", "/").rpartition("/")
-        parts = [scan_name(name), *folder.split("/")[::-1]]
-        return [re.sub(r"(?<!\d)0+(?=\d)", "", part).lower() for part in parts]
-
-    def shared(*paths: list[str]) -> int:
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*paths, strict=False))
-        return len(list(pairs))
-
-    known: dict[str, list[str]] = {}
-    for name in names:
-        known.setdefault(normal(name)[0], []).append(name)
-    hints = {}
-    for uid in uids:
-        parts = normal(uid)
-        if near := known.get(parts[0]):
-            hints[uid] = f" (is it {max(near, key=lambda name: shared(normal(name), parts))}?)"
-    return hints

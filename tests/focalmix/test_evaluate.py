@@ -286,7 +286,7 @@ def test_rows_of_no_scan_of_the_data_are_not_overlooked(tmp_path):
     write(tmp_path / "list.csv", f"subset9/{SCANS[4].uid}.mhd", "1.2.3")
     truth = read_truth(root, series=tmp_path / "list.csv", excluded=NO_TABLE)
     assert truth.series == [SCANS[4].uid]
-    assert "list.csv: '1.2.3' is no scan; 1 such rows" in truth.warnings[0]
+    assert "list.csv: '1.2.3' is no scan; such rows: 1" in truth.warnings[0]
 
 
 def test_hints_keep_the_folder(paths):

@@ -1,6 +1,7 @@
 """The names by which tables call scans."""
 
-import difflib
+import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -79,10 +80,10 @@ class ScanNames:
                 )
         return found, lost
 
-    def nearest(self, name: str) -> str:
-        """A hint at the name that is most like one that is no scan's."""
-        near = difflib.get_close_matches(name, self.all, 1, cutoff=0.8)
-        return f" (is it {near[0]}?)" if near else ""
+    def hint(self, name: str) -> str:
+        """The scan that a name may stand for that is no scan's; see `hints`."""
+        known = sorted(name for name, uids in self.all.items() if len(uids) == 1)
+        return hints([name], known).get(name, "")
 
     def _find(self, name: str, where: str) -> tuple[str, str | None] | None:
         """The id of a scan, and the folders before its whole path; None where it is not whole."""
@@ -104,6 +105,33 @@ class ScanNames:
                 if uid := self.whole.get("/".join(parts[first:])):
                     return uid, "/".join(parts[:first])
         return None
+
+
+def hints(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """For names, the known ones that they may stand for: zeros, case, folders or suffix differ.
+
+    Of several such names, it is one with the most folders in common.
+    """
+
+    def parts(name: str) -> list[str]:
+        """The parts of a path, the last one first."""
+        folder, _, name = name.strip().replace("\\", "/").rpartition("/")
+        own = [scan_name(name), *folder.split("/")[::-1]]
+        return [re.sub(r"(?<!\d)0+(?=\d)", "", part).lower() for part in own]
+
+    def shared(*paths: list[str]) -> int:
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*paths, strict=False))
+        return len(list(pairs))
+
+    alike: dict[str, list[str]] = {}
+    for name in known:
+        alike.setdefault(parts(name)[0], []).append(name)
+    found = {}
+    for name in names:
+        given = parts(name)
+        if near := alike.get(given[0]):
+            found[name] = f" (is it {max(near, key=lambda name: shared(parts(name), given))}?)"
+    return found
 
 
 def _stem(path: Path | PurePosixPath) -> str:

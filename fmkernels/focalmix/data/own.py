@@ -159,11 +159,11 @@ def _by_scan(table: Iterable[Annotation], names: ScanNames) -> dict[str, list[An
     """The rows of a table by the ids of their scans."""
     found, lost = names.by_scan(table)
     if lost:
-        near = names.nearest(lost[0].scan)
+        near = names.hint(lost[0].scan)
         if not found:
             raise InputError(f"{lost[0].where}: expected a scan, got {lost[0].scan!r}{near}")
         warnings.warn(
-            f"{lost[0].where}: {lost[0].scan!r} is no scan{near}; {len(lost)} such rows",
+            f"{lost[0].where}: {lost[0].scan!r} is no scan{near}; such rows: {len(lost)}",
             InputWarning,
             stacklevel=4,
         )
@@ -178,9 +178,14 @@ def _listed(table: Path, names: ScanNames) -> set[str]:
         if uid := names.find(name, where):
             found.add(uid)
         else:
-            lost.append(f"{where}: {name!r} is no scan{names.nearest(name)}")
+            lost.append((where, name))
     if lost:
-        warnings.warn(f"{lost[0]}; {len(lost)} such rows", InputWarning, stacklevel=4)
+        where, name = lost[0]
+        warnings.warn(
+            f"{where}: {name!r} is no scan{names.hint(name)}; such rows: {len(lost)}",
+            InputWarning,
+            stacklevel=4,
+        )
     return found
 
 

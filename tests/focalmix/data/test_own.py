@@ -236,12 +236,15 @@ class TestLabels:
     def test_a_row_without_a_scan_is_named_with_the_nearest_one(self, folder):
         write(folder, [f"a,{INSIDE}", f"patients/d/scan.nii.gz,{INSIDE}"])
         with pytest.warns(
-            InputWarning, match=r"row 3: 'patients/d/scan\.nii\.gz' is no scan \(is it patients/"
+            InputWarning,
+            match=r"row 3: 'patients/d/scan\.nii\.gz' is no scan \(is it patients/a/scan\?",
         ):
             open_data(folder)
-        write(folder, [f"d,{INSIDE}"])
-        with pytest.raises(InputError, match=r"annotations\.csv, row 2: expected a scan, got 'd'"):
-            open_data(folder)
+        for name, near in (("d", "$"), ("A", r" \(is it a\?\)")):
+            write(folder, [f"{name},{INSIDE}"])
+            message = rf"annotations\.csv, row 2: expected a scan, got '{name}'{near}"
+            with pytest.raises(InputError, match=message):
+                open_data(folder)
 
     def test_a_point_outside_of_its_scan_names_the_row(self, folder):
         write(folder, [f"a,{INSIDE}", "b,,,,", "a,0,0,900,5"])

@@ -3,9 +3,11 @@
 On every device, every operation is compared with its formula in float64 PyTorch, on small tensors.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import time
@@ -60,9 +62,10 @@ def doctor() -> int:
     print("Paste this block into a bug report:\n\n```text")
     print("\n".join((*_versions(), *_devices())), end="\n\n", flush=True)
     results = []
-    for result in examine():
-        results.append(result)
-        print(_row(result), flush=True)
+    with _without_warnings():  # about compiling, they would come between the lines of the block
+        for result in examine():
+            results.append(result)
+            print(_row(result), flush=True)
     failed = [result for result in results if result.problem]
     seconds = sum(result.seconds for result in results)
     count = (
@@ -70,8 +73,19 @@ def doctor() -> int:
         if failed
         else f"all {len(results)} self-tests passed"
     )
-    print(f"\n{count} in {seconds:.1f} s\n```")
+    print(f"\n{count} in {seconds:.1f} s, compiling included\n```")
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    log = logging.getLogger("fmkernels")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def examine() -> Iterator[Result]:
@@ -162,11 +176,15 @@ def _compiled_loops() -> Iterator[str]:
         from fmkernels.cpu.compiled import cache_folders
     except ImportError:  # the self-tests say why
         return
+    writable = False
     for folder in cache_folders():
         files = len(list(folder.glob("*.loop"))) if folder.is_dir() else 0
+        if writable and not files:
+            continue  # neither read nor written
         where = next(path for path in (folder, *folder.parents) if path.is_dir())
-        writable = "" if os.access(where, os.W_OK) else ", which cannot be written"
-        yield f"compiled loops of the CPU path: {files} in {folder}{writable}"
+        writable = os.access(where, os.W_OK)
+        end = "" if writable else ", which cannot be written"
+        yield f"compiled loops of the CPU path: {files} in {folder}{end}"
 
 
 def _version(module: str) -> str | None:

@@ -1,5 +1,6 @@
 """``fmkernels doctor``: the report, and that self-tests catch wrong operations."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,26 @@ def test_report(capsys):
     ):
         assert words in said
     assert said.count("```") == 2 and "WRONG" not in said
+
+
+def test_folders_that_are_neither_read_nor_written_are_not_named(monkeypatch, tmp_path):
+    package, user = tmp_path / "package", tmp_path / "user"
+    monkeypatch.setattr("fmkernels.cpu.compiled.cache_folders", lambda: [package, user])
+    assert list(doctor._compiled_loops()) == [f"compiled loops of the CPU path: 0 in {package}"]
+    user.mkdir()
+    (user / "one.loop").touch()
+    assert [line.partition(": ")[2] for line in doctor._compiled_loops()] == [
+        f"0 in {package}",
+        f"1 in {user}",
+    ]
+
+
+def test_lines_about_compiling_are_not_in_the_block(monkeypatch, caplog):
+    log = logging.getLogger("fmkernels")
+    monkeypatch.setattr(doctor, "_TESTS", {"mixup3d": lambda _: log.warning("compiled") or ()})
+    assert doctor.doctor() == 0 and not caplog.records
+    log.warning("compiled")
+    assert len(caplog.records) == 1
 
 
 def off_by_a_little(launch, results: int):

@@ -55,7 +55,7 @@ def generate(_: Sphinx) -> None:
     """Pictures, and what every command says of itself."""
     folder = DOCS / "generated"
     images.draw(folder)
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"
     for command in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
             cli.main([command, "--help"])

@@ -1,4 +1,4 @@
-"""Hugging Face accelerate: gradient accumulation in 16 bits, with the loss of the whole batch."""
+"""Hugging Face accelerate: accumulation in 16 bits, the loss of the whole batch."""
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,8 @@ model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), norm, nn.Conv3d(8, 1, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 scans = torch.rand(8, 1, 8, 8, 8)
 data = TensorDataset(scans, (scans > 0.9).float())
-model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=4))
+loader = DataLoader(data, batch_size=4)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 losses = []
 for _ in range(20):

@@ -1,4 +1,4 @@
-"""torch.compile of a training step: a graph of augmentation, model and loss, and the update."""
+"""torch.compile of a step: a graph of augmentation, model and loss, and the update."""
 
 import torch
 from torch import nn
@@ -7,7 +7,8 @@ from fmkernels import mixup3d, sample_mixup, soft_target_focal_loss
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 1, 1)).to(device)
+model = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 1, 1))
+model.to(device)
 rate = torch.tensor(0.5, device=device)  # as a tensor, a new rate needs no new graph
 optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 

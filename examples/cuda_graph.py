@@ -1,4 +1,4 @@
-"""Capture a training step in a CUDA graph. No op synchronizes, so all of it can be captured."""
+"""Capture a training step in a CUDA graph: no op waits for the GPU."""
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 scans = torch.randint(-1000, 400, (4, 1, 32, 32, 32), dtype=torch.int16, device="cuda")
 targets = (torch.rand(4, 1, 32, 32, 32, device="cuda") < 0.01).float()
 lam, index = sample_mixup(4, device="cuda")
-model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 1)).cuda()
+model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 1))
+model.cuda()
 optimizer = torch.optim.Adam(model.parameters(), capturable=True)
 
 

@@ -1,4 +1,4 @@
-"""DDP with the loss of the joint batch. Run: torchrun --nproc-per-node 2 examples/ddp.py"""
+"""DDP with the loss of the joint batch: torchrun --nproc-per-node 2 examples/ddp.py"""
 
 import os
 
@@ -11,7 +11,7 @@ from fmkernels import soft_target_focal_loss
 
 processes = int(os.environ["LOCAL_WORLD_SIZE"])
 cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
 dist.init_process_group("nccl" if cuda else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -19,7 +19,8 @@ torch.manual_seed(0)  # the same data in every process; each takes a part of it
 scans = torch.rand(4, 1, 8, 8, 8, device=device)
 targets = (scans > 0.9).float()
 own, own_targets = scans[rank::world], targets[rank::world]
-model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 1)).to(device)
+model = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 1, 1))
+model.to(device)
 ddp = DistributedDataParallel(model, device_ids=[device] if cuda else None)
 
 positives = (own_targets > 0.5).sum()

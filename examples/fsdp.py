@@ -1,4 +1,4 @@
-"""FSDP2 with the loss of the joint batch. Run: torchrun --nproc-per-node 2 examples/fsdp.py"""
+"""FSDP2 with the loss of a joint batch: torchrun --nproc-per-node 2 examples/fsdp.py"""
 
 import os
 
@@ -12,7 +12,7 @@ from fmkernels.nn import GroupNorm3d
 
 processes = int(os.environ["LOCAL_WORLD_SIZE"])
 cuda = torch.cuda.is_available() and torch.cuda.device_count() >= processes
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
 dist.init_process_group("nccl" if cuda else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = dist.init_device_mesh(device.type, (world,))
@@ -26,14 +26,15 @@ own, own_targets = scans[rank::world], targets[rank::world]
 def new_model():
     torch.manual_seed(1)
     norm = GroupNorm3d(2, 8, activation="relu")
-    return nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), norm, nn.Conv3d(8, 1, 1)).to(device)
+    return nn.Sequential(nn.Conv3d(1, 8, 1), norm, nn.Conv3d(8, 1, 1)).to(device)
 
 
 model, sharded = new_model(), fully_shard(new_model(), mesh=mesh)
 positives = (own_targets > 0.5).sum()
 dist.all_reduce(positives)
-# FSDP averages gradients over processes: divide the number of positives by their number.
-soft_target_focal_loss(sharded(own), own_targets, normalizer=positives / world).backward()
+# FSDP averages gradients over processes: divide the positives by their number.
+loss = soft_target_focal_loss(sharded(own), own_targets, normalizer=positives / world)
+loss.backward()
 
 joint = soft_target_focal_loss(model(scans), targets, normalizer=(targets > 0.5).sum())
 joint.backward()

@@ -13,7 +13,8 @@ class Detector(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         norm = GroupNorm3d(2, 8, activation="relu")
-        self.network = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), norm, nn.Conv3d(8, 1, 1))
+        first, last = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 1, 1)
+        self.network = nn.Sequential(first, norm, last)
         self.losses = []
 
     def training_step(self, batch, _):

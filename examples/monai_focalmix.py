@@ -1,14 +1,14 @@
-"""Turn MONAI's detection training into FocalMix. Lines marked + are new or replace others."""
+"""MONAI's detection training as FocalMix. Lines marked + are new or replace others."""
 
 import torch
+from monai import transforms
 from monai.apps.detection.networks.retinanet_network import RetinaNet
-from monai.apps.detection.transforms.dictionary import RandCropBoxByPosNegLabeld, RandFlipBoxd
+from monai.apps.detection.transforms import dictionary
 from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
 from monai.data import DataLoader, Dataset
 from monai.data.utils import no_collation
 from monai.networks.blocks.backbone_fpn_utils import BackboneWithFPN
 from monai.networks.nets import resnet
-from monai.transforms import Compose, EnsureTyped, RandSpatialCropd, ScaleIntensityRanged
 from monai.utils import set_determinism
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,52 +21,52 @@ set_determinism(0)
 
 def scan(size=24, side=5):
     """A cube in noise, in HU, instead of a scan read by LoadImaged."""
-    image, corner = -850 + 50 * torch.randn(1, size, size, size), torch.randint(size - side, (3,))
+    image = -850 + 50 * torch.randn(1, size, size, size)
+    corner = torch.randint(size - side, (3,))
     x, y, z = (slice(start, start + side) for start in corner.tolist())
     image[:, x, y, z] += 850
-    box, label = torch.cat([corner, corner + side])[None].float(), torch.zeros(1, dtype=torch.long)
-    return {"image": image, "box": box, "label": label}
+    box = torch.cat([corner, corner + side])[None].float()
+    return {"image": image, "box": box, "label": torch.zeros(1, dtype=torch.long)}
 
 
 def loader_of(scans, *augmentation):
-    window = ScaleIntensityRanged("image", a_min=-1024, a_max=300, b_min=0, b_max=1, clip=True)
-    transforms = Compose([EnsureTyped(keys=list(scans[0])), window, *augmentation])
-    return DataLoader(
-        Dataset(scans, transforms), batch_size=2, shuffle=True, collate_fn=no_collation
-    )
+    window = transforms.ScaleIntensityRanged("image", -1024, 300, 0, 1, clip=True)
+    first = transforms.EnsureTyped(keys=list(scans[0]))
+    data = Dataset(scans, transforms.Compose([first, window, *augmentation]))
+    return DataLoader(data, batch_size=2, shuffle=True, collate_fn=no_collation)
 
 
-crop = RandCropBoxByPosNegLabeld(["image"], "box", "label", [16] * 3, num_samples=2, pos=1, neg=0)
-flips = [
-    RandFlipBoxd(["image"], ["box"], ["image"], prob=0.5, spatial_axis=axis) for axis in range(3)
-]
+crop = dictionary.RandCropBoxByPosNegLabeld(
+    ["image"], "box", "label", [16] * 3, num_samples=2, pos=1, neg=0
+)
+keys = ["image"], ["box"], ["image"]
+flips = [dictionary.RandFlipBoxd(*keys, prob=0.5, spatial_axis=a) for a in range(3)]
 loader = loader_of([scan() for _ in range(8)], crop, *flips)
-crop = RandSpatialCropd(keys="image", roi_size=16, random_size=False)
+crop = transforms.RandSpatialCropd(keys="image", roi_size=16, random_size=False)
 unlabeled_loader = loader_of([{"image": scan()["image"]} for _ in range(16)], crop)  # +
 
 backbone = resnet.ResNet(
-    resnet.ResNetBlock, [1, 1, 1, 1], [8, 16, 32, 64], n_input_channels=1, conv1_t_stride=2
+    resnet.ResNetBlock, [1] * 4, [8, 16, 32, 64], n_input_channels=1, conv1_t_stride=2
 )
-features = BackboneWithFPN(backbone, {"layer1": "0"}, [8], out_channels=32, spatial_dims=3)
+features = BackboneWithFPN(backbone, {"layer1": "0"}, [8], 32, spatial_dims=3)
 anchors = AnchorGeneratorWithAnchorShape([1, 2], [[4, 4, 4], [6, 6, 6]])
-network = RetinaNet(
-    spatial_dims=3, num_classes=1, num_anchors=2, feature_extractor=features, size_divisible=8
-)
+network = RetinaNet(3, 1, num_anchors=2, feature_extractor=features, size_divisible=8)
 detector = fm.SoftTargetRetinaNetDetector(network, anchors)  # + was RetinaNetDetector
-detector.set_atss_matcher(num_candidates=4)  # and no detector.set_hard_negative_sampler(...)
+detector.set_atss_matcher(num_candidates=4)  # no set_hard_negative_sampler(...)
 detector.set_target_keys(box_key="box", label_key="label")
 optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-teacher = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # +
+average = get_ema_multi_avg_fn(decay)  # +
+teacher = AveragedModel(network, multi_avg_fn=average, use_buffers=True)  # +
 mix_images, mix_objects = fm.MixUpBoxd(), fm.ObjectMixUpBoxd()  # +
 
 losses = []
 for epoch in range(epochs):
     weight = min(max(epoch - burn_in, 0) / ramp, 1.0)  # + of an unlabeled image
-    for crops, unlabeled in zip(loader, unlabeled_loader, strict=False):  # + was: in loader
+    for crops, unlabeled in zip(loader, unlabeled_loader, strict=False):  # +
         batch = [item for items in crops for item in items]
         if weight > 0:  # +
-            images = [item["image"] for item in unlabeled]  # +
-            found = detector.predict_targets(images, network=teacher, confidence=0.8)  # +
+            seen = [item["image"] for item in unlabeled]  # +
+            found = detector.predict_targets(seen, network=teacher, confidence=0.8)  # +
             for item, pseudo in zip(unlabeled, found, strict=True):  # +
                 batch.append({**item, **pseudo, "image_weight": weight})  # +
             batch = mix_objects(mix_images(batch), objects=batch)  # +

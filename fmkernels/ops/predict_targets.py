@@ -35,14 +35,14 @@ def predict_targets(
     r"""Pseudo-targets from K views: undo each symmetry, average the probabilities, sharpen.
 
     .. math::
-        \bar y = \frac 1 K \sum_k \mathrm{undo}_k(\sigma(\mathrm{view\_logits}_k)), \qquad
-        y = \frac{\bar y^{1/T}}{\bar y^{1/T} + (1 - \bar y)^{1/T}}
+        q = \frac 1 K \sum_k \mathrm{undo}_k(\sigma(\mathrm{view\_logits}_k)), \qquad
+        y = \frac{q^{1/T}}{q^{1/T} + (1 - q)^{1/T}}
 
     and for L classes
 
     .. math::
-        \bar y_i = \frac 1 K \sum_k \mathrm{undo}_k(\mathrm{softmax}_i(\mathrm{view\_logits}_k)),
-        \qquad y_i = \frac{\bar y_i^{1/T}}{\sum_{j=1}^L \bar y_j^{1/T}}
+        q_i = \frac 1 K \sum_k \mathrm{undo}_k(\mathrm{softmax}_i(\mathrm{view\_logits}_k)),
+        \qquad y_i = \frac{q_i^{1/T}}{\sum_{j=1}^L q_j^{1/T}}
 
     Tiny probabilities keep their relative accuracy. Arithmetic is float32 (float64 for float64).
 

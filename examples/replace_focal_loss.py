@@ -22,8 +22,9 @@ targets = (torch.rand(2, 3, 8, 8, 8, device=device) < 0.1).float()
 
 before = sigmoid_focal_loss(logits, targets, alpha=0.25)
 # alpha1 = alpha, alpha0 = 1 - alpha
-alphas = {"alpha0": 0.75, "alpha1": 0.25}
-after = soft_target_focal_loss(logits, targets, **alphas, reduction="sum")
+after = soft_target_focal_loss(
+    logits, targets, alpha0=0.75, alpha1=0.25, reduction="sum"
+)
 torch.testing.assert_close(after, before)
 (gradient_before,) = torch.autograd.grad(before, logits)
 (gradient_after,) = torch.autograd.grad(after, logits)
@@ -33,7 +34,9 @@ torch.testing.assert_close(gradient_after, gradient_before)
 soft = torch.where(targets > 0, 0.7, targets)
 soft[:, :, 0] = -1  # negative: ignored
 positives = (soft > 0.5).sum()
-loss = soft_target_focal_loss(logits, soft, **alphas, normalizer=positives)
+loss = soft_target_focal_loss(
+    logits, soft, alpha0=0.75, alpha1=0.25, normalizer=positives
+)
 loss.backward()
 print(f"hard targets: {before.item():.4f} and {after.item():.4f}")
 print(f"soft targets: {loss.item():.4f}")

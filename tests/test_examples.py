@@ -222,7 +222,7 @@ def test_python_in_the_pages():
     assert given["lesions"].shape == (2, 1, 32, 32, 32)
 
 
-def sigmoid_focal_loss(x, y, *, alpha, gamma, reduction):
+def sigmoid_focal_loss(x, y, alpha=0.25, gamma=2, reduction="none"):
     """As torchvision defines it."""
     p = x.sigmoid()
     p_t, alpha_t = p * y + (1 - p) * (1 - y), alpha * y + (1 - alpha) * (1 - y)
@@ -255,7 +255,7 @@ def test_what_is_replaced_gives_the_same():
         "groups": 2,
         "weight": torch.randn(4),
         "bias": torch.randn(4),
-        "residual": torch.randn(2, 4, 4, 4, 4),
+        "skip": torch.randn(2, 4, 4, 4, 4),
     }
     results = ("loss", None, "crops", "scans", "targets", "y")  # MixUp draws its numbers
     for block, result in zip(blocks("docs/replaces.md", "python"), results, strict=True):

@@ -590,9 +590,9 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     begun = (out / CHECKPOINT).exists()
-    stored = check_options(out, config)
     if begun and not resume:
         raise InputError(f"{out}: expected a new folder, or --resume to continue the run it holds")
+    stored = check_options(out, config)
     if rank > 0:
         return
     if resume and not begun:

@@ -304,8 +304,9 @@ def test_a_folder_with_another_run_is_refused(whole, luna_folder):
         InputError, match=r"learning_rate: expected 0.004 as in the run it holds, got 0.1"
     ):
         train(replace(TINY, learning_rate=0.1), luna_folder, whole, resume=True)
-    with pytest.raises(InputError, match="expected a new folder, or --resume"):
-        train(TINY, luna_folder, whole)
+    for config in (TINY, replace(TINY, learning_rate=0.1)):
+        with pytest.raises(InputError, match="expected a new folder, or --resume"):
+            train(config, luna_folder, whole)
     assert (whole / CHECKPOINT).read_bytes() == before
 
 

@@ -314,9 +314,11 @@ def _train(arguments: argparse.Namespace) -> int:
         config, arguments.data, out, resume=arguments.resume, profile=arguments.profile
     )
     if announced_processes()[0] == 0:
+        pictures = []
         if evaluation is not None:
             print(evaluation)
-        _say_written(out)
+            pictures = [out / "froc.png", out / "sheet.png"]
+        _say_written(out, *pictures)
     return 0
 
 

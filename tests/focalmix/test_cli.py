@@ -113,7 +113,10 @@ def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(data), *SETTINGS]) == 0
     assert (tmp_path / "runs" / "supervised" / "evaluation.json").exists()
-    assert f"fmkernels: wrote {Path('runs', 'supervised')}\n" in capsys.readouterr().err
+    written = re.findall(r"^fmkernels: wrote (.+)", capsys.readouterr().err, re.M)
+    out = Path("runs", "supervised")
+    assert list(map(Path, written)) == [out, out / "froc.png", out / "sheet.png"]
+    assert all(map(Path.exists, map(Path, written)))
 
 
 def test_options_are_written_out(capsys):

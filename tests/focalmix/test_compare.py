@@ -134,9 +134,9 @@ def test_burn_in_and_detection_are_done_once_and_change_nothing(luna_folder, tmp
         begun.append((chosen.loss, (folder / CHECKPOINT).exists()))
         return stock[0](chosen, root, folder, **named)
 
-    def detect_all(chosen, model, data, series):
+    def detect_all(chosen, model, data, series, role):
         detected.append((chosen.method, chosen.loss, chosen.views, list(series)))
-        return stock[1](chosen, model, data, series)
+        return stock[1](chosen, model, data, series, role)
 
     monkeypatch.setattr(comparison, "train", train_from)
     monkeypatch.setattr(loop, "_detect_all", detect_all)

@@ -249,7 +249,7 @@ class _Trainer:
         path = self.run.out / PSEUDO_BOXES
         if path.exists() or state.step > config.burn_in_steps:
             return load_pseudo_boxes(path, series)
-        detections = _detect_all(config, state.ema.module, self.run.data, series)
+        detections = _detect_all(config, state.ema.module, self.run.data, series, "unlabeled")
         boxes = _pseudo_boxes(detections, series)
         if self.rank == 0:
             save_pseudo_boxes(path, boxes, series)
@@ -368,8 +368,9 @@ class _Trainer:
 
     def _validate(self) -> float:
         run = self.run
-        detections = _detect_all(run.config, run.state.ema.module, run.data, run.scans.validation)
-        return _evaluate(run.data, detections, run.scans.validation, bootstraps=0).cpm
+        scans = run.scans.validation
+        detections = _detect_all(run.config, run.state.ema.module, run.data, scans, "validation")
+        return _evaluate(run.data, detections, scans, bootstraps=0).cpm
 
     def _check_finite(self) -> None:
         """Stop if a loss or gradient was not finite, and save the joint batch of the first one."""
@@ -467,11 +468,12 @@ def _pseudo_boxes(detections: Mapping[str, Detections], series: Sequence[str]) -
 
 
 def _detect_all(
-    config: Config, model: nn.Module, data: DataSet, series: Sequence[str]
+    config: Config, model: nn.Module, data: DataSet, series: Sequence[str], role: str
 ) -> dict[str, Detections]:
     """Detections of all scans; the work is divided among the processes, the result is in each."""
     rank, world_size = rank_and_world_size()
-    bar = tqdm(series[rank::world_size], "detecting", unit="scan", leave=False, disable=rank > 0)
+    title = f"detecting in {role} scans"
+    bar = tqdm(series[rank::world_size], title, unit="scan", leave=False, disable=rank > 0)
     detections = {uid: detect(config, model, data.volume(uid)) for uid in bar}
     if world_size > 1:
         parts: list[dict[str, Detections]] = [{}] * world_size
@@ -504,7 +506,7 @@ def _report(run: _Run) -> froc.Froc | None:
             _write_json(out / TIMING, summary)
     if not series:
         return None
-    detections = _detect_all(run.config, run.state.ema.module, data, series)
+    detections = _detect_all(run.config, run.state.ema.module, data, series, "test")
     evaluation = _evaluate(data, detections, series)
     if is_first:
         write_candidates(out / CANDIDATES, _candidates(detections))

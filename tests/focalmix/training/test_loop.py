@@ -639,9 +639,9 @@ def detected(monkeypatch) -> list[str]:
     """The scans that the detector is run over."""
     series, stock = [], loop._detect_all
 
-    def detect_all(config, model, data, scans):
+    def detect_all(config, model, data, scans, role):
         series.extend(scans)
-        return stock(config, model, data, scans)
+        return stock(config, model, data, scans, role)
 
     monkeypatch.setattr(loop, "_detect_all", detect_all)
     return series
@@ -651,7 +651,8 @@ def test_unlabeled_patches_lie_around_detections(luna_folder, tmp_path, monkeypa
     """The detections are the nodules, brighter than all else: every patch shows one, or few do."""
     detected, seen, stock = [], [], loop.focalmix_loss
 
-    def detect_all(config, model, data, series):
+    def detect_all(config, model, data, series, role):
+        assert role == "unlabeled"
         detected.append(list(series))
         boxes = {uid: data.volume(uid).boxes(data.nodules(uid)) for uid in series}
         return {

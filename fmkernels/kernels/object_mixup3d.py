@@ -44,6 +44,7 @@ COPY = 4096  # voxels outside of boxes per program
 COPY_PART = 512  # voxels per step of a program near a box
 WIDE_FROM = 1 << 31  # voxels, and offsets in a plane, from which they take int64
 INFINITY = tl.constexpr(float("inf"))
+ALL_SAMPLED = tl.constexpr(1 << 30)  # a plane behind the last one of any volume
 
 
 @triton.jit
@@ -133,7 +134,11 @@ def _in_plane(y, x, strides, INDEX: tl.constexpr):
 
 @triton.jit
 def _mix(own, donor, weight):
-    own = tl.where(weight == 0.0, 0.0, own)  # it may not be finite
+    return _weighted(tl.where(weight == 0.0, 0.0, own), donor, weight)  # it may not be finite
+
+
+@triton.jit
+def _weighted(own, donor, weight):
     return tl.fma(tl.broadcast_to(weight, own.shape), own, (1.0 - weight) * donor)
 
 
@@ -185,8 +190,8 @@ def _load_weight(lam, k, T: tl.constexpr):
 def _mix_alone(
     volumes, donors, out, donor_boxes, lam, k, tile, programs, b, first, stop, C, donor_shape,
     strides, donor_strides, low, scale,
-    LANES: tl.constexpr, LAYERS: tl.constexpr, MIXED: tl.constexpr, WINDOW: tl.constexpr,
-    DONOR_WINDOW: tl.constexpr, INDEX: tl.constexpr,
+    LANES: tl.constexpr, LAYERS: tl.constexpr, IN_PLACE: tl.constexpr, MIXED: tl.constexpr,
+    WINDOW: tl.constexpr, DONOR_WINDOW: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Write the voxels of box ``k``, which no other box overlaps (no earlier one, if MIXED)."""
     T: tl.constexpr = low.dtype
@@ -216,7 +221,8 @@ def _mix_alone(
         z = first[0] + layer
         at = _voxel(b, c, z, first[1], first[2], strides)
         at_lane = _in_plane(row, column, strides, INDEX)
-        own, to = volumes + at, out + at
+        own = volumes + at
+        to = own if IN_PLACE else out + at
         if MIXED:
             mixed = donors + at
             for _ in range(layers_left):
@@ -231,17 +237,18 @@ def _mix_alone(
             fy, fx = (y - y_below).to(T), (x - x_below).to(T)
             offset = _in_plane(y_below, x_below, donor_strides, INDEX)
             near, far = tl.zeros([LANES], T), tl.zeros([LANES], T)
-            sampled = z_axis[3].to(tl.int32) - 1
+            seen = there & (weight != 0.0)  # else it may not be finite
+            sampled = tl.where(weight != 1.0, z_axis[3].to(tl.int32) - 1, ALL_SAMPLED)
             for _ in range(layers_left):
-                value = _load_voxels(own + at_lane, there, low, scale, WINDOW)
+                value = _load_voxels(own + at_lane, seen, low, scale, WINDOW)
                 z_donor = sample_position(layer, z_axis[1], z_axis[2], z_axis[3], z_axis[4])
                 donor, near, far, sampled = march(
                     origin, offset, donor_strides[2], donor_strides[3], donor_strides[4], z_donor,
-                    fy, fx, near, far, sampled, weight != 1.0, low, scale, False, DONOR_WINDOW,
+                    fy, fx, near, far, sampled, True, low, scale, False, DONOR_WINDOW,
                 )  # fmt: skip
                 tl.store(
                     to + at_lane,
-                    to_storage(_mix(value, donor, weight), out.dtype.element_ty),
+                    to_storage(_weighted(value, donor, weight), out.dtype.element_ty),
                     there,
                 )
                 layer += 1
@@ -325,6 +332,7 @@ def fmkernels_object_mixup_kernel(
     LANES: tl.constexpr, DEPTH: tl.constexpr, LAYERS: tl.constexpr, BOXES: tl.constexpr,
     COPY: tl.constexpr,  # voxels per tile; 0 if only voxels in boxes are written
     COPY_PART: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # out is volumes: known of those with COPY 0
     MIXED: tl.constexpr, WINDOW: tl.constexpr, DONOR_WINDOW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = tl.float64 if volumes.dtype.element_ty == tl.float64 else tl.float32
@@ -347,7 +355,7 @@ def fmkernels_object_mixup_kernel(
                 _mix_alone(
                     volumes, donors, out, donor_boxes, lam, k, tile, programs, b, first, stop, C,
                     donor_shape, strides, donor_strides, low, scale,
-                    LANES, LAYERS, MIXED, WINDOW, DONOR_WINDOW, INDEX,
+                    LANES, LAYERS, IN_PLACE, MIXED, WINDOW, DONOR_WINDOW, INDEX,
                 )  # fmt: skip
             else:
                 _mix_overlapping(
@@ -434,7 +442,7 @@ def object_mixup3d(
         _launch(*inputs, donors, donor_window, scratch, None)
         _launch(*inputs, donors, None, out, inner, scratch)
     else:
-        _launch(*inputs, donors, donor_window, out, inner)
+        _launch(*inputs, donors, donor_window, out, inner, in_place=inner is None)
 
 
 def programs_per_box(shape: Sequence[int], boxes: int) -> int:
@@ -455,6 +463,7 @@ def _launch(
     out: Tensor,
     inner: int | None,
     scratch: Tensor | None = None,
+    in_place: bool = False,
 ) -> None:
     """Write the voxels in boxes, from ``scratch`` if given, and all others if ``inner`` is."""
     launch = launch_parameters("object_mixup3d", out.device)
@@ -474,7 +483,8 @@ def _launch(
             donors.shape[0], *donors.shape[2:], *volumes.stride(), *donors.stride(),
             low, 1 / (high - low),
             LANES=LANES, DEPTH=launch.block // LANES, LAYERS=LAYERS, BOXES=BOXES,
-            COPY=COPY if copies else 0, COPY_PART=COPY_PART, MIXED=scratch is not None,
+            COPY=COPY if copies else 0, COPY_PART=COPY_PART, IN_PLACE=in_place,
+            MIXED=scratch is not None,
             WINDOW=window is not None, DONOR_WINDOW=donor_window is not None, WIDE=wide,
             num_warps=launch.num_warps, debug=debug(), **launch.register_limit,
         )  # fmt: skip

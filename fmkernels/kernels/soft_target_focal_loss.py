@@ -9,6 +9,7 @@ and the program that finishes last adds them in order.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -347,9 +348,10 @@ class _Grid:
     aligned: bool  # rows start at multiples of 16 elements
 
     @staticmethod
-    def of(tensors: Sequence[Tensor], rows: int, extent: int) -> "_Grid":
-        """A program computes ``extent`` elements of a row."""
-        inner = [t.numel() // rows for t in tensors]
+    @lru_cache
+    def of(elements: tuple[int, ...], rows: int, extent: int) -> "_Grid":
+        """Of levels of so many elements; a program computes ``extent`` elements of a row."""
+        inner = [n // rows for n in elements]
         programs_per_row = [-(-n // extent) for n in inner]
         first = [0, *itertools.accumulate(rows * n for n in programs_per_row)]
         return _Grid(
@@ -357,6 +359,10 @@ class _Grid:
             tuple(tuple(map(_pack, sizes)) for sizes in (first[:-1], programs_per_row, inner)),
             all(n % 16 == 0 for n in inner),
         )
+
+
+def _sizes(levels: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple([x.numel() for x in levels])
 
 
 def soft_target_focal_loss(
@@ -381,12 +387,13 @@ def soft_target_focal_loss(
     tensor of ``rows`` or of all elements per level. Gradients are already divided by a
     ``normalizer``, but not by the number of elements that count: that is the ``divisor``.
     """
-    elements = sum(x.numel() for x in logits)
+    sizes = _sizes(logits)
+    elements = sum(sizes)
     if not elements:
         rows = 1  # of no element, for the one program that writes the loss
     launch = launch_parameters("soft_target_focal_loss", loss.device)
     tiles = launch.tiles(elements)
-    grid = _Grid.of(logits, rows, tiles * launch.block)
+    grid = _Grid.of(sizes, rows, tiles * launch.block)
     programs = max(grid.programs, 1)
     losses = loss.new_empty(programs)
     counts = None
@@ -453,7 +460,7 @@ def _launch_elementwise(
     grad_outputs, logits, targets, weights, lam, index, rows, alpha0, alpha1, gamma, divisor, out
 ):
     launch = launch_parameters("soft_target_focal_loss", logits[0].device)
-    grid = _Grid.of(logits, rows, launch.block)
+    grid = _Grid.of(_sizes(logits), rows, launch.block)
     if grid.programs:
         with torch.cuda.device_of(logits[0]):
             fmkernels_elementwise_kernel[(grid.programs,)](
@@ -471,7 +478,7 @@ def soft_target_focal_loss_scale(
 ) -> None:
     """gradients *= grad_output / divisor, in place; moves no byte where that factor is 1."""
     device = gradients[0].device
-    grid = _Grid.of(gradients, 1, SCALE_BLOCK)
+    grid = _Grid.of(_sizes(gradients), 1, SCALE_BLOCK)
     programs = min(grid.programs, SCALE_PROGRAMS * processors(device))
     if programs:
         with torch.cuda.device_of(gradients[0]):

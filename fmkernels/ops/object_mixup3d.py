@@ -137,8 +137,8 @@ def object_mixup3d(
     dtype = result_dtype(name, dtype, volumes, window)
     if out is not None:
         check_out(name, out, volumes, dtype)
-        both_dense = _are_dense(volumes) and _are_dense(out)
-        if both_dense and may_overlap(volumes, out) and not is_same(volumes, out):
+        overlaps = not is_same(volumes, out) and may_overlap(volumes, out)
+        if overlaps and _are_dense(volumes) and _are_dense(out):
             raise ValueError(f"{name}: out may be volumes itself but must not overlap it otherwise")
     bounds, donor_bounds = varying_window(window), varying_window(donor_window)
     pairs = boxes.contiguous(), donor_boxes.contiguous(), lam.contiguous()

@@ -24,7 +24,7 @@ MIN_SPAN = 128  # likewise; a short row has short spans, for parameters are copi
 CHUNK = 1 << 14  # elements, likewise
 FEW_VOXELS = 128  # with fewer, a contiguous sample of up to this many elements is one place:
 LARGEST_PLACE = 1 << 16
-GRAIN_SIZE = 1 << 15  # elements
+GRAIN_SIZE = 1 << 17  # elements
 
 _STORED = {
     torch.float32: np.float32(0),

@@ -29,7 +29,7 @@ from fmkernels.cpu.voxels import (
 BOX = 1024  # voxels of a box, at most
 SCRATCH = 1 << 16  # voxels of a box in all samples, unless boxes become too small
 MIN_BOX = 64
-GRAIN_SIZE = 1 << 16  # voxels of all samples
+GRAIN_SIZE = 1 << 18  # voxels of all samples
 
 _DIRECT = {torch.float32, torch.float64, torch.int16}  # can be mixed without a copy
 

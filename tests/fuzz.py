@@ -13,24 +13,21 @@ import contextlib
 import functools
 import importlib
 import json
-import pkgutil
 import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import SimpleITK as sitk
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-import fmkernels.cpu
 from fmkernels import functional
 from fmkernels.focalmix.config import Config, load_config
 from fmkernels.focalmix.data.annotations import read_annotations
@@ -44,6 +41,7 @@ from fmkernels.focalmix.training.metrics import Metrics
 from tests.focalmix.conftest import SCANS, write_luna
 from tests.focalmix.kinds import write_dicom
 from tests.focalmix.training.test_loop import TINY
+from tests.support.threads import finely_split
 
 OPS = functional.__all__
 """Ops: ``tests.test_<op>`` holds ``CASE``, a strategy, and ``check_case``."""
@@ -70,26 +68,8 @@ def check(target: str, case: Mapping[str, Any]) -> None:
 def check_operation(name: str, case: Mapping[str, Any], threads: int) -> None:
     """Compare with the reference. With several threads, even the smallest loop is split."""
     module = importlib.import_module(f"tests.test_{name}")
-    with contextlib.ExitStack() as stack:
-        if threads > 1:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
-            for part in pkgutil.iter_modules(fmkernels.cpu.__path__):
-                cpu = importlib.import_module(f"fmkernels.cpu.{part.name}")
-                if part.name != "compiled" and hasattr(cpu, "parallel_for"):
-                    stack.enter_context(
-                        mock.patch.object(
-                            cpu, "parallel_for", functools.partial(cut_small, cpu.parallel_for)
-                        )
-                    )
+    with finely_split(threads) if threads > 1 else contextlib.nullcontext():
         module.check_case(case, "cpu")
-
-
-def cut_small(
-    parallel_for: Callable, loop: Callable, size: int, grain_size: int, *arguments: object
-) -> None:
-    """As ``parallel_for``, with ranges of any size."""
-    parallel_for(loop, size, 1, *arguments)
 
 
 def operation_cases(name: str) -> st.SearchStrategy:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 import fmkernels.cpu
 from fmkernels import (
     crop_and_resize3d,
+    group_norm3d,
     mixup3d,
     object_mixup3d,
     predict_targets,
@@ -31,6 +32,7 @@ from fmkernels import (
 )
 from fmkernels.cpu import arithmetic, voxels
 from fmkernels.cpu.compiled import INT16, UINT8, _Pool, located, njit, parallel_for
+from tests.support.threads import finely_split
 
 GRID = torch.arange(40**3).reshape(1, 1, 40, 40, 40)
 VOLUMES = torch.cat([(GRID * step % 4001 - 2000).to(torch.int16) for step in (7, 11, 13, 17)])
@@ -62,7 +64,15 @@ def mix():
     )
 
 
+def norm(layout):
+    x = (VOLUMES.float() / 500).view(4, 8, 20, 20, 20).to(memory_format=layout).requires_grad_()
+    y = group_norm3d(x, 2, activation="relu")
+    return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+
 CALLS = {
+    "group_norm3d contiguous": lambda: norm(torch.contiguous_format),
+    "group_norm3d channels last": lambda: norm(torch.channels_last_3d),
     "soft_target_focal_loss mean": lambda: loss("mean"),
     "soft_target_focal_loss none": lambda: loss("none"),
     "predict_targets": lambda: (
@@ -94,8 +104,8 @@ def test_the_number_of_threads_changes_no_bit(call, threads):
     threads(1)
     alone = call()
     for number in (2, 5):
-        threads(number)
-        assert equal(call(), alone)
+        with finely_split(number):
+            assert equal(call(), alone)
 
 
 def test_a_range_is_shared_out_over_threads(threads):

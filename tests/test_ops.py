@@ -42,6 +42,7 @@ from tests.conftest import launches
 from tests.opinfo import FLOATS, OPS, VIEWS_OF_TORCH, VOXELS, Arguments, OpInfo, copy, rand
 from tests.support import on_gpu
 from tests.support.cases import kernel_only
+from tests.support.threads import finely_split
 from tests.support.tolerance import assert_close
 from tests.triton_checked.host_sync import HostSyncError, no_host_sync
 
@@ -365,14 +366,11 @@ def test_repeats_bit_for_bit(path, op):
 
 @each(KERNELS)
 def test_a_hundred_runs_in_any_number_of_threads_give_one_result(op):
-    arguments, threads = op.sized(600, torch.float32), torch.get_num_threads()
+    arguments = op.sized(600, torch.float32)
     first = run(op, arguments)
-    try:
-        for n in range(100):
-            torch.set_num_threads(1 + n % 3)
+    for n in range(100):
+        with finely_split(1 + n % 3):
             assert same(run(op, arguments), first)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def predict_targets(
                 )
     if any(x.dtype != first.dtype for x in levels):
         levels = [x.to(common_dtype(levels)) for x in levels]
-    (t,) = varying(max(float(temperature), _MIN_TEMPERATURE))
+    # torch.compile of PyTorch 2.11 would take each temperature for a constant because of max()
+    (t,) = varying(float(temperature) if temperature > _MIN_TEMPERATURE else _MIN_TEMPERATURE)
     targets = predict_targets_op(levels, flips.contiguous(), t, classes or 1)
     return in_structure(view_logits, targets)
 

@@ -113,7 +113,7 @@ def test_train_writes_to_a_folder_of_the_method(data, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(data), *SETTINGS]) == 0
     assert (tmp_path / "runs" / "supervised" / "evaluation.json").exists()
-    written = re.findall(r"^fmkernels: wrote (.+)", capsys.readouterr().err, re.M)
+    written = re.findall(r"fmkernels: wrote (.+)", capsys.readouterr().err)
     out = Path("runs", "supervised")
     assert list(map(Path, written)) == [out, out / "froc.png", out / "sheet.png"]
     assert all(map(Path.exists, map(Path, written)))

@@ -38,7 +38,7 @@ def test_report(capsys):
         "numba ",
         "numpy ",
         "triton ",
-        "SimpleITK ",
+        "SimpleITK",
         "CPU path, ",
         "compiled loops of the CPU path: ",
         f" in {folder}",

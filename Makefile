@@ -98,7 +98,7 @@ SUITES := $(filter-out $(LAST),$(sort $(wildcard benchmarks/bench_*.py))) $(LAST
 bench: $(READY)
 	mkdir -p $(RESULTS)/local
 	rm -f $(RESULTS)/local/benchmarks.json
-	$(PYTHON) -m pytest -q $(SUITES) --limit=240 --benchmark-max-time=0.2 --benchmark-quiet \
+	$(PYTHON) -m pytest -q $(SUITES) --limit=600 --benchmark-max-time=0.2 --benchmark-quiet \
 		--benchmark-json=$(RESULTS)/local/benchmarks.json; \
 	status=$$?; $(PYTHON) -m benchmarks.plot $(RESULTS)/local/benchmarks.json && exit $$status
 

@@ -553,7 +553,7 @@ def load_config(run: str | Path) -> Config | None:
 def config_from_dict(values: Mapping[str, Any], path: Path) -> Config:
     """Build the configuration from the contents of a file, which error messages name.
 
-    Options that the file lacks have their default.
+    Options that the file lacks have their default, except for ``norm``.
 
     Raises:
         InputError: the values are no configuration, or an option is not one of this version.
@@ -564,6 +564,8 @@ def config_from_dict(values: Mapping[str, Any], path: Path) -> Config:
         )
     if unknown := sorted(set(values) - set(HINTS)):
         raise InputError(f"{path}: expected options of this version, got {unknown[0]}")
+    if "norm" not in values:  # runs before this option had group norms under other names
+        raise InputError(f"{path}: norm: expected batch or group, found none")
     try:
         return Config(**values)
     except InputError as error:

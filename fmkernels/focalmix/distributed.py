@@ -39,7 +39,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, let this process keep the memory of tensors that are freed, from now on.
 
     glibc gives large blocks back to the system, and each new one costs a page fault every 4 KB: a
-    seventh of a training step.
+    seventh of a training step. The price: it is never given back, and where sizes of tensors change
+    the process may hold twice what is in use.
     """
     if device.type == "cpu":
         with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library

@@ -192,6 +192,13 @@ def test_a_file_of_an_earlier_version_lacks_options(tmp_path):
     assert load_config(tmp_path).result == Config(steps=4).result
 
 
+def test_a_file_without_norm_is_of_another_detector(tmp_path):
+    for values in ({}, {"steps": 4}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match="norm: expected batch or group, found none"):
+            load_config(tmp_path)
+
+
 def test_bad_devices():
     with pytest.raises(InputError, match="device: expected auto, cpu or cuda"):
         choose_device("meta")

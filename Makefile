@@ -1,4 +1,4 @@
-# make train                               trains a detector with and without unlabeled scans, about 4 minutes on 2
+# make train                               trains a detector with and without unlabeled scans, 3 to 5 minutes on 2
 #                                          cores with AVX-512; SEEDS=5 adds four seeds
 # make test | bench | lint | types | docs | floor
 #                                          in an environment of its own (.venv), made at first use with exact versions
@@ -48,7 +48,7 @@ train: train-plan $(TO_TRAIN)
 
 train-plan:
 	@echo "This installs PyTorch and the rest (1 minute), makes $(SCANS) synthetic CT scans (1 minute), and trains a"
-	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (2 minutes on 2 cores with AVX-512)."
+	@echo "detector on $(LABELED) labeled scans, then FocalMix on the others too (2 to 3 minutes on 2 cores with AVX-512)."
 
 # the settings of docs/results.md
 EXPERIMENT := --out runs/experiment --seeds 10 --jobs $(JOBS) --train-subsets=0,1,2,3,4,5,6,7 --validation-subsets=,

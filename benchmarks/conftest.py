@@ -30,6 +30,13 @@ PACKAGES = (
     "timm",
     "torchvision",
 )
+STATISTICS: dict[str, Callable[[list[float]], float]] = {  # of the JSON
+    "rounds": len,
+    "min": min,
+    "max": max,
+    "mean": statistics.fmean,
+    "stddev": lambda samples: statistics.stdev(samples) if len(samples) > 1 else 0.0,
+}
 
 
 class _Replay:
@@ -75,8 +82,9 @@ def keep(request, pytestconfig) -> Callable[[str, Row], None]:
 
         def append(group: str, row: Row) -> None:
             name, fullname = request.node.name, request.node.nodeid
+            stats = {name: statistic(row.samples) for name, statistic in STATISTICS.items()}
             entry = {"group": group, "name": name, "fullname": fullname, "extra_info": row.info}
-            _entries.append({**entry, "stats": _statistics(row.samples)})
+            _entries.append({**entry, "stats": stats})
 
         return append
     benchmark = request.getfixturevalue("benchmark")
@@ -88,16 +96,6 @@ def keep(request, pytestconfig) -> Callable[[str, Row], None]:
         benchmark.pedantic(lambda: None, rounds=len(row.samples))
 
     return replay
-
-
-def _statistics(samples: list[float]) -> dict[str, float]:
-    return {
-        "rounds": len(samples),
-        "min": min(samples),
-        "max": max(samples),
-        "mean": statistics.fmean(samples),
-        "stddev": statistics.stdev(samples) if len(samples) > 1 else 0.0,
-    }
 
 
 @pytest.fixture
@@ -187,7 +185,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["left_out"] = _left_out
     for entry in output_json["benchmarks"]:
         del entry["options"], entry["params"], entry["param"]
-        entry["stats"] = {name: entry["stats"][name] for name in _statistics([0.0])}
+        entry["stats"] = {name: entry["stats"][name] for name in STATISTICS}
 
 
 def _version(name: str) -> str | None:
